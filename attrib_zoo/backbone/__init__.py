@@ -1,0 +1,1 @@
+"""All that is known about frozen models; knows no method."""

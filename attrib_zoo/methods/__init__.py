@@ -1,0 +1,1 @@
+"""One paper per module, one final class each."""

@@ -1,0 +1,1 @@
+"""Knows a network, a loss and a loader; never a method."""
