@@ -1,0 +1,294 @@
+"""The contract that every method keeps: one call, Captum's conventions, and nothing left behind."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.backbone import layers as layer_rules
+from attrib_zoo.backbone.capture import frozen, unwrap
+from attrib_zoo.backbone.layers import Tap
+from attrib_zoo.errors import InputError, OptionError
+from attrib_zoo.masking import upsample
+from attrib_zoo.targets import TargetQuery
+
+if TYPE_CHECKING:  # Captum ships no type information; this is what we use of its base class
+
+    class _CaptumAttribution:
+        forward_func: Callable[..., Any]
+
+        def __init__(self, forward_func: Callable[..., Any]) -> None: ...
+
+else:
+    from captum.attr import Attribution as _CaptumAttribution
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _transparent(function: _F) -> _F:
+    """A wrapper that does nothing but carry ``__wrapped__``, through which Captum's NoiseTunnel calls."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]  # same signature by construction
+
+
+class Attribution(_CaptumAttribution):
+    """Base of all methods: an attribution map for each image, called as Captum's methods are.
+
+    Subclasses fill one hook, :meth:`_maps`; everything else (targets, tuples, eval mode, gradient mode, layers,
+    upsampling, clean-up) is done here once.
+
+    Args:
+        model: a classifier that takes ``(N, C, H, W)`` images, standardised as it was trained with, and returns
+            ``(N, K)`` logits (or one value per image). It is never changed. DataParallel, DistributedDataParallel
+            and ``torch.compile`` wrappers are looked through.
+        layers: which layers to read: ``None`` for the method's default on this kind of model, a dotted name, a
+            module of the model, a negative index into the model's stages or blocks (``-1`` the last), a pair
+            ``(layer, Grid(...))`` where the layout must be said, or a list of these.
+        upsample: ``True`` returns maps in the shape of the inputs; ``False`` returns ``(N, 1, h, w)`` at the layer's
+            resolution.
+
+    Attributes:
+        family: the kind of method, for tables.
+        paper: the source.
+        models: kinds of model that it is defined for, ``"cnn"`` and/or ``"vit"``.
+        cost: passes through the model for each image; F is a forward pass, B a backward pass.
+        class_agnostic: the map does not depend on the target.
+        needs_fit: the method must be trained before use.
+        default_layers: ``(rule, count)`` used when ``layers=None``; see ``backbone.layers.resolve``. ``None``:
+            the method reads no layers.
+    """
+
+    family: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    models: ClassVar[tuple[str, ...]] = ("cnn", "vit")
+    cost: ClassVar[str] = ""
+    class_agnostic: ClassVar[bool] = False
+    needs_fit: ClassVar[bool] = False
+    default_layers: ClassVar[tuple[str, int] | None] = ("outputs", 1)
+    multiplies_by_inputs: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, layers: Any = None, *, upsample: bool = True) -> None:
+        unwrap(model)  # says early what cannot be explained
+        super().__init__(model)
+        self.layers = layers
+        self.upsample = bool(upsample)
+        self._resolved: dict[tuple[int, ...], tuple[Tap, ...]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("attribute", "attribute_many"):
+            if name in cls.__dict__:
+                raise TypeError(f"{cls.__name__}: {name} is final; fill the hook _maps instead")
+
+    # ------------------------------------------------------------------ the hook
+
+    @abstractmethod
+    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        """The maps ``(N, T, h, w)`` of T targets per image; the one thing that a method must say.
+
+        Called with the model in eval mode, gradients off, and inputs that carry no graph. Resolve the targets on the
+        clean outputs (``query.resolve(outputs)``), which the method computes anyway.
+        """
+        raise NotImplementedError
+
+    def _check_ready(self) -> None:
+        """Raise where the object cannot explain yet; trainable methods fill this."""
+
+    # ------------------------------------------------------------------ the call
+
+    @_transparent
+    def attribute(
+        self,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        show_progress: bool = False,
+    ) -> Any:
+        """Explain one output of each image.
+
+        Args:
+            inputs: ``(N, C, H, W)`` floating-point images, standardised as the model wants them, or a 1-tuple of
+                such a tensor.
+            target: the class to explain: an int for all images, a list or tensor of N ints, a tuple of ints for
+                outputs with more axes, a list of N tuples, or ``None`` for the model's own decision (argmax) on
+                each image; a model with one value per image is explained by that value. With Captum's NoiseTunnel
+                and metrics give the target: each noisy copy would get its own decision.
+            additional_forward_args: passed to the model after the inputs; tensors are per image.
+            show_progress: show a progress bar where a method makes many passes.
+
+        Returns:
+            A tensor of the inputs' shape, dtype and device, every channel carrying the same map, or ``(N, 1, h, w)``
+            with ``upsample=False``; detached and contiguous; a 1-tuple if the inputs came as one. Higher means
+            more evidence for the target. Maps are raw: not scaled unless the paper's map is.
+
+        Raises:
+            InputError: the inputs are not floating-point, finite ``(N, C, H, W)`` images.
+            TargetError: no such class, or not one target per image.
+            LayerError: the layer cannot be explained.
+            NotFittedError: a trainable method was neither fitted nor loaded.
+        """
+        images, as_tuple = self._images(inputs)
+        maps = self._explain(images, TargetQuery(target), additional_forward_args, show_progress)
+        result = maps.to(images.dtype)
+        if self.upsample:
+            result = result.expand(-1, images.shape[1], -1, -1)
+        result = result.contiguous().detach()
+        return (result,) if as_tuple else result
+
+    @_transparent
+    def attribute_many(
+        self,
+        inputs: Any,
+        targets: Any,
+        additional_forward_args: Any = None,
+        *,
+        show_progress: bool = False,
+    ) -> Tensor:
+        """Explain several outputs of each image in one go; they share every pass that does not depend on them.
+
+        Args:
+            inputs: as in :meth:`attribute`.
+            targets: a list of T classes, explained for every image, or N lists (or an ``(N, T)`` tensor) of T
+                classes, a list for each image.
+            additional_forward_args: as in :meth:`attribute`.
+            show_progress: as in :meth:`attribute`.
+
+        Returns:
+            ``(N, T, C, H, W)``, or ``(N, T, 1, h, w)`` with ``upsample=False``; ``[:, t]`` is what
+            :meth:`attribute` returns for the t-th targets.
+        """
+        images, _ = self._images(inputs)
+        maps = self._explain(images, TargetQuery(targets, many=True), additional_forward_args, show_progress)
+        result = maps.to(images.dtype).unsqueeze(2)
+        if self.upsample:
+            result = result.expand(-1, -1, images.shape[1], -1, -1)
+        return result.contiguous().detach()
+
+    def _explain(self, images: Tensor, query: TargetQuery, extra: Any, show_progress: bool) -> Tensor:
+        """Maps ``(N, T, H, W)``, or ``(N, T, h, w)`` with ``upsample=False``."""
+        self._check_ready()
+        args = forward_args(extra)
+        with frozen(self.model), torch.inference_mode(False), torch.no_grad():
+            clean = images.clone() if images.is_inference() else images.detach()
+            maps = self._maps(clean, query, args, show_progress).detach()
+            return upsample(maps, images.shape[-2:]) if self.upsample else maps
+
+    def _images(self, inputs: Any) -> tuple[Tensor, bool]:
+        as_tuple = isinstance(inputs, tuple)
+        if as_tuple and len(inputs) == 1:
+            inputs = inputs[0]
+        return check_images(inputs, type(self).__name__), as_tuple
+
+    # ------------------------------------------------------------------ layers
+
+    @property
+    def model(self) -> nn.Module:
+        """The eager module that is explained, without wrappers."""
+        return unwrap(self.forward_func)  # type: ignore[arg-type]  # checked in the constructor
+
+    def taps(self, inputs: Tensor, args: Sequence[Any] = ()) -> tuple[Tap, ...]:
+        """The layers that are read for inputs of this shape, in execution order; found once per shape."""
+        key = tuple(inputs.shape[1:])
+        if key not in self._resolved:
+            self._resolved[key] = self._resolve(inputs, args)
+        return self._resolved[key]
+
+    def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
+        rule = self._layer_rule()
+        if rule is None:
+            return ()
+        return layer_rules.resolve(self.model, self.layers, inputs, args, rule=rule[0], count=rule[1])
+
+    def _layer_rule(self) -> tuple[str, int] | None:
+        return self.default_layers
+
+    # ------------------------------------------------------------------ Captum's other names
+
+    def get_name(self) -> str:
+        """The class name, as the papers write it."""
+        return type(self).__name__
+
+    def has_convergence_delta(self) -> bool:
+        """No: these maps do not sum to the score."""
+        return False
+
+    def compute_convergence_delta(self, *_: Any, **__: Any) -> Tensor:
+        """Not defined for these methods."""
+        raise NotImplementedError(f"{self.get_name()} promises no completeness, so it has no convergence delta")
+
+    def attribute_future(self, *_: Any, **__: Any) -> Any:
+        """Not offered, as for all image methods of Captum."""
+        raise NotImplementedError(f"{self.get_name()}: attribute_future is not supported; call attribute")
+
+    def options(self) -> dict[str, Any]:
+        """The keyword-only hyper-parameters as they are now."""
+        parameters = inspect.signature(type(self).__init__).parameters.values()
+        return {p.name: getattr(self, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def __repr__(self) -> str:
+        shown = {"layers": self.layers, **self.options()}
+        listed = ", ".join(f"{name}={_brief(value)}" for name, value in shown.items())
+        return f"{type(self).__name__}({type(self.model).__name__}, {listed})"
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, nn.Module):
+        return f"<{type(value).__name__}>"
+    if isinstance(value, Tensor):
+        return f"<tensor {tuple(value.shape)}>"
+    if isinstance(value, (list, tuple)) and any(isinstance(item, nn.Module) for item in value):
+        return "[" + ", ".join(_brief(item) for item in value) + "]"
+    return repr(value)
+
+
+def forward_args(extra: Any) -> tuple[Any, ...]:
+    """Captum's ``additional_forward_args`` as a tuple."""
+    if extra is None:
+        return ()
+    return extra if isinstance(extra, tuple) else (extra,)
+
+
+def check_images(inputs: Any, who: str) -> Tensor:
+    """The images as one finite floating-point ``(N, C, H, W)`` tensor, or an error that says what came instead."""
+    advice = "pass one float tensor of standardised images, (N, C, H, W)"
+    if not isinstance(inputs, Tensor):
+        held = (
+            f"{type(inputs).__name__} of {len(inputs)}" if isinstance(inputs, (tuple, list)) else type(inputs).__name__
+        )
+        raise InputError(f"{who}: inputs must be a tensor (N, C, H, W) or a 1-tuple of one, got {held}; {advice}")
+    if inputs.ndim != 4:
+        raise InputError(
+            f"{who}: inputs must have 4 axes (N, C, H, W), got shape {tuple(inputs.shape)}; "
+            + ("add the batch axis with inputs[None]" if inputs.ndim == 3 else advice)
+        )
+    if not inputs.is_floating_point():
+        raise InputError(
+            f"{who}: inputs must be floating-point (N, C, H, W) images, got {inputs.dtype}; "
+            "convert with .float(), scale to [0, 1] and standardise them as the model was trained"
+        )
+    if inputs.numel() == 0:
+        raise InputError(f"{who}: inputs must hold at least one (N, C, H, W) image, got shape {tuple(inputs.shape)}")
+    if not bool(torch.isfinite(inputs.detach()).all()):
+        raise InputError(
+            f"{who}: inputs must be finite (N, C, H, W) images, got NaN or infinity; look at the preprocessing "
+            "(a standard deviation of 0, or overflow in half precision)"
+        )
+    return inputs
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """``value`` if it is one of the choices, else an :class:`OptionError` that lists them."""
+    if value not in choices:
+        raise OptionError(f"{name}: must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value

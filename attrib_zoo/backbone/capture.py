@@ -1,0 +1,213 @@
+"""Running a frozen model as little as the mathematics allows; everything is undone when the call ends.
+
+Two ways to look at named layers: :func:`run` records activations and builds no graph; :func:`run_with_graph` builds
+the graph from the first named layer up, so that gradients cost nothing below it and work on frozen models, under
+``no_grad`` and inside ``inference_mode``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.backbone.grid import Tap
+from attrib_zoo.backbone.module import find, unwrap
+from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
+from attrib_zoo.targets import check_outputs
+
+__all__ = ["forward", "frozen", "run", "run_with_graph", "select_args", "unwrap"]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module in eval mode and every compiled forward eager, for the length of the block.
+
+    The training flags are restored module by module, also after an error.
+    """
+    bare = unwrap(model)
+    modules = list(bare.modules())
+    flags = [(module, module.training) for module in modules]
+    compiled = [(m, m._compiled_call_impl) for m in modules if getattr(m, "_compiled_call_impl", None) is not None]
+    try:
+        with ExitStack() as stack:
+            if compiled or any("_orig_mod" in module._modules for module in modules):
+                _force_eager(stack)
+            for module, _ in compiled:
+                module._compiled_call_impl = None
+            for module in modules:
+                module.training = False
+            yield bare
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
+        for module, flag in flags:
+            module.training = flag
+
+
+def _force_eager(stack: ExitStack) -> None:
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch >= 2.6
+    if set_stance is not None:
+        stack.enter_context(set_stance("force_eager"))
+
+
+def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tensor:
+    """One pass of the bare model, its output checked to be one tensor with a row per image."""
+    try:
+        outputs = model(inputs, *args)
+    except RuntimeError as error:
+        expected = _channels(model)
+        if expected is not None and expected != inputs.shape[1]:
+            raise InputError(
+                f"inputs: {type(model).__name__} takes images with {expected} channels, got {inputs.shape[1]} "
+                f"(shape {tuple(inputs.shape)}); pass (N, {expected}, H, W)"
+            ) from error
+        raise
+    return check_outputs(outputs, len(inputs))
+
+
+def _channels(model: nn.Module) -> int | None:
+    """The channels that the first convolution takes, for an error message only."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return None if first is None else first.in_channels
+
+
+def select_args(args: Sequence[Any], rows: Tensor, batch: int) -> tuple[Any, ...]:
+    """Extra forward arguments for these examples: per-example tensors are gathered, the rest passes through."""
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
+            return value[rows.to(value.device)]
+        return value
+
+    return tuple(pick(value) for value in args)
+
+
+def run(
+    model: nn.Module, inputs: Tensor, args: Sequence[Any] = (), taps: Sequence[Tap] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """One pass without a graph.
+
+    Returns:
+        The outputs ``(N, ...)`` and, for each tap in the given order, its map ``(N, C, h, w)``: a copy, so that an
+        in-place module behind the layer cannot change it.
+    """
+    maps: dict[int, Tensor] = {}
+
+    def keep(position: int, activation: Tensor) -> None:
+        maps[position] = taps[position].grid.to_map(activation).clone()
+
+    with torch.inference_mode(False), torch.no_grad(), listening(model, taps, keep):
+        outputs = forward(unwrap(model), _outside(inputs), args)
+    return outputs, [maps[position] for position in range(len(taps))]
+
+
+@contextmanager
+def run_with_graph(
+    model: nn.Module, inputs: Tensor, args: Sequence[Any], taps: Sequence[Tap]
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """One pass whose graph starts at the first tap to run; gradients are enabled inside the block.
+
+    Yields:
+        The outputs ``(N, ...)`` and, for each tap, its map ``(N, C, h, w)`` in the graph: differentiate with
+        ``torch.autograd.grad(scores, maps)``. Prefix tokens are not part of a map.
+
+    Raises:
+        LayerError: a layer never ran, or the outputs do not depend on it.
+    """
+    bare = unwrap(model)
+    if any(parameter.is_inference() for parameter in bare.parameters()):
+        raise UnsupportedModelError(
+            "model: its parameters were created under torch.inference_mode, where gradients cannot exist; "
+            "build or load the model outside inference_mode"
+        )
+    maps: dict[int, Tensor] = {}
+
+    def keep(position: int, activation: Tensor) -> Tensor:
+        grid = taps[position].grid
+        if maps and activation.requires_grad:
+            leaf = grid.to_map(activation)
+            kept = activation
+        else:
+            kept = activation.detach()
+            leaf = grid.to_map(kept).clone().requires_grad_()
+        torch.set_grad_enabled(True)
+        maps[position] = leaf
+        return grid.from_map(leaf, kept).clone()  # a copy: what follows may work in place
+
+    with torch.inference_mode(False):
+        with torch.no_grad(), listening(bare, taps, keep):
+            outputs = forward(bare, _outside(inputs), args)
+        if not outputs.requires_grad:
+            raise LayerError(
+                f"layers: no gradient path from {_names(taps)} to the outputs of {type(bare).__name__}; a no_grad "
+                "block or reentrant checkpointing lies behind the layer, or the outputs do not use it: "
+                "name another layer"
+            )
+        with torch.enable_grad():
+            yield outputs, [maps[position] for position in range(len(taps))]
+
+
+def _outside(inputs: Tensor) -> Tensor:
+    """The inputs as an ordinary tensor that no graph hangs on."""
+    return inputs.clone() if inputs.is_inference() else inputs.detach()
+
+
+def _names(taps: Sequence[Tap]) -> str:
+    return ", ".join(repr(tap.name) for tap in taps)
+
+
+@contextmanager
+def listening(model: nn.Module, taps: Sequence[Tap], keep: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """Hooks on the taps for the length of one pass; ``keep(position, activation)`` may return a replacement."""
+    bare = unwrap(model)
+    counts = [0] * len(taps)
+
+    def hook_for(position: int, tap: Tap) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            counts[position] += 1
+            if counts[position] - 1 != tap.call % tap.calls:
+                return None
+            activation = pick(output, tap.element)
+            if not isinstance(activation, Tensor):
+                raise LayerError(
+                    f"layers: {tap.name!r} must put out a tensor, got {type(activation).__name__}; "
+                    "name a layer whose output is one tensor"
+                )
+            replacement = keep(position, activation)
+            return None if replacement is None else put(output, tap.element, replacement)
+
+        return hook
+
+    with ExitStack() as stack:
+        for position, tap in enumerate(taps):
+            handle = find(bare, tap.name).register_forward_hook(hook_for(position, tap))
+            stack.callback(handle.remove)
+        yield
+    for count, tap in zip(counts, taps, strict=True):
+        if count != tap.calls:
+            raise LayerError(
+                f"layers: {tap.name!r} must run {tap.calls} time(s) in a forward pass, ran {count}; "
+                "name a layer that runs for every input"
+            )
+
+
+def pick(output: Any, element: int | str | None) -> Any:
+    """The tensor that a tap means, out of a module's output."""
+    return output if element is None else output[element]
+
+
+def put(output: Any, element: int | str | None, tensor: Tensor) -> Any:
+    """A module's output with one element replaced; the original container is left as it is."""
+    if element is None:
+        return tensor
+    if isinstance(output, tuple):
+        items = [tensor if position == element else item for position, item in enumerate(output)]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    changed = copy.copy(output)
+    changed[element] = tensor
+    return changed

@@ -1,0 +1,49 @@
+"""Finding modules in the model that the user means, under whatever it is wrapped in."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from attrib_zoo.errors import LayerNotFoundError, UnsupportedModelError
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The eager module inside DataParallel, DistributedDataParallel and ``torch.compile``.
+
+    Raises:
+        UnsupportedModelError: for anything that is no module, and for scripted and traced models, which run no
+            hooks.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"model: must be a torch.nn.Module, whose layers can be found, got {type(model).__name__}; "
+            "wrap the function in a module"
+        )
+    while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                "model: scripted and traced models run no hooks, so their layers cannot be seen; "
+                "pass the original eager module"
+            )
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]  # torch.compile's wrapper
+        else:
+            return model
+
+
+def find(model: nn.Module, name: str) -> nn.Module:
+    """The module of that dotted name, seen through compiled submodules.
+
+    Raises:
+        LayerNotFoundError: there is none.
+    """
+    module = unwrap(model)
+    for part in name.split(".") if name else []:
+        child = module._modules.get(part)
+        if child is None:
+            raise LayerNotFoundError(f"layers: no layer {name!r} in {type(unwrap(model)).__name__}")
+        module = unwrap(child)
+    return module

@@ -1,0 +1,124 @@
+"""What is shown to the model: upsampling, scaling, blending with a baseline, and scoring many masked copies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attrib_zoo.errors import OptionError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear interpolation with half-pixel centres (``align_corners=False``), the papers' θ.
+
+    Args:
+        maps: ``(N, C, h, w)``.
+        size: ``(H, W)``.
+
+    Returns:
+        ``(N, C, H, W)``; the same tensor where the size is already right.
+    """
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """Scale each map to [0, 1] over its last two axes; a constant map becomes zero.
+
+    No epsilon: the result reaches 0 and 1 exactly, at any scale of the input.
+    """
+    low = maps.amin(dim=(-2, -1), keepdim=True)
+    span = maps.amax(dim=(-2, -1), keepdim=True) - low
+    return torch.where(span > 0, (maps - low) / span.where(span > 0, torch.ones_like(span)), 0.0)
+
+
+def blend(inputs: Tensor, mask: Tensor, baseline: Tensor | float = 0.0) -> Tensor:
+    """Show ``inputs`` where the mask is 1 and ``baseline`` where it is 0: ``m*x + (1 - m)*b``.
+
+    With ``b = 0`` in standardised space this is T-TAME Eq. 14 (the mean colour); with ``b = black(mean, std)``
+    it is Eq. 13, the raw image times the mask, standardised afterwards.
+
+    Args:
+        inputs: ``(N, C, H, W)``, standardised as the model wants it.
+        mask: ``(N, 1, H, W)`` in [0, 1].
+        baseline: a number, or a tensor that broadcasts to the inputs.
+    """
+    if isinstance(baseline, (int, float)) and baseline == 0:
+        return inputs * mask
+    return baseline + (inputs - baseline) * mask
+
+
+def black(mean: Sequence[float], std: Sequence[float], like: Tensor | None = None) -> Tensor:
+    """The standardised value of a black pixel, ``-mean/std``, as ``(1, C, 1, 1)``."""
+    factory = {} if like is None else {"dtype": like.dtype, "device": like.device}
+    ratio = [-m / s for m, s in zip(mean, std, strict=True)]
+    return torch.tensor(ratio, **factory).view(1, -1, 1, 1)
+
+
+def channel_stats(model: nn.Module, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that the model's inputs were standardised with.
+
+    Read from timm's ``pretrained_cfg`` or ``default_cfg`` where the model has one; otherwise ImageNet's for
+    three channels, and 0.5 and 0.5 for any other number.
+    """
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = getattr(model, name, None)
+        mean, std = _config_stats(config)
+        if mean is not None and std is not None and len(mean) == len(std) == channels:
+            return mean, std
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (0.5,) * channels, (0.5,) * channels
+
+
+def _config_stats(config: object) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    get = config.get if isinstance(config, dict) else (lambda key: getattr(config, key, None))
+    mean, std = get("mean"), get("std")
+    if mean is None or std is None:
+        return None, None
+    return tuple(float(m) for m in mean), tuple(float(s) for s in std)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the allocator of the CPU or of an accelerator found no memory."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+class ChunkSize:
+    """How many masked images go through the model at once; it adapts and never changes a result.
+
+    A fixed size stays. An automatic one starts at 32 and halves when memory runs out.
+    """
+
+    def __init__(self, fixed: int | None = None) -> None:
+        if fixed is not None and (isinstance(fixed, bool) or not isinstance(fixed, int) or fixed < 1):
+            raise OptionError(f"chunk_size: must be a positive integer or None, got {fixed!r}")
+        self.value = fixed or 32
+
+    def ranges(self, total: int, work: Callable[[slice], None]) -> Iterator[int]:
+        """Call ``work`` on consecutive slices of ``range(total)``; yield how many items each call did.
+
+        On out-of-memory the cache is released, the size halved and the *same* slice tried again.
+        """
+        start = 0
+        while start < total:
+            stop = min(start + self.value, total)
+            try:
+                work(slice(start, stop))
+            except RuntimeError as error:
+                if self.value == 1 or not is_out_of_memory(error):
+                    raise
+                self.value = max(1, math.ceil(self.value / 2))
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            yield stop - start
+            start = stop

@@ -1,0 +1,161 @@
+"""The attention mechanism of T-TAME: feature branches and a fusing convolution, computed for the wanted classes only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from attrib_zoo.masking import upsample
+
+ACTIVATIONS = ("relu", "sigmoid")
+_GATHER_BYTES = 64 * 2**20
+
+
+class FeatureBranch(nn.Module):
+    """One layer's branch, Eq. 8: ``act(BN(conv1x1(L)) + L)`` at the layer's own resolution.
+
+    Args:
+        channels: C_i.
+        skip: add the features themselves.
+        batch_norm: normalise the convolution's output.
+        activation: ``"relu"`` or ``"sigmoid"``.
+    """
+
+    def __init__(self, channels: int, *, skip: bool, batch_norm: bool, activation: str) -> None:
+        super().__init__()
+        self.conv = _empty_conv(channels, channels)
+        self.norm = nn.BatchNorm2d(channels) if batch_norm else None
+        self.skip = skip
+        self.activation = activation
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(N, C_i, h_i, w_i)`` to the same shape."""
+        branch: Tensor = self.conv(features)
+        if self.norm is not None:
+            branch = self.norm(branch)
+        if self.skip:
+            branch = branch + features
+        return branch.relu() if self.activation == "relu" else branch.sigmoid()
+
+
+class AttentionHead(nn.Module):
+    """Feature branches, bilinear upsampling, concatenation and a 1x1 convolution to K class maps (Eq. 8-10).
+
+    The fusing convolution acts on channels and the upsampling on space, so they commute: each layer's part is
+    computed at its own resolution, for the wanted classes only, and the upsampled parts are added. The result is that
+    of upsampling and concatenating first.
+
+    Args:
+        channels: C_i of each layer.
+        num_classes: K.
+        skip: see :class:`FeatureBranch`.
+        batch_norm: see :class:`FeatureBranch`.
+        activation: see :class:`FeatureBranch`.
+        generator: draws the initial weights (PyTorch's default distributions).
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        *,
+        skip: bool = True,
+        batch_norm: bool = True,
+        activation: str = "relu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"skip": skip, "batch_norm": batch_norm, "activation": activation}
+        self.branches = nn.ModuleList(FeatureBranch(c, **options) for c in channels)
+        self.fuser = _empty_conv(sum(channels), num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                draw_conv(module, generator)
+
+    def forward(self, features: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+        """Attention maps before the sigmoid.
+
+        Args:
+            features: ``(N, C_i, h_i, w_i)`` for each layer.
+            rows: ``(N, M)`` classes wanted for each image; ``None`` for all K.
+
+        Returns:
+            ``(N, M, h, w)``, with h and w the largest h_i and w_i.
+        """
+        attended = [branch(x) for branch, x in zip(self.branches, features, strict=True)]
+        size = tuple(max(x.shape[axis] for x in features) for axis in (-2, -1))
+        if rows is None:
+            return self._all(attended, size)
+        limit = max(1, _GATHER_BYTES // (rows.shape[1] * self.fuser.weight.shape[1] * self.fuser.weight.element_size()))
+        if len(rows) <= limit:
+            return self._selected(rows, size, *attended)
+        parts = []
+        for start in range(0, len(rows), limit):
+            some = slice(start, start + limit)
+            inputs = (rows[some], size, *(x[some] for x in attended))
+            parts.append(
+                checkpoint(self._selected, *inputs, use_reentrant=False, preserve_rng_state=False)
+                if torch.is_grad_enabled()
+                else self._selected(*inputs)
+            )
+        return torch.cat(parts)
+
+    def _all(self, attended: list[Tensor], size: tuple[int, ...]) -> Tensor:
+        weights = self.fuser.weight.split([x.shape[1] for x in attended], dim=1)
+        logits = sum(upsample(F.conv2d(x, w), size) for x, w in zip(attended, weights, strict=True))
+        return logits + self._bias.view(1, -1, 1, 1)
+
+    def _selected(self, rows: Tensor, size: tuple[int, ...], *attended: Tensor) -> Tensor:
+        weights = self.fuser.weight[:, :, 0, 0][rows].split([x.shape[1] for x in attended], dim=2)  # (N, M, C_i)
+        logits = sum(
+            upsample(torch.bmm(w, x.flatten(2)).unflatten(2, x.shape[2:]), size)  # type: ignore[no-untyped-call]
+            for x, w in zip(attended, weights, strict=True)
+        )
+        return logits + self._bias[rows][:, :, None, None]
+
+    @property
+    def _bias(self) -> Tensor:
+        return self.fuser.bias  # type: ignore[return-value]  # made with a bias
+
+    def zero_fuser(self) -> None:
+        """Start the fusing convolution at zero: every map is one half everywhere."""
+        nn.init.zeros_(self.fuser.weight)
+        nn.init.zeros_(self._bias)
+
+    @torch.no_grad()
+    def activation_scale(self, features: Sequence[Tensor]) -> float:
+        """``a``: the sum of the branches' absolute activations at a location, averaged; batch statistics as in training.
+
+        One step of size lr on every fuser weight moves a logit by up to ``lr * a``.
+        """
+        found = 0.0
+        for branch, x in zip(self.branches, features, strict=True):
+            norm = branch.norm
+            y = branch.conv(x)
+            if norm is not None:
+                y = F.batch_norm(y, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+            y = y + x if branch.skip else y
+            y = y.relu() if branch.activation == "relu" else y.sigmoid()
+            found += float(y.abs().sum(1).mean())
+        return found
+
+
+def _empty_conv(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 1x1 convolution whose weights are not drawn from the global generator."""
+    conv: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, inputs, outputs, 1)
+    return conv
+
+
+def draw_conv(conv: nn.Conv2d, generator: torch.Generator | None) -> None:
+    """PyTorch's default initial weights, uniform in ±1/√C_in, from this generator."""
+    bound = 1 / math.sqrt(conv.in_channels)
+    with torch.no_grad():
+        conv.weight.uniform_(-bound, bound, generator=generator)
+        if conv.bias is not None:
+            conv.bias.uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,133 @@
+"""One safetensors file for a fitted explainer: tensors, JSON metadata, and the fingerprint of its model's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.errors import CheckpointError, DataError
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """What is written and read: named tensors and JSON-ready facts."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name starts with ``prefix/``, without it."""
+        return {k.removeprefix(prefix + "/"): v for k, v in self.tensors.items() if k.startswith(prefix + "/")}
+
+
+def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
+    """Write the file whole or not at all: a temporary file beside it is renamed into place.
+
+    Raises:
+        DataError: the folder does not exist or cannot be written.
+    """
+    from safetensors.torch import save
+
+    target = Path(path)
+    metadata = {"attrib_zoo": json.dumps({"format": FORMAT, **checkpoint.facts})}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
+    data = save(tensors, metadata)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise DataError(
+            f"path: must lie in a folder that exists and can be written, got {target} ({error.strerror}); "
+            "make the folder or choose another"
+        ) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a file that :func:`write` made.
+
+    Raises:
+        CheckpointError: no such file, damaged, not ours, or of a newer format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    source = Path(path)
+    if not source.is_file():
+        raise CheckpointError(f"path: must be a checkpoint file, got {source}, which is not there; look at the path")
+    try:
+        with safe_open(str(source), framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if "attrib_zoo" not in metadata:
+                raise CheckpointError(
+                    f"path: {source} must be a checkpoint of attrib_zoo; it is a safetensors file of something else"
+                )
+            facts = json.loads(metadata["attrib_zoo"])
+            if facts.get("format", 0) > FORMAT:
+                raise CheckpointError(
+                    f"path: {source} is of format {facts['format']}, this version reads up to {FORMAT}; "
+                    "upgrade attrib_zoo"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise CheckpointError(
+            f"path: {source} must be a whole safetensors file, but it cannot be read ({error}); "
+            "it is damaged or cut off: copy it again, or fit again"
+        ) from error
+    return Checkpoint(tensors, facts)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of the model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous()
+        digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()) if data.numel() else b"")
+    return digest.hexdigest()
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as named tensors and JSON-ready facts."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}/{name}"] = value
+            else:
+                scalars[f"{index}/{name}"] = value
+    return tensors, {"scalars": scalars, "groups": state["param_groups"]}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Inverse of :func:`flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **facts["scalars"]}.items():
+        index, name = key.split("/", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})

@@ -1,0 +1,151 @@
+"""Batches of images out of whatever a loader yields, in an order that a resumed fit can repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attrib_zoo.errors import DataError, OptionError
+
+_KEYS = ("image", "images", "pixel_values", "inputs", "input", "x", "img")
+_EMPTY = "loader: must yield at least one batch, got none; look at the folder, the sampler and the batch size"
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images of a batch: the tensor itself, the first entry of a tuple, or a dict's image entry."""
+    found = batch
+    if isinstance(batch, Mapping):
+        keys = [key for key in _KEYS if key in batch]
+        if not keys:
+            raise DataError(
+                f"loader: a dict batch must hold its images under one of {', '.join(map(repr, _KEYS))}, got "
+                f"{', '.join(map(repr, list(batch)[:6]))}; rename the key or yield the images alone"
+            )
+        found = batch[keys[0]]
+    elif isinstance(batch, (tuple, list)) and batch:
+        found = batch[0]
+    if not isinstance(found, Tensor) or found.ndim != 4 or not found.is_floating_point() or len(found) == 0:
+        got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise DataError(
+            f"loader: batches must be float images (N, C, H, W), or a tuple or dict that starts with them, got {got}; "
+            "convert to tensors and standardise in the dataset's transform"
+        )
+    if not bool(torch.isfinite(found).all()):
+        raise DataError("loader: images must be finite, got NaN or infinity; look at the dataset and its transform")
+    return found
+
+
+def total_steps(loader: Iterable[Any], epochs: int, max_steps: int | None) -> int:
+    """``max_steps``, or epochs times the loader's length."""
+    for name, value in (("epochs", epochs), ("max_steps", max_steps)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise OptionError(f"{name}: must be a positive integer, got {value!r}")
+    length = _length(loader)
+    if length == 0:
+        raise DataError(_EMPTY)
+    if max_steps is not None:
+        return max_steps
+    if length is None:
+        raise OptionError(
+            "max_steps: must be given for a loader without a length, since the schedule needs the number of steps"
+        )
+    return epochs * length
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]  # that is the question
+    except TypeError:
+        return None
+
+
+class Batches(Iterator[Tensor]):
+    """The loader's images, epoch after epoch, in an order fixed by a seed; can start in the middle of an epoch.
+
+    Ends only where a loader that cannot start again runs dry.
+
+    Args:
+        loader: any iterable of batches.
+        seed: the loader's sampling and transforms draw from the global CPU generator, which is set from this seed
+            and the epoch; the caller restores it.
+        like: images are moved to this tensor's device and type.
+    """
+
+    def __init__(self, loader: Iterable[Any], seed: int, like: Tensor) -> None:
+        self.loader = loader
+        self.seed = seed
+        self.like = like
+        self.epoch = 0
+        self.position = 0  # batches of this epoch that were taken
+        self.per_epoch = _length(loader)
+        self._pending: Tensor | None = None
+        self._size: torch.Size | None = None
+        self._epoch_start = [g.get_state() for g in self._generators()]
+        self._stream = self._endless()
+
+    def __next__(self) -> Tensor:
+        if self._pending is not None:
+            images, self._pending = self._pending, None
+            return images
+        return next(self._stream)
+
+    def peek(self) -> Tensor:
+        """The next batch, which stays the next one."""
+        if self._pending is None:
+            self._pending = next(self._stream, None)
+        if self._pending is None:
+            raise DataError(_EMPTY)
+        return self._pending
+
+    def _endless(self) -> Iterator[Tensor]:
+        while True:
+            skip, self.position = self.position, 0
+            for images in self._one_epoch():
+                self.position += 1
+                if self.position > skip:
+                    yield self._checked(images).to(device=self.like.device, dtype=self.like.dtype)
+            if self.position == 0 or isinstance(self.loader, Iterator):
+                return
+            self.epoch += 1
+            self.position = 0
+            self._epoch_start = [g.get_state() for g in self._generators()]
+
+    def _one_epoch(self) -> Iterator[Tensor]:
+        torch.default_generator.manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        sampler = getattr(self.loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(self.epoch)
+        yield from map(images_of, self.loader)
+
+    def _checked(self, images: Tensor) -> Tensor:
+        if self._size is None:
+            self._size = images.shape[1:]
+        if images.shape[1:] != self._size:
+            raise DataError(
+                f"loader: all images must have one size; the first batch had {tuple(self._size)} and this one has "
+                f"{tuple(images.shape[1:])}: resize and crop in the dataset's transform"
+            )
+        return images
+
+    def _generators(self) -> list[torch.Generator]:
+        """The generators that the loader itself draws from."""
+        sampler = getattr(self.loader, "sampler", None)
+        inner = getattr(getattr(self.loader, "batch_sampler", None), "sampler", None)
+        found = [getattr(holder, "generator", None) for holder in (self.loader, sampler, inner)]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """The place before the next batch, as tensors and JSON-ready facts."""
+        tensors = {f"loader/{i}": state for i, state in enumerate(self._epoch_start)}
+        return tensors, {"epoch": self.epoch, "position": self.position - (self._pending is not None)}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, int]) -> None:
+        """Continue at the place that :meth:`state` gave; to be called before the first batch is taken."""
+        self.epoch, self.position = facts["epoch"], facts["position"]
+        for i, generator in enumerate(self._generators()):
+            if f"loader/{i}" in tensors:
+                generator.set_state(tensors[f"loader/{i}"])
+        self._epoch_start = [g.get_state() for g in self._generators()]

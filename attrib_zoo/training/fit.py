@@ -1,0 +1,218 @@
+"""The training loop: steps, progress, validation, checkpoints, resumption."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.errors import OptionError, TrainingError
+from attrib_zoo.training import distributed
+from attrib_zoo.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from attrib_zoo.training.data import Batches
+from attrib_zoo.training.history import History
+
+PRECISIONS = (None, "bf16-mixed", "fp16-mixed")
+
+
+@dataclass
+class Terms:
+    """One step's loss, its parts for the log, and the class counts of the images."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    classes: Tensor  # (N,) the class that each image was masked for
+
+
+Objective = Callable[[nn.Module, Tensor, torch.Generator], Terms]
+
+
+@dataclass
+class State:
+    """Everything that changes during a fit."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    cycle: torch.optim.lr_scheduler.OneCycleLR
+    generator: torch.Generator
+    batches: Batches
+    counts: Tensor
+    scaler: torch.amp.GradScaler | None = None
+    step: int = 0
+    history: History = field(default_factory=History)
+    whole: bool = True  # false while the weights change
+    _boundary: tuple[Tensor, dict[str, Tensor], dict[str, int]] | None = None
+
+    def mark(self) -> None:
+        """Remember the generators and the place in the data as they are between two steps."""
+        self._boundary = (self.generator.get_state(), *self.batches.state())
+
+    def snapshot(self) -> Checkpoint:
+        """The state between two steps, to be written."""
+        tensors, optimizer = flatten_optimizer(self.optimizer)
+        if self._boundary is None:
+            self.mark()
+        generator, loader, order = self._boundary  # type: ignore[misc]  # set by mark
+        named = {f"optimizer/{k}": v for k, v in tensors.items()}
+        named |= {**loader, "generator": generator}
+        named |= {f"history/{k}": torch.tensor(v, dtype=torch.float64) for k, v in self.history.steps.items()}
+        cycle = {k: v for k, v in self.cycle.state_dict().items() if isinstance(v, (int, float, str, bool, list))}
+        facts = {
+            "step": self.step,
+            "order": order,
+            "optimizer": optimizer,
+            "cycle": cycle,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "validation": self.history.validation,
+            "messages": self.history.messages,
+        }
+        return Checkpoint(named, facts)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Continue from :meth:`snapshot`; the network's own weights are loaded by the caller."""
+        facts = saved.facts
+        restore_optimizer(self.optimizer, saved.part("optimizer"), facts["optimizer"])
+        self.cycle.load_state_dict(facts["cycle"])
+        self.generator.set_state(saved.tensors["generator"])
+        if self.scaler is not None and facts["scaler"] is not None:
+            self.scaler.load_state_dict(facts["scaler"])
+        self.step = facts["step"]
+        steps = {k: v.tolist() for k, v in saved.part("history").items()}
+        self.history = History(steps, facts["validation"], facts["messages"])
+
+
+def autocast(precision: str | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Where the frozen model's passes run in lower precision; the head and the loss never do."""
+    if precision not in PRECISIONS:
+        raise OptionError(f"precision: must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+    if precision is None:
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16-mixed" else torch.float16)
+
+
+def train(
+    state: State,
+    objective: Objective,
+    steps: int,
+    *,
+    show_progress: bool,
+    validate: Callable[[], dict[str, float]] | None = None,
+    save: Callable[[], Path] | None = None,
+    save_every: int = 500,
+) -> None:
+    """Run the loop from ``state.step`` to ``steps``; on any error the last whole step is saved first.
+
+    Args:
+        state: where to start; changed in place.
+        objective: the loss of a batch.
+        steps: where to stop.
+        show_progress: draw a progress bar.
+        validate: measures of the network as it is, called after each epoch and at the end.
+        save: writes :meth:`State.snapshot`.
+        save_every: steps between two checkpoints.
+    """
+    network = distributed.wrap(state.network)
+    network.train()
+    with _progress(steps, state.step, show_progress) as report:
+        try:
+            while state.step < steps:
+                state.mark()
+                images = next(state.batches, None)
+                if images is None:
+                    _ended_early(state, steps)
+                    break
+                report(_one_step(state, network, objective, images))
+                if validate is not None and state.batches.position == state.batches.per_epoch and state.step < steps:
+                    _validate(state, validate)
+                if save is not None and state.step % save_every == 0:
+                    state.mark()
+                    save()
+        except BaseException:
+            if save is not None and state.step > 0 and state.whole:
+                save()
+            raise
+    distributed.share(state.network)
+    state.network.eval()
+    state.mark()
+    if validate is not None:
+        _validate(state, validate)
+    if save is not None:
+        save()
+
+
+def _one_step(state: State, network: nn.Module, objective: Objective, images: Tensor) -> dict[str, float]:
+    terms = objective(network, images, state.generator)
+    names = list(terms.parts)
+    values = torch.stack([terms.loss.detach(), *(terms.parts[name].detach() for name in names)]).double()
+    numbers = dict(zip(["loss", *names], distributed.mean(values).tolist(), strict=True))
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if bad:
+        raise TrainingError(
+            f"fit: the loss must be finite, but at step {state.step + 1} {', '.join(bad)} is not ({numbers}); the "
+            "weights are those of the step before: lower lr, or use precision=None"
+        )
+    (terms.loss if state.scaler is None else state.scaler.scale(terms.loss)).backward()
+    state.whole = False
+    if state.scaler is None:
+        state.optimizer.step()
+    else:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    numbers["lr"] = state.optimizer.param_groups[0]["lr"]
+    state.step += 1
+    if state.step < state.cycle.total_steps:
+        state.cycle.step()
+    seen = torch.bincount(terms.classes.cpu(), minlength=len(state.counts))
+    state.counts += distributed.total(seen)
+    state.history.add(numbers)
+    state.whole = True
+    return numbers
+
+
+def _validate(state: State, validate: Callable[[], dict[str, float]]) -> None:
+    training = state.network.training
+    state.network.eval()
+    try:
+        with torch.no_grad():
+            state.history.validation.append({"step": float(state.step), **validate()})
+    finally:
+        state.network.train(training)
+
+
+def _ended_early(state: State, steps: int) -> None:
+    tell(
+        state.history,
+        f"fit: the loader ended after {state.step} of {steps} steps and cannot start again; the learning rate has not "
+        "come down: pass a loader that can be iterated more than once, or max_steps as it is",
+    )
+
+
+def tell(history: History, message: str) -> None:
+    """Warn, and keep the warning in the history."""
+    history.messages.append(message)
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+@contextmanager
+def _progress(steps: int, start: int, show: bool) -> Iterator[Callable[[dict[str, float]], None]]:
+    if not (show and distributed.is_first()):
+        yield lambda numbers: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=steps, initial=start, desc="fit", unit="step", mininterval=0.5) as bar:
+
+        def report(numbers: dict[str, float]) -> None:
+            shown = {k: f"{v:.3g}" for k, v in numbers.items() if k not in ("everything", "lr")}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+
+        yield report

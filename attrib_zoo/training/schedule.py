@@ -1,0 +1,83 @@
+"""How the head is optimised: the papers' long schedule, and one for budgets that people have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from attrib_zoo.errors import OptionError
+
+OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+_NAMED = ("sgd", "adam", "adamw")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """An optimiser and a one-cycle learning rate (cosine, stepped after every batch).
+
+    Attributes:
+        name: ``"paper"``, ``"short"`` or ``"released"``.
+        optimizer: ``"sgd"`` (Nesterov), ``"adam"`` or ``"adamw"``.
+        lr: the maximal learning rate of the cycle.
+        weight_decay: on weights, batch normalisation's included; never on biases.
+        zero_fuser: start the fusing convolution at zero, so that every map starts at one half.
+    """
+
+    name: str
+    optimizer: str
+    lr: float
+    weight_decay: float = 0.0
+    zero_fuser: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def build(
+    network: nn.Module, schedule: Schedule, steps: int, custom: OptimizerFactory | None
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
+    """The optimiser over the network's parameters and its one-cycle schedule of exactly ``steps`` steps."""
+    named = list(network.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if not n.endswith("bias")], "weight_decay": schedule.weight_decay},
+        {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer
+    if custom is not None:
+        optimizer = custom(groups)
+    elif schedule.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True)
+    else:
+        kind = torch.optim.Adam if schedule.optimizer == "adam" else torch.optim.AdamW
+        optimizer = kind(groups, lr=schedule.lr)
+    cycles_momentum = "momentum" in optimizer.defaults or "betas" in optimizer.defaults
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=schedule.lr,
+        total_steps=max(steps, 4),  # shorter cycles have an empty phase
+        pct_start=0.3,
+        anneal_strategy="cos",
+        cycle_momentum=cycles_momentum,
+        base_momentum=0.85,
+        max_momentum=0.95,
+        div_factor=25.0,
+        final_div_factor=1e4,
+    )
+    return optimizer, cycle
+
+
+def check_optimizer(optimizer: str | OptimizerFactory | None) -> tuple[str | None, OptimizerFactory | None]:
+    """Split the user's choice into a name and a factory."""
+    if optimizer is None or optimizer in _NAMED:
+        return optimizer, None  # type: ignore[return-value]  # a name, by the test
+    if callable(optimizer):
+        return None, optimizer
+    raise OptionError(
+        f"optimizer: must be one of {', '.join(map(repr, _NAMED))} or a function from parameter groups to an "
+        f"optimiser, got {optimizer!r}"
+    )
