@@ -1,0 +1,259 @@
+"""The call: its signature, what goes in, what comes out, and which output is explained."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from captum.attr import Attribution, FeatureAblation
+from torch import Tensor, nn
+
+from attrib_zoo.testing.benches import MODELS
+from attrib_zoo.testing.state import Snapshot
+from attrib_zoo.testing.suite import Case, Inapplicable, check, different, expect, raises, same, unchanged
+
+_ALL = tuple(MODELS)
+_PARAMETERS = {
+    "inputs": (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty),
+    "target": (inspect.Parameter.POSITIONAL_OR_KEYWORD, None),
+    "additional_forward_args": (inspect.Parameter.POSITIONAL_OR_KEYWORD, None),
+    "show_progress": (inspect.Parameter.KEYWORD_ONLY, False),
+}
+
+
+@check()
+def captum_subclass(case: Case) -> None:
+    """The object is a ``captum.attr.Attribution`` for this model, named after its class."""
+    found = case.explainer
+    expect(isinstance(found, Attribution), "expected a subclass of captum.attr.Attribution")
+    expect(found.forward_func is case.model, "expected forward_func to be the model that the factory was given")
+    expect(
+        found.get_name() == type(found).__name__, f"expected get_name() to be the class name, got {found.get_name()!r}"
+    )
+    expect(type(found.multiplies_by_inputs) is bool, "expected multiplies_by_inputs to be True or False")
+    if found.multiplies_by_inputs:
+        owner = next(c for c in type(found).__mro__ if "multiplies_by_inputs" in vars(c))
+        expect(
+            not owner.__module__.startswith("captum."),
+            f"multiplies_by_inputs is True, inherited from Captum's {owner.__name__}: put your base before it, or say "
+            "it in the class; maps and masks are no factors of the input",
+        )
+
+
+@check()
+def wrapped(case: Case) -> None:
+    """``attribute.__wrapped__`` does the whole work; NoiseTunnel and TCAV call nothing else."""
+    found = case.explainer
+    inner = getattr(type(found).attribute, "__wrapped__", None)
+    expect(inner is not None, "expected attribute.__wrapped__; decorate attribute with a functools.wraps wrapper")
+    same(inner(found, case.inputs, target=case.targets), case.maps, "__wrapped__ with a tensor", 0)  # type: ignore[misc]
+    boxed = inner(found, (case.inputs,), target=case.targets)  # type: ignore[misc]
+    expect(isinstance(boxed, tuple) and len(boxed) == 1, "__wrapped__ with a 1-tuple: expected a 1-tuple")
+    same(boxed[0], case.maps, "__wrapped__ with a 1-tuple", 0)
+
+
+@check()
+def signature(case: Case) -> None:
+    """``attribute(inputs, target=None, additional_forward_args=None, *, show_progress=False)``, all by name."""
+    found = case.explainer
+    parameters = inspect.signature(found.attribute).parameters
+    shown = {name: (p.kind, p.default) for name, p in parameters.items()}
+    expect(shown == _PARAMETERS, f"expected exactly {', '.join(_PARAMETERS)}, got {inspect.signature(found.attribute)}")
+    gates = case.bench.gates
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        named = found.attribute(
+            show_progress=True, additional_forward_args=gates, target=case.targets, inputs=case.inputs
+        )
+    same(named, found.attribute(case.inputs, case.targets, gates), "by name in another order", 0)
+    try:
+        found.attribute(case.inputs, target=0, no_such_keyword=1)
+    except TypeError:
+        return
+    expect(False, "an unknown keyword: expected TypeError")
+
+
+@check(*_ALL)
+def tuples(case: Case) -> None:
+    """A tensor gives a tensor, a 1-tuple a 1-tuple of the same values; anything else is refused."""
+    boxed = case.explainer.attribute((case.inputs,), target=case.targets)
+    expect(isinstance(boxed, tuple) and len(boxed) == 1, f"a 1-tuple: expected a 1-tuple, got {type(boxed).__name__}")
+    same(boxed[0], case.maps, "a 1-tuple", 0)
+    two = (case.inputs, case.inputs)
+    raises(lambda: case.explainer.attribute(two, target=0), "(N, C, H, W)", what="a tuple of two tensors")
+    raises(lambda: case.explainer.attribute([case.inputs], target=0), "(N, C, H, W)", what="a list")
+
+
+@check(*_ALL)
+def input_shape(case: Case) -> None:
+    """The map has the shape of the input, the same in every channel, as Captum's own methods return it."""
+    for size in ((32, 32), (32, 48)):
+        sized = case.at(size)
+        found = sized.maps
+        expect(bool(found.any()), "the maps are all zero")
+        expect(
+            found.shape == sized.inputs.shape, f"expected shape {tuple(sized.inputs.shape)}, got {tuple(found.shape)}"
+        )
+        expect(bool((found == found[:, :1]).all()), "expected the same map in every channel")
+        per_channel = torch.arange(3).view(1, 3, 1, 1)
+        beside = FeatureAblation(sized.model).attribute(sized.inputs, target=[0, 1, 2], feature_mask=per_channel)
+        expect(beside.shape == found.shape, "expected the shape of FeatureAblation's answer to the same call")
+
+
+@check(*_ALL)
+def informative(case: Case) -> None:
+    """Maps are not all zero, and two targets give two maps, unless the class says ``class_agnostic = True``."""
+    zero, one = (case.explainer.attribute(case.inputs, target=t) for t in (0, 1))
+    expect(bool(zero.any()) and bool(one.any()), "the maps are all zero")
+    expect(float((zero - zero.mean((2, 3), keepdim=True)).abs().max()) > 0, "the maps are constant over space")
+    if getattr(case.explainer, "class_agnostic", False):
+        same(one, zero, "class_agnostic is True, so targets 0 and 1", 1e-5)
+    else:
+        different(zero, one, "targets 0 and 1 (a class-agnostic method says class_agnostic = True)")
+
+
+@check()
+def plain_tensor(case: Case) -> None:
+    """The result is contiguous, detached from every graph and ready for ``.numpy()`` and ``.view``."""
+    for inputs in (case.inputs, case.inputs.clone().requires_grad_()):
+        found = case.explainer.attribute(inputs, target=case.targets)
+        expect(found.is_contiguous(), "expected a contiguous tensor, not an expanded view")
+        expect(not found.requires_grad and found.grad_fn is None, "expected a tensor detached from the graph")
+        same(torch.from_numpy(found.numpy().copy()), case.maps, "input that asks for gradients", 0)
+
+
+@check(*_ALL)
+def no_grad(case: Case) -> None:
+    """The same map inside ``torch.no_grad()``, where Captum's NoiseTunnel and metrics call."""
+    with torch.no_grad():
+        same(case.explainer.attribute(case.inputs, target=case.targets), case.maps, "under no_grad", 0)
+
+
+@check(*_ALL)
+def target_forms(case: Case) -> None:
+    """All of Captum's ways to name the same targets give the same map, also NumPy's integers."""
+    ask = case.explainer.attribute
+    wanted = ask(case.inputs, target=1)
+    everywhere: list[Any] = [torch.tensor(1), torch.tensor([1]), [1, 1, 1], torch.tensor([1, 1, 1]), (1,), [(1,)] * 3]
+    for form in [*everywhere, np.int64(1), np.array([1, 1, 1])]:
+        same(ask(case.inputs, target=form), wanted, f"target={form!r} against target=1", 0)
+    each = [2, 0, 1]
+    wanted = ask(case.inputs, target=each)
+    for form in (torch.tensor(each), [(t,) for t in each], np.array(each), [torch.tensor(t) for t in each]):
+        same(ask(case.inputs, target=form), wanted, f"target={form!r} against target={each}", 0)
+
+
+@check(*_ALL)
+def batch_independence(case: Case) -> None:
+    """Each image of a batch gets the map that it gets alone."""
+    for dtype, rtol in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+        sized = case.at((32, 48), dtype)
+        for i, target in enumerate(sized.targets):
+            alone = sized.explainer.attribute(sized.inputs[i : i + 1], target=target)
+            same(sized.maps[i : i + 1], alone, f"image {i} of the batch against alone, {dtype}", rtol)
+
+
+@check(*_ALL)
+def own_decision(case: Case) -> None:
+    """``target=None`` explains the class that the model decides for, with the same forward arguments."""
+    ask, gates = case.explainer.attribute, case.bench.gates
+    decided = case.bench.decisions(case.inputs)
+    with torch.no_grad():
+        gated = case.model(case.inputs, gates).argmax(1)
+    expect(
+        len(set(decided.tolist())) > 1 and not torch.equal(decided, gated),
+        "fault of the suite: decisions do not differ",
+    )
+    same(ask(case.inputs), ask(case.inputs, target=decided), "target=None against the argmax", 1e-6)
+    wanted = ask(case.inputs, target=gated, additional_forward_args=gates)
+    same(ask(case.inputs, additional_forward_args=gates), wanted, "target=None with forward arguments", 1e-6)
+
+
+class _OneOutput(nn.Module):
+    def __init__(self, model: nn.Module, *, column: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.column = column
+
+    def forward(self, inputs: Tensor, *args: Any) -> Tensor:
+        out: Tensor = self.model(inputs, *args)
+        return out[:, 1:2] if self.column else out[:, 1]
+
+
+@check("cnn", "vit")
+def single_output(case: Case) -> None:
+    """A model with one value per image, (N,) or (N, 1), is explained by that value."""
+    if case.fits(case.explainer):
+        raise Inapplicable("a trained method learns from the decision between classes")
+    wanted = case.explainer.attribute(case.inputs, target=1)
+    for column in (False, True):
+        found = case.ready(_OneOutput(case.model, column=column)).attribute(case.inputs)
+        same(
+            found, wanted, f"the only output {'(N, 1)' if column else '(N,)'} against target 1 of the whole model", 1e-6
+        )
+
+
+@check("cnn", "vit")
+def bad_target(case: Case) -> None:
+    """A target that the model does not have is refused with the number of classes, and nothing is left behind."""
+    ask = case.explainer.attribute
+    before = Snapshot(case.model, inputs=case.inputs)
+    absent: list[Any] = [5, -1, [0, 1, 5], [0, -1, 1], torch.tensor([0, 1, 9]), torch.tensor(5), (7,)]
+    odd: list[Any] = [[0, 1], torch.tensor([0, 1, 2, 3]), [], 1.0, True, (0, 0), [(0, 0)] * 3, "cat"]
+    odd += [torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, True, False])]
+    for target in [*absent, *odd]:
+        word = "target" if any(target is t for t in odd) else "5 classes"
+        raises(functools.partial(ask, case.inputs, target=target), word, what=f"target={target!r}")
+    unchanged(before, "after a bad target")
+
+
+@check("cnn")
+def bad_inputs(case: Case) -> None:
+    """Images of the wrong rank, type or content are refused in a sentence with the class and ``(N, C, H, W)``."""
+    images, who = case.inputs, type(case.explainer).__name__
+    spoilt = images.clone()
+    spoilt[1, 0, 3, 3] = float("nan")
+    bad = {
+        "an image without the batch axis": images[0],
+        "five axes": images[None],
+        "uint8 images": (images * 20 + 100).to(torch.uint8),
+        "an empty batch": images[:0],
+        "images without channels": images[:, :0],
+        "NaN in an image": spoilt,
+    }
+    before = Snapshot(case.model)
+    for what, inputs in bad.items():
+        raises(functools.partial(case.explainer.attribute, inputs, target=0), who, "(N, C, H, W)", what=what)
+    raises(lambda: case.explainer.attribute(images[:, :2], target=0), what="two channels for a model of three")
+    unchanged(before, "after bad images")
+
+
+@check(*_ALL)
+def no_warning(case: Case) -> None:
+    """An ordinary call gives no warning."""
+    explainer = case.explainer
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        case.build(case.model)
+        explainer.attribute(case.inputs, target=case.targets)
+        explainer.attribute(case.inputs)
+    expect(not caught, f"expected no warning, got {caught[0].message}" if caught else "")
+
+
+@check(*_ALL)
+def several_targets(case: Case) -> None:
+    """``attribute_many`` gives, in column t, the map of the t-th targets."""
+    if not hasattr(case.explainer, "attribute_many"):
+        raise Inapplicable("no attribute_many")
+    many = case.explainer.attribute_many
+    for rows, columns in (([[2, 0], [1, 1], [4, 2]], ([2, 1, 4], [0, 1, 2])), ([3, 0], (3, 0))):
+        found = many(case.inputs, rows)
+        expect(found.ndim == 5, f"targets {rows}: expected (N, 2, C, H, W), got {tuple(found.shape)}")
+        wanted = [case.explainer.attribute(case.inputs, target=column) for column in columns]
+        same(found, torch.stack(wanted, 1), f"targets {rows} at once against one after the other", 1e-5)
+    raises(lambda: many(case.inputs, [0, 5]), "5 classes", what="class 5 among several")

@@ -1,0 +1,182 @@
+"""The constructor: layers, layer resolution, chunk sizes and the other options."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attrib_zoo.testing.benches import MODELS, BenchModel
+from attrib_zoo.testing.suite import Case, Inapplicable, check, expect, raises, same
+
+_ALL = tuple(MODELS)
+_CHUNKS = ("chunk_size", "perturbations_per_eval", "internal_batch_size")
+
+
+@check()
+def options(case: Case) -> None:
+    """Options are keyword-only with defaults, checked by the constructor and shown by ``repr``."""
+    named = {name: p for name, p in case.parameters().items() if name != "layers"}
+    for name, parameter in named.items():
+        expect(parameter.kind is inspect.Parameter.KEYWORD_ONLY, f"{name}: expected a keyword-only parameter")
+        expect(parameter.default is not inspect.Parameter.empty, f"{name}: expected a default")
+    if not named:
+        raise Inapplicable("no options")
+    case.needs(*named)
+    for name, parameter in named.items():
+        if type(parameter.default) is not bool:
+            raises(functools.partial(case.build, case.model, **{name: object()}), name, what=f"{name}=object()")
+        for value in _others(parameter.default):
+            try:
+                changed = case.build(case.model, **{name: value})
+            except (ValueError, TypeError):
+                continue
+            expect(f"{name}={value!r}" in repr(changed), f"expected repr to show {name}={value!r}, got {changed!r}")
+
+
+def _others(default: Any) -> list[Any]:
+    """Values of the same type that are likely to be allowed."""
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, int):
+        return [default + 1]
+    if isinstance(default, float):
+        return [default / 2]
+    return []
+
+
+@check("cnn", "vit")
+def layers(case: Case) -> None:
+    """A layer may be named or given as a module; an unknown name is answered with the closest ones."""
+    case.needs("layers")
+    name = case.model.explained
+    ask = {"target": case.targets}
+    by_name = case.ready(case.model, layers=name).attribute(case.inputs, **ask)
+    module = case.model.get_submodule(name)
+    explainer = case.ready(case.model, layers=module)
+    same(explainer.attribute(case.inputs, **ask), by_name, "a module against its name", 0)
+    twin = copy.deepcopy(explainer)
+    same(twin.attribute(case.inputs, **ask), by_name, "a deep copy of an object that was given a module", 0)
+    wrong = f"{name}x"
+    raises(
+        lambda: case.ready(case.model, layers=wrong).attribute(case.inputs, **ask),
+        "closest",
+        wrong,
+        what="an unknown layer",
+    )
+    idle = case.bench.model
+    idle.idle = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    raises(
+        lambda: case.ready(idle, layers="idle").attribute(case.inputs, **ask), "idle", what="a layer that never runs"
+    )
+
+
+@check("cnn")
+def in_place_followers(case: Case) -> None:
+    """A layer followed by an in-place activation is explained as if that worked on a copy."""
+    case.needs("layers")
+    careful = copy.deepcopy(case.model)
+    for module in careful.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    layer = "stages.2.1"
+    wanted = case.ready(careful, layers=layer).attribute(case.inputs, target=case.targets)
+    found = case.ready(case.model, layers=layer).attribute(case.inputs, target=case.targets)
+    same(found, wanted, "BatchNorm before an in-place ReLU against the same before an ordinary one", 1e-5)
+
+
+@check("cnn")
+def plain_callable(case: Case) -> None:
+    """A function instead of a module is explained the same, or refused with the advice to wrap it in an nn.Module."""
+    model = case.model
+    try:
+        found = case.ready(lambda *args: model(*args)).attribute(case.inputs, target=case.targets)  # type: ignore[arg-type]
+    except Exception as error:
+        expect(
+            "module" in str(error).lower(),
+            f"expected advice to wrap it in an nn.Module, got {type(error).__name__}: {error}",
+        )
+        expect(not isinstance(error, (AttributeError, KeyError)), f"expected a clear error, got {type(error).__name__}")
+        return
+    same(found, case.maps, "a function against its model", 1e-5)
+
+
+@check(*_ALL)
+def layer_resolution(case: Case) -> None:
+    """``upsample=False`` gives (N, 1, h, w), and its bilinear enlargement is the default map."""
+    case.needs("upsample")
+    sized = case.at((32, 48))
+    small = sized.ready(sized.model, upsample=False).attribute(sized.inputs, target=sized.targets)
+    expect(small.ndim == 4 and small.shape[1] == 1, f"expected (N, 1, h, w), got {tuple(small.shape)}")
+    expect(small.shape[2] < 32 and small.shape[3] < 48, f"expected a layer's resolution, got {tuple(small.shape[2:])}")
+    large = F.interpolate(small, size=sized.inputs.shape[-2:], mode="bilinear", align_corners=False)
+    same(large.expand_as(sized.inputs), sized.maps, "enlarged against the default map", 1e-5)
+
+
+@check(*_ALL)
+def flips(case: Case) -> None:
+    """The mirrored image and the mirrored model give the mirrored map: rows, columns and tokens are in place.
+
+    Methods that draw random masks, those with an option ``seed``, are left out.
+    """
+    if "seed" in case.parameters():
+        raise Inapplicable("random masks have no mirror image")
+    sized = case.at((32, 48), torch.float64)
+    wanted = sized.maps
+    for axis, name in ((2, "top to bottom"), (3, "left to right")):
+        mirrored = case.at((32, 48), torch.float64)
+        mirror(mirrored.model, axis, (32, 48))
+        mirrored.bench.batches = [batch.flip(axis) for batch in mirrored.bench.batches]
+        logits = mirrored.model(sized.inputs.flip(axis)) - sized.model(sized.inputs)
+        expect(float(logits.abs().max()) < 1e-9, "fault of the suite: the mirrored model differs")
+        found = mirrored.explainer.attribute(sized.inputs.flip(axis), target=sized.targets)
+        same(found.flip(axis), wanted, f"mirrored {name}", 1e-5)
+
+
+def mirror(model: BenchModel, axis: int, size: tuple[int, int]) -> None:
+    """Change the bench model so that mirrored images, ``axis`` 2 or 3, give the logits that the images gave."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.copy_(module.weight.flip(axis))
+        if model.layout == "tokens":
+            positions: Tensor = model.pos_embed  # type: ignore[assignment]
+            grid = positions[:, model.prefix :].view(1, size[0] // 8, size[1] // 8, -1)
+            positions[:, model.prefix :] = grid.flip(axis - 1).flatten(1, 2)
+
+
+def _chunk_option(case: Case) -> str:
+    for name in _CHUNKS:
+        if name in case.parameters():
+            case.needs(name)
+            return name
+    raise Inapplicable(f"no option {' or '.join(_CHUNKS)}")
+
+
+@check("cnn", "vit")
+def chunk_size(case: Case) -> None:
+    """How many copies go through the model at once never changes a result."""
+    option = _chunk_option(case)
+    gates = case.bench.gates
+    for number in (1, 3, 16, 64):
+        chunked = case.ready(case.model, **{option: number})
+        found = chunked.attribute(case.inputs, target=case.targets)
+        same(found, case.maps, f"{option}={number} against the default", 1e-4)
+        found = chunked.attribute(case.inputs, target=case.targets, additional_forward_args=gates)
+        wanted = case.explainer.attribute(case.inputs, target=case.targets, additional_forward_args=gates)
+        same(found, wanted, f"{option}={number} with a forward argument", 1e-4)
+
+
+@check("cnn")
+def out_of_memory(case: Case) -> None:
+    """When memory runs out the chunks shrink, and the result is the same."""
+    _chunk_option(case)
+    wanted = case.maps
+    case.model.fuse.rows = 4
+    found = case.ready(case.model).attribute(case.inputs, target=case.targets)
+    same(found, wanted, "with memory for four rows", 1e-4)

@@ -1,0 +1,121 @@
+"""What a call must leave as it was: a picture of model, images and process, to be compared afterwards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
+
+_PLAIN = (bool, int, float, str, type(None))
+_INNER = ("_parameters", "_buffers", "_modules", "_is_full_backward_hook")  # the last outlives a removed hook
+
+
+class Snapshot:
+    """The state of a model, some tensors and the process.
+
+    Hooks, attributes (also an instance-level ``forward`` or a flag such as ``fused_attn``), identities and training
+    flags of each module; values, gradients and flags of parameters and buffers; values, versions and flags of the
+    tensors; gradient mode and the global generators of torch, NumPy and Python.
+
+    Args:
+        model: the model.
+        tensors: what else must not change, by the name to report.
+    """
+
+    def __init__(self, model: nn.Module, **tensors: Tensor) -> None:
+        self._model = model
+        self._tensors = tensors
+        self._before = self._look()
+
+    def _look(self) -> dict[str, Any]:
+        state = _process()
+        for name, module in self._model.named_modules(remove_duplicate=False):
+            state.update(_module(name or "the model", module))
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            state.update(_tensor(f"parameter {name}", parameter))
+        for name, buffer in self._model.named_buffers(remove_duplicate=False):
+            state.update(_tensor(f"buffer {name}", buffer))
+        for name, tensor in self._tensors.items():
+            state.update(_tensor(name, tensor))
+            if not tensor.is_inference():
+                state[f"version of {name}"] = tensor._version
+        return state
+
+    def changes(self) -> list[str]:
+        """What differs now, as short sentences; empty if nothing does."""
+        after = self._look()
+        found = [f"{key} is gone" for key in self._before if key not in after]
+        found += [f"{key} is new ({_short(after[key])})" for key in after if key not in self._before]
+        found += [
+            f"{key} changed" + _from_to(old, after[key])
+            for key, old in self._before.items()
+            if key in after and not _equal(old, after[key])
+        ]
+        return found
+
+
+def _from_to(old: Any, new: Any) -> str:
+    return f" from {old!r} to {new!r}" if isinstance(old, _PLAIN) and isinstance(new, _PLAIN) else ""
+
+
+def _short(value: Any) -> str:
+    return repr(value) if isinstance(value, _PLAIN) else type(value).__name__
+
+
+def _equal(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return old.shape == new.shape and old.dtype == new.dtype and bool(torch.equal(old, new))
+    if isinstance(old, np.ndarray) and isinstance(new, np.ndarray):
+        return bool(np.array_equal(old, new))
+    if isinstance(old, (*_PLAIN, tuple)):
+        return type(old) is type(new) and bool(old == new)
+    return old is new
+
+
+def _module(name: str, module: nn.Module) -> dict[str, Any]:
+    state: dict[str, Any] = {f"identity of {name}": module, f"class of {name}": type(module)}
+    state[f"class-level forward of {name}"] = type(module).forward
+    for key, value in vars(module).items():
+        if "hooks" in key and isinstance(value, Mapping):
+            state[f"number of {key} of {name}"] = len(value)
+        elif key not in _INNER:
+            state[f"attribute {key} of {name}"] = value
+    return state
+
+
+def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
+    return {
+        f"identity of {name}": tensor if tensor.is_leaf else None,
+        f"value of {name}": tensor.detach().clone(),
+        f"requires_grad of {name}": tensor.requires_grad,
+        f"gradient of {name}": None if not tensor.is_leaf or tensor.grad is None else tensor.grad.clone(),
+        f"number of hooks on {name}": len(tensor._backward_hooks or ()),
+    }
+
+
+def _process() -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "gradient mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "default dtype": str(torch.get_default_dtype()),
+        "torch's global generator": torch.get_rng_state(),
+        "Python's global generator": random.getstate(),
+        "nn.Module.__call__": nn.Module.__call__,
+        "F.scaled_dot_product_attention": F.scaled_dot_product_attention,
+        "F.softmax": F.softmax,
+    }
+    for i, part in enumerate(np.random.get_state()):
+        state[f"NumPy's global generator ({i})"] = part
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for i, rng in enumerate(torch.cuda.get_rng_state_all()):
+            state[f"generator of cuda:{i}"] = rng
+    for key, value in vars(module_globals).items():
+        if key.startswith("_global_") and isinstance(value, Mapping):
+            state[f"number of {key}"] = len(value)
+    return state

@@ -1,0 +1,279 @@
+"""How a check is written, run and reported."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import unittest
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.testing.benches import MODELS, BenchModel, bench, seeded
+from attrib_zoo.testing.state import Snapshot
+
+Factory = Callable[..., Any]
+Check = Callable[[Factory], None]
+
+CHECKS: dict[str, Check] = {}
+"""Name -> check, in the order in which they run. ``check(factory)`` returns or raises :class:`ContractError`."""
+
+
+class ContractError(AssertionError):
+    """One or more checks failed.
+
+    Attributes:
+        failures: name of the check -> what was expected and what came.
+    """
+
+    def __init__(self, subject: str, failures: Mapping[str, str]) -> None:
+        self.failures = dict(failures)
+        lines = "".join(f"\n  {name}: {reason}" for name, reason in self.failures.items())
+        super().__init__(f"{subject} breaks the contract in {len(self.failures)} check(s){lines}")
+
+
+class Inapplicable(unittest.SkipTest):
+    """The check says nothing about this class; pytest and unittest report it as skipped, with the reason."""
+
+
+class _Broken(Exception):
+    """What a check found."""
+
+
+class Case:
+    """One factory on one bench: what a check works with.
+
+    Attributes:
+        factory: the class under test, or a callable that makes it from a model.
+        bench: the model and its images; this case's own.
+        targets: ``[0, 1, 2]``.
+    """
+
+    def __init__(self, factory: Factory, name: str) -> None:
+        self.factory = factory
+        self.name = name
+        self.bench = bench(name)
+        self.targets = [0, 1, 2]
+
+    @property
+    def model(self) -> BenchModel:
+        """The bench's model."""
+        return self.bench.model
+
+    @property
+    def inputs(self) -> Tensor:
+        """The bench's three images."""
+        return self.bench.inputs
+
+    @functools.cached_property
+    def explainer(self) -> Any:
+        """The object under test, ready to be asked."""
+        return self.ready(self.model)
+
+    @functools.cached_property
+    def maps(self) -> Tensor:
+        """What it answers to targets 0, 1 and 2 for the three images."""
+        found: Tensor = self.explainer.attribute(self.inputs, target=self.targets)
+        return found
+
+    def at(self, size: tuple[int, int] = (32, 32), dtype: torch.dtype = torch.float32) -> Case:
+        """The same factory on a bench of another size or type."""
+        other = Case(self.factory, self.name)
+        other.bench = bench(self.name, size, dtype)
+        return other
+
+    def build(self, model: nn.Module, **options: Any) -> Any:
+        """A new object, not fitted."""
+        if options:
+            self.needs(*options)
+        return self.factory(model, **options)
+
+    def ready(self, model: nn.Module, **options: Any) -> Any:
+        """A new object; one with a ``fit`` is fitted on the bench's two batches first."""
+        found = self.build(model, **options)
+        return self.fit(found) if self.fits(found) else found
+
+    @staticmethod
+    def fits(explainer: Any) -> bool:
+        """Whether it is a trainable one."""
+        return callable(getattr(explainer, "fit", None))
+
+    def fit(self, explainer: Any, loader: Iterable[Any] | None = None, epochs: int = 2, **options: Any) -> Any:
+        """Fit on the bench's two batches, or on ``loader``; what ``fit`` returned."""
+        loader = self.bench.batches if loader is None else loader
+        return explainer.fit(loader, epochs=epochs, show_progress=False, **options)
+
+    def needs(self, *options: str) -> None:
+        """Raise :class:`Inapplicable` unless the class has these options and the factory takes them."""
+        for option in options:
+            if option not in self.parameters():
+                raise Inapplicable(f"{type(self.build(self.model)).__name__} has no option {option!r}")
+        try:
+            inspect.signature(self.factory).bind(None, **dict.fromkeys(options))
+        except TypeError:
+            raise Inapplicable(
+                f"the factory takes no {', '.join(options)}; pass the class itself or a functools.partial of it"
+            ) from None
+
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The constructor's parameters, ``self`` and the model left out."""
+        named = list(inspect.signature(type(self.build(self.model)).__init__).parameters.items())
+        return dict(named[2:])
+
+
+def expect(condition: bool, reason: str) -> None:
+    """Fail the running check unless ``condition``."""
+    if not condition:
+        raise _Broken(reason)
+
+
+def same(found: Any, wanted: Tensor, what: str, rtol: float = 1e-5) -> None:
+    """Fail unless ``found`` has the shape and values of ``wanted``.
+
+    The scale of ``rtol`` is how much ``wanted`` varies, but at least a hundredth of its largest value, so that
+    maps that lie close around a constant are told apart too. ``rtol=0`` asks for the same bits.
+    """
+    expect(isinstance(found, Tensor), f"{what}: expected a tensor, got {type(found).__name__}")
+    expect(found.shape == wanted.shape, f"{what}: expected shape {tuple(wanted.shape)}, got {tuple(found.shape)}")
+    low, high = float(wanted.min()), float(wanted.max())
+    scale = max(high - low, 0.01 * abs(high), 0.01 * abs(low), 1e-30)
+    gap = float((found.double() - wanted.double()).abs().max())
+    expect(
+        gap <= rtol * scale, f"{what}: expected equal values (within {rtol:g} of {scale:.3g}), they differ by {gap:.3g}"
+    )
+
+
+def different(found: Tensor, other: Tensor, what: str, by: float = 1e-3) -> None:
+    """Fail unless the maps differ by more than ``by`` of how much they vary."""
+    scale = max(float(found.max() - found.min()), float(other.max() - other.min()), 1e-30)
+    gap = float((found - other).abs().max())
+    expect(gap > by * scale, f"{what}: expected different maps, they differ by {gap:.3g} only")
+
+
+def raises(call: Callable[[], Any], *words: str, what: str) -> Exception:
+    """Fail unless ``call`` raises an error of its own accord whose message holds each of ``words``, in any case.
+
+    ``"a|b"`` stands for either. ``AttributeError`` and ``KeyError`` are no answers to a user.
+    """
+    try:
+        call()
+    except (AttributeError, KeyError) as error:
+        raise _Broken(f"{what}: expected an error that explains, got {type(error).__name__}: {error}") from error
+    except Exception as error:
+        text = str(error).lower()
+        for word in words:
+            expect(
+                any(option.lower() in text for option in word.split("|")),
+                f"{what}: expected the message to name {word!r}, got {type(error).__name__}: {error}",
+            )
+        return error
+    raise _Broken(f"{what}: expected an error, none was raised")
+
+
+def unchanged(before: Snapshot, when: str) -> None:
+    """Fail if anything that ``before`` holds has changed."""
+    changes = before.changes()
+    shown = "; ".join(changes[:4]) + ("" if len(changes) <= 4 else f"; and {len(changes) - 4} more")
+    expect(not changes, f"{when}: expected nothing to change: {shown}")
+
+
+def check(*benches: str, trainable: bool = False) -> Callable[[Callable[[Case], None]], Check]:
+    """Add a check to :data:`CHECKS` under its function's name.
+
+    Args:
+        benches: the benches to run on; none for the first one that the class supports.
+        trainable: only for classes with a ``fit``.
+    """
+
+    def register(body: Callable[[Case], None]) -> Check:
+        name = body.__name__
+
+        @functools.wraps(body)
+        def run(factory: Factory) -> None:
+            supported = _supported(factory)
+            chosen = [b for b in benches if b in supported] if benches else supported[:1]
+            if not chosen:
+                raise Inapplicable(f"{_subject(factory)} does not support the models of this check")
+            for bench_name in chosen:
+                case = Case(factory, bench_name)
+                if trainable and not case.fits(case.build(case.model)):
+                    raise Inapplicable(f"{_subject(factory)} has no fit")
+                _run(name, body, case)
+
+        del run.__wrapped__  # its signature is (factory)
+        CHECKS[name] = run
+        return run
+
+    return register
+
+
+def _run(name: str, body: Callable[[Case], None], case: Case) -> None:
+    try:
+        with seeded(0), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            body(case)
+    except _Broken as broken:
+        reason = f"on {case.name}: {broken}"
+        raise ContractError(_subject(case.factory), {name: reason}) from broken.__cause__
+    except (ContractError, Inapplicable):
+        raise
+    except Exception as error:
+        reason = f"on {case.name}: {body.__doc__ or ''} Raised {type(error).__name__}: {error}"
+        raise ContractError(_subject(case.factory), {name: reason}) from error
+
+
+def _inner(factory: Factory) -> Any:
+    return factory.func if isinstance(factory, functools.partial) else factory
+
+
+def _subject(factory: Factory) -> str:
+    return getattr(_inner(factory), "__name__", type(factory).__name__)
+
+
+def _supported(factory: Factory) -> list[str]:
+    """The benches whose kind of model the class supports; all, if it does not say."""
+    kinds: Collection[str] | None = getattr(_inner(factory), "models", None)
+    if kinds is None:
+        kinds = getattr(factory(bench("cnn").model), "models", ("cnn", "vit"))
+    return [name for name, (kind, _) in MODELS.items() if kind in kinds]
+
+
+def check_attribution(factory: Factory, *, skip: Collection[str] = ()) -> dict[str, str]:
+    """Run every check and raise one error that lists all that failed.
+
+    Args:
+        factory: the class, a :func:`functools.partial` of it, or any callable from a model to a ready object.
+            Checks that vary an option need one that takes the class's options by keyword. A class with a ``fit``
+            is fitted on two small batches wherever a ready object is needed.
+        skip: names of checks to leave out.
+
+    Returns:
+        Name of each check -> ``"passed"``, or ``"skipped: ..."`` with the reason.
+
+    Raises:
+        ContractError: with the name of each failed check and what it expected.
+        ValueError: ``skip`` names no check.
+    """
+    unknown = sorted(set(skip) - set(CHECKS))
+    if unknown:
+        raise ValueError(f"skip: no check {', '.join(unknown)}; there are {', '.join(CHECKS)}")
+    report: dict[str, str] = {}
+    failures: dict[str, str] = {}
+    for name, run in CHECKS.items():
+        if name in skip:
+            report[name] = "skipped: as asked"
+            continue
+        try:
+            run(factory)
+        except ContractError as error:
+            failures.update(error.failures)
+        except Inapplicable as reason:
+            report[name] = f"skipped: {reason}"
+        else:
+            report[name] = "passed"
+    if failures:
+        raise ContractError(_subject(factory), failures)
+    return report
