@@ -1,0 +1,48 @@
+"""What kind of model it is, told from what it is made of."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from attrib_zoo.backbone.module import unwrap
+
+_PROJECTIONS = (
+    ("qkv",),
+    ("qk", "v"),
+    ("q", "kv"),
+    ("q", "k", "v"),
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("to_qkv",),
+    ("in_proj_weight",),
+)
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether a module itself is an attention: it holds projections to queries, keys and values."""
+    return any(all(hasattr(module, name) for name in names) for names in _PROJECTIONS)
+
+
+def is_transformer(model: nn.Module) -> bool:
+    """Whether a model is a vision transformer rather than a convolutional network.
+
+    T-TAME hides pixels by black for CNNs (its Eq. 13) and by the mean colour for transformers (Eq. 14); this decides
+    which of the two a model is. A transformer attends, and holds more weights in linear layers than in convolutions;
+    a patch embedding, whose windows do not overlap, counts for neither. So a CNN that ends in attention pooling stays
+    a CNN, and a hybrid is what most of its weights are. Without attention (an MLP-Mixer) it is no transformer.
+    """
+    linear = convolution = 0
+    attention = False
+    for module in unwrap(model).modules():
+        attention = attention or attends(module)
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            linear += module.in_proj_weight.numel()
+        elif isinstance(module, nn.Linear):
+            linear += module.weight.numel()
+        elif isinstance(module, nn.Conv2d) and not _embeds_patches(module):
+            convolution += module.weight.numel()
+    return attention and linear > convolution
+
+
+def _embeds_patches(module: nn.Conv2d) -> bool:
+    return module.kernel_size == module.stride != (1, 1)
