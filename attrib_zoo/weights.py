@@ -1,0 +1,149 @@
+"""Weights of classifiers: read from a file, fitted into a model, or fetched without a long wait for no network."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.errors import DataError
+from attrib_zoo.wording import listed, reason
+
+TIMEOUT = 20.0
+"""Seconds of silence after which a download is given up."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file or a PyTorch state dict; no code of the file is run.
+
+    What training scripts wrap around a state dict (``"state_dict"``, ``"model"``, DataParallel's ``module.``) is
+    taken off.
+
+    Raises:
+        DataError: no such file, damaged, or not a state dict.
+    """
+    if not path.is_file():
+        raise DataError(f"weights: no file '{path}'; give a safetensors file or a PyTorch state dict")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"weights: '{path}' is damaged, or holds Python objects, which are not loaded for safety; "
+            "save the tensors alone: torch.save(model.state_dict(), path)"
+        ) from error
+    except Exception as error:  # whatever the two readers say of a broken file
+        raise DataError(f"weights: cannot read '{path}' ({reason(error)}); it is damaged or cut off") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise DataError(
+            f"weights: '{path}' must hold named tensors, got other things in a {type(state).__name__}; "
+            "save them with torch.save(model.state_dict(), path)"
+        )
+    for prefix in ("module.", "_orig_mod."):
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)
+
+
+def fit_into(
+    build: Callable[[int | None], nn.Module], path: Path, num_classes: int | None
+) -> tuple[nn.Module, int | None]:
+    """Build a model and put a file's weights into it, every tensor in its place.
+
+    Args:
+        build: makes the model with a number of classes, or with its own number if ``None``.
+        path: the file.
+        num_classes: how many classes; ``None``: as many as the file has.
+
+    Returns:
+        The model, and its number of classes if that is not the model's own.
+
+    Raises:
+        DataError: the file cannot be read, or is of another architecture.
+    """
+    state = read_weights(path)
+    model = build(num_classes)
+    if num_classes is None:
+        num_classes = _classes_in(state, model.state_dict())
+        model = model if num_classes is None else build(num_classes)
+    wanted = model.state_dict()
+    faults = {
+        "missing": [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")],
+        "not in the model": [key for key in state if key not in wanted],
+        "of another shape": [
+            f"{key} {_shape(state[key])} for {_shape(wanted[key])}"
+            for key in wanted
+            if key in state and state[key].shape != wanted[key].shape
+        ],
+    }
+    if any(faults.values()):
+        found = "; ".join(f"{fault} {len(keys)} ({listed(keys)})" for fault, keys in faults.items() if keys)
+        raise DataError(
+            f"weights: '{path}' does not fit the model, tensors {found}; is it a file of another architecture?"
+        )
+    model.load_state_dict(state, strict=False)
+    return model, num_classes
+
+
+def _classes_in(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> int | None:
+    """The number of classes of the file, if the length of the last layer is all in which it differs."""
+    differ = [(state[key].shape, wanted[key].shape) for key in wanted if key in state]
+    differ = [(ours, theirs) for ours, theirs in differ if ours != theirs]
+    lengths = {(ours[:1], theirs[:1]) for ours, theirs in differ}
+    if len(lengths) != 1 or any(ours[1:] != theirs[1:] for ours, theirs in differ):
+        return None
+    (ours, _), *_ = lengths
+    return ours[0] if ours else None
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "one number"
+
+
+@contextmanager
+def download(name: str) -> Iterator[None]:
+    """Inside, a connection is given up after :data:`TIMEOUT`; whatever goes wrong becomes one sentence.
+
+    Raises:
+        DataError: the weights could not be had.
+    """
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        with redirect_stdout(io.StringIO()):  # torch announces the address; its progress bar goes to stderr
+            yield
+    except Exception as error:  # network, hub, disk: each library has its own kinds
+        raise DataError(
+            f"weights: cannot get the pretrained weights of {name} ({reason(error)}); "
+            "connect to the network, or pass a file: weights=FILE (on the command line --weights FILE)"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def ask_hub(repository: str, filename: str | None) -> None:
+    """Raise at once if weights that are not in the cache are out of reach; timm's own way tries for a minute."""
+    import huggingface_hub as hub
+    from huggingface_hub.utils import HfHubHTTPError  # type: ignore[attr-defined]  # not in its __all__
+
+    files = [filename] if filename else ["model.safetensors", "pytorch_model.bin"]
+    if any(isinstance(hub.try_to_load_from_cache(repository, file), str) for file in files):
+        return
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, "config.json"), timeout=TIMEOUT)
+    except HfHubHTTPError:
+        return  # the hub answered; what it says of the weights is timm's to hear
