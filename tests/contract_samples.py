@@ -195,7 +195,8 @@ class SmallMasks(SmallCAM):
         with torch.no_grad():
             index = self.index(target, self.model(images, *args))
             masks = self.masks(images)
-            return self.combine(self.all_scores(images, masks, index, args).float(), masks)
+            scores = self.all_scores(images, masks, index, args)
+            return self.combine(scores.to(torch.promote_types(scores.dtype, torch.float32)), masks)
 
     def all_scores(self, images, masks, index, args):
         """(N, M)."""

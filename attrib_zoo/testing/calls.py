@@ -47,6 +47,17 @@ def captum_subclass(case: Case) -> None:
 
 
 @check()
+def convergence_delta(case: Case) -> None:
+    """The object claims no completeness; NoiseTunnel would unpack a delta, and a user would believe it."""
+    found = case.explainer
+    expect(found.has_convergence_delta() is False, "expected has_convergence_delta() to be False")
+    heat, zero = case.maps, torch.zeros_like(case.maps)
+    computed = functools.partial(found.compute_convergence_delta, heat, zero, case.inputs, target=0)
+    raises(computed, what="compute_convergence_delta")
+    raises(found.attribute_future, what="attribute_future")
+
+
+@check()
 def wrapped(case: Case) -> None:
     """``attribute.__wrapped__`` does the whole work; NoiseTunnel and TCAV call nothing else."""
     found = case.explainer

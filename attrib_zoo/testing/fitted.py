@@ -32,7 +32,8 @@ def unfitted(case: Case) -> None:
     fresh = case.build(case.model)
     who = type(fresh).__name__
     raises(lambda: fresh.attribute(case.inputs, target=0), who, "fit(", "load", what="attribute before fit")
-    inner = type(fresh).attribute.__wrapped__
+    inner = getattr(type(fresh).attribute, "__wrapped__", None)
+    expect(inner is not None, "expected attribute.__wrapped__ to say so as well")
     raises(lambda: inner(fresh, case.inputs, target=0), who, "fit(", what="attribute.__wrapped__ before fit")
     with _folder() as folder:
         raises(lambda: fresh.save(folder / "x.safetensors"), who, "fit(", what="save before fit")
@@ -169,8 +170,8 @@ def resume(case: Case) -> None:
     with _folder() as folder:
         saving = {"checkpoint_dir": folder, "checkpoint_every": 2}
         raises(
-            lambda: case.fit(case.build(case.model), loader(17), epochs=3, **saving),
-            what="a dataset that fails after 17 images",
+            lambda: case.fit(case.build(case.model), loader(18), epochs=3, **saving),
+            what="a dataset that fails after 18 images",
         )
         resumed = case.fit(case.build(case.model), loader(), epochs=3, resume_from=folder)
     same(_ask(case, resumed), wanted, "resumed in the second epoch against uninterrupted", 0)

@@ -31,6 +31,7 @@ class Snapshot:
     def __init__(self, model: nn.Module, **tensors: Tensor) -> None:
         self._model = model
         self._tensors = tensors
+        torch.rand(())  # a method that seeds the generator may have run before, with the same seed
         self._before = self._look()
 
     def _look(self) -> dict[str, Any]:
