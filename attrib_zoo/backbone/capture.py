@@ -8,8 +8,9 @@ the graph from the first named layer up, so that gradients cost nothing below it
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,40 +26,38 @@ __all__ = ["forward", "frozen", "run", "run_with_graph", "select_args", "unwrap"
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Every module in eval mode and every compiled forward eager, for the length of the block.
+    """Every module in eval mode and all compiled code eager (it fires no hooks), for the length of the block.
 
     The training flags are restored module by module, also after an error.
     """
     bare = unwrap(model)
     modules = list(bare.modules())
-    flags = [(module, module.training) for module in modules]
-    compiled = [(m, m._compiled_call_impl) for m in modules if getattr(m, "_compiled_call_impl", None) is not None]
+    settings: list[tuple[nn.Module, str, Any]] = [(module, "training", False) for module in modules]
+    settings += [(m, "_compiled_call_impl", None) for m in modules if m._compiled_call_impl is not None]
+    settings += [(m, "forward", unwrap(m).__call__) for m in modules if "_orig_mod" in m._modules]
+    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
     try:
-        with ExitStack() as stack:
-            if compiled or any("_orig_mod" in module._modules for module in modules):
-                _force_eager(stack)
-            for module, _ in compiled:
-                module._compiled_call_impl = None
-            for module in modules:
-                module.training = False
+        with _eager():
+            for module, name, value in settings:
+                setattr(module, name, value)
             yield bare
     finally:
-        for module, call in compiled:
-            module._compiled_call_impl = call
-        for module, flag in flags:
-            module.training = flag
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
-def _force_eager(stack: ExitStack) -> None:
-    set_stance = getattr(torch.compiler, "set_stance", None)  # torch >= 2.6
-    if set_stance is not None:
-        stack.enter_context(set_stance("force_eager"))
+def _eager() -> AbstractContextManager[Any]:
+    """Functions that are compiled on their own run eagerly too, where torch can say so (2.6 and later)."""
+    set_stance: Callable[[str], AbstractContextManager[Any]] | None = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None or "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return set_stance("force_eager")
 
 
 def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tensor:
     """One pass of the bare model, its output checked to be one tensor with a row per image."""
     try:
-        outputs = model(inputs, *args)
+        outputs = model(_ordinary(inputs), *map(_ordinary, args))
     except RuntimeError as error:
         expected = _channels(model)
         if expected is not None and expected != inputs.shape[1]:
@@ -68,6 +67,11 @@ def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tenso
             ) from error
         raise
     return check_outputs(outputs, len(inputs))
+
+
+def _ordinary(value: Any) -> Any:
+    """A tensor that was made in inference mode can be part of no graph; its copy can."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _channels(model: nn.Module) -> int | None:
@@ -102,7 +106,7 @@ def run(
         maps[position] = taps[position].grid.to_map(activation).clone()
 
     with torch.inference_mode(False), torch.no_grad(), listening(model, taps, keep):
-        outputs = forward(unwrap(model), _outside(inputs), args)
+        outputs = forward(unwrap(model), inputs.detach(), args)
     return outputs, [maps[position] for position in range(len(taps))]
 
 
@@ -120,41 +124,47 @@ def run_with_graph(
         LayerError: a layer never ran, or the outputs do not depend on it.
     """
     bare = unwrap(model)
-    if any(parameter.is_inference() for parameter in bare.parameters()):
+    if any(tensor.is_inference() for tensor in (*bare.parameters(), *bare.buffers())):
         raise UnsupportedModelError(
-            "model: its parameters were created under torch.inference_mode, where gradients cannot exist; "
+            "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
             "build or load the model outside inference_mode"
         )
     maps: dict[int, Tensor] = {}
 
     def keep(position: int, activation: Tensor) -> Tensor:
-        grid = taps[position].grid
-        if maps and activation.requires_grad:
-            leaf = grid.to_map(activation)
-            kept = activation
-        else:
-            kept = activation.detach()
-            leaf = grid.to_map(kept).clone().requires_grad_()
         torch.set_grad_enabled(True)
-        maps[position] = leaf
-        return grid.from_map(leaf, kept).clone()  # a copy: what follows may work in place
+        grid = taps[position].grid
+        starts = not maps or not activation.requires_grad
+        kept = activation.detach() if starts else activation
+        maps[position] = grid.to_map(kept).clone()  # copies, here and below: others may work in place on both
+        if starts:
+            maps[position].requires_grad_()
+        return grid.from_map(maps[position], kept).clone()
 
     with torch.inference_mode(False):
         with torch.no_grad(), listening(bare, taps, keep):
-            outputs = forward(bare, _outside(inputs), args)
+            outputs = forward(bare, inputs.detach(), args)
         if not outputs.requires_grad:
             raise LayerError(
                 f"layers: no gradient path from {_names(taps)} to the outputs of {type(bare).__name__}; a no_grad "
                 "block or reentrant checkpointing lies behind the layer, or the outputs do not use it: "
                 "name another layer"
             )
-        with torch.enable_grad():
+        with torch.enable_grad(), _plain_checkpointing(bare):
             yield outputs, [maps[position] for position in range(len(taps))]
 
 
-def _outside(inputs: Tensor) -> Tensor:
-    """The inputs as an ordinary tensor that no graph hangs on."""
-    return inputs.clone() if inputs.is_inference() else inputs.detach()
+@contextmanager
+def _plain_checkpointing(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "heckpoint" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"model: {type(model).__name__} uses reentrant checkpointing, which cannot give the gradient of a layer; "
+            "switch checkpointing off, or use checkpoint(..., use_reentrant=False)"
+        ) from error
 
 
 def _names(taps: Sequence[Tap]) -> str:
