@@ -237,7 +237,9 @@ class Attribution(_CaptumAttribution):
         return {p.name: getattr(self, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     def __repr__(self) -> str:
-        shown = {"layers": self.layers, **self.options()}
+        parameters = inspect.signature(type(self).__init__).parameters
+        changed = {k: v for k, v in self.options().items() if v != parameters[k].default}
+        shown = {"layers": self.layers, **changed}
         listed = ", ".join(f"{name}={_brief(value)}" for name, value in shown.items())
         return f"{type(self).__name__}({type(self.model).__name__}, {listed})"
 

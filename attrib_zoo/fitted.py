@@ -57,6 +57,9 @@ class FittedAttribution(Attribution):
         """A network ``(features, rows) -> (N, M, h, w)`` for layers with these channels, drawn from the generator."""
         raise NotImplementedError
 
+    def _complete(self, network: nn.Module) -> None:
+        """Bring a trained network into the form in which it explains."""
+
     # ------------------------------------------------------------------ explain
 
     def _check_ready(self) -> None:
@@ -180,9 +183,11 @@ class FittedAttribution(Attribution):
         if len(fitted.history):
             parts = ", ".join(f"{k} {fitted.history.last(k):.3g}" for k in fitted.history.steps if k != "lr")
             lines.append(f"  last tenth   {parts}")
-        for record in fitted.history.validation[-1:]:
-            lines.append("  validation   " + ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "step"))
-        return "\n".join(lines + [f"  warning      {message}" for message in fitted.history.messages])
+        if fitted.history.validation:
+            last = fitted.history.validation[-1]
+            lines.append("  validation   " + ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k != "step"))
+        lines += [f"  warning      {message}" for message in fitted.history.messages]
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -241,6 +246,7 @@ class FittedAttribution(Attribution):
             warnings.warn(message, UserWarning, stacklevel=2)
         network = explainer._network(facts["channels"], facts["num_classes"], torch.Generator())
         explainer._fitted = Fitted.read(saved, network)
+        explainer._complete(network)
         return explainer
 
     def _to_checkpoint(self) -> Checkpoint:

@@ -58,9 +58,8 @@ def blend(inputs: Tensor, mask: Tensor, baseline: Tensor | float = 0.0) -> Tenso
 
 def black(mean: Sequence[float], std: Sequence[float], like: Tensor | None = None) -> Tensor:
     """The standardised value of a black pixel, ``-mean/std``, as ``(1, C, 1, 1)``."""
-    factory = {} if like is None else {"dtype": like.dtype, "device": like.device}
-    ratio = [-m / s for m, s in zip(mean, std, strict=True)]
-    return torch.tensor(ratio, **factory).view(1, -1, 1, 1)
+    ratio = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float64).view(1, -1, 1, 1)
+    return ratio.to(torch.get_default_dtype()) if like is None else ratio.to(like)
 
 
 def channel_stats(model: nn.Module, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -80,8 +79,8 @@ def channel_stats(model: nn.Module, channels: int) -> tuple[tuple[float, ...], t
 
 
 def _config_stats(config: object) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    get = config.get if isinstance(config, dict) else (lambda key: getattr(config, key, None))
-    mean, std = get("mean"), get("std")
+    found = config if isinstance(config, dict) else vars(config) if hasattr(config, "__dict__") else {}
+    mean, std = found.get("mean"), found.get("std")
     if mean is None or std is None:
         return None, None
     return tuple(float(m) for m in mean), tuple(float(s) for s in std)

@@ -62,7 +62,8 @@ class Target:
             return outputs.unsqueeze(1).expand(-1, self.count)
         rows = torch.arange(len(outputs), device=outputs.device).unsqueeze(1)
         index = self.index.to(outputs.device)
-        return outputs[(rows, *index.unbind(-1))]
+        where = (rows, *index.unbind(-1))
+        return outputs[where]
 
     def rows(self, rows: Tensor) -> Target:
         """The targets of these examples, in this order (for masked copies: ``rows`` says whose copy each is)."""

@@ -146,7 +146,6 @@ class TrainableAttribution(FittedAttribution):
                 )
             except KeyboardInterrupt:
                 if state.step and state.whole:
-                    state.network.eval()
                     self.__dict__.update(twin._finished(state).__dict__)
                 raise
         twin._finished(state)._judge(state.history)
@@ -210,10 +209,15 @@ class TrainableAttribution(FittedAttribution):
         )
         return state
 
-    def _finished(self: _Self, state: State) -> _Self:
+    def _so_far(self: _Self, state: State) -> _Self:
         fitted = self._ready()
         fitted.steps, fitted.counts, fitted.history = state.step, state.counts, state.history
-        for parameter in fitted.network.parameters():
+        return self
+
+    def _finished(self: _Self, state: State) -> _Self:
+        network = self._so_far(state)._ready().network.eval()
+        self._complete(network)
+        for parameter in network.parameters():
             parameter.grad = None
         return self
 
@@ -255,13 +259,13 @@ class TrainableAttribution(FittedAttribution):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _checkpoint(self, folder: Path, state: State, plan: dict[str, Any]) -> Path | None:
+    def _checkpoint(self, folder: Path, state: State, plan: dict[str, Any]) -> None:
         """Everything that :meth:`save` writes, and what a resumed fit needs."""
         if not distributed.is_first():
-            return None
-        explainer, progress = self._finished(state)._to_checkpoint(), state.snapshot()
+            return
+        explainer, progress = self._so_far(state)._to_checkpoint(), state.snapshot()
         facts = {**explainer.facts, "plan": plan, "state": progress.facts}
-        return write(folder / "checkpoint.safetensors", Checkpoint({**explainer.tensors, **progress.tensors}, facts))
+        write(folder / "checkpoint.safetensors", Checkpoint({**explainer.tensors, **progress.tensors}, facts))
 
     def _read_resume(self, path: str | os.PathLike[str], plan: dict[str, Any]) -> Checkpoint:
         """A checkpoint of a fit with this class, these options and this plan, for this model."""

@@ -1,4 +1,4 @@
-"""The attention mechanism of T-TAME: feature branches and a fusing convolution, computed for the wanted classes only."""
+"""The attention mechanism of T-TAME: feature branches and a fusing convolution, for the wanted classes only."""
 
 from __future__ import annotations
 
@@ -37,8 +37,17 @@ class FeatureBranch(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """``(N, C_i, h_i, w_i)`` to the same shape."""
         branch: Tensor = self.conv(features)
+        return self._activate(features, branch if self.norm is None else self.norm(branch))
+
+    def batch_view(self, features: Tensor) -> Tensor:
+        """What :meth:`forward` gives in training mode, without moving the running statistics."""
+        branch: Tensor = self.conv(features)
         if self.norm is not None:
-            branch = self.norm(branch)
+            weight, bias = self.norm.weight, self.norm.bias
+            branch = F.batch_norm(branch, None, None, weight, bias, training=True, eps=self.norm.eps)
+        return self._activate(features, branch)
+
+    def _activate(self, features: Tensor, branch: Tensor) -> Tensor:
         if self.skip:
             branch = branch + features
         return branch.relu() if self.activation == "relu" else branch.sigmoid()
@@ -74,6 +83,7 @@ class AttentionHead(nn.Module):
         options: dict[str, Any] = {"skip": skip, "batch_norm": batch_norm, "activation": activation}
         self.branches = nn.ModuleList(FeatureBranch(c, **options) for c in channels)
         self.fuser = _empty_conv(sum(channels), num_classes)
+        self.common: nn.Parameter | None = None  # (1, ΣC + 1): see share_rows
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 draw_conv(module, generator)
@@ -107,43 +117,65 @@ class AttentionHead(nn.Module):
         return torch.cat(parts)
 
     def _all(self, attended: list[Tensor], size: tuple[int, ...]) -> Tensor:
-        weights = self.fuser.weight.split([x.shape[1] for x in attended], dim=1)
+        weight, bias = self._rows(torch.arange(len(self._bias), device=self._bias.device))
+        weights = weight[:, :, None, None].split([x.shape[1] for x in attended], dim=1)
         logits = sum(upsample(F.conv2d(x, w), size) for x, w in zip(attended, weights, strict=True))
-        return logits + self._bias.view(1, -1, 1, 1)
+        return logits + bias.view(1, -1, 1, 1)
 
     def _selected(self, rows: Tensor, size: tuple[int, ...], *attended: Tensor) -> Tensor:
-        weights = self.fuser.weight[:, :, 0, 0][rows].split([x.shape[1] for x in attended], dim=2)  # (N, M, C_i)
+        weight, bias = self._rows(rows)
+        weights = weight.split([x.shape[1] for x in attended], dim=2)  # (N, M, C_i)
         logits = sum(
-            upsample(torch.bmm(w, x.flatten(2)).unflatten(2, x.shape[2:]), size)  # type: ignore[no-untyped-call]
+            upsample(torch.bmm(w, x.flatten(2)).unflatten(2, x.shape[2:]), size)
             for x, w in zip(attended, weights, strict=True)
         )
-        return logits + self._bias[rows][:, :, None, None]
+        return logits + bias[:, :, None, None]
+
+    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights ``(*rows.shape, ΣC)`` and biases ``rows.shape`` of the fusing convolution."""
+        weight, bias = self.fuser.weight[:, :, 0, 0][rows], self._bias[rows]
+        if self.common is None:
+            return weight, bias
+        return weight + self.common[0, :-1], bias + self.common[0, -1]
 
     @property
     def _bias(self) -> Tensor:
         return self.fuser.bias  # type: ignore[return-value]  # made with a bias
 
-    def zero_fuser(self) -> None:
-        """Start the fusing convolution at zero: every map is one half everywhere."""
+    def share_rows(self) -> None:
+        """Write each class's row of the fusing convolution as a common row plus its own, both starting at zero.
+
+        The maps that can be expressed are the same; but every image trains the common row, so that few images per
+        class suffice, and a class that never comes up still has the common map. :meth:`fold` undoes it.
+        """
         nn.init.zeros_(self.fuser.weight)
         nn.init.zeros_(self._bias)
+        self.common = nn.Parameter(self.fuser.weight.new_zeros(1, self.fuser.weight.shape[1] + 1))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if prefix + "common" in state and self.common is None:
+            self.share_rows()
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add the common row to every class's own."""
+        if self.common is not None:
+            self.fuser.weight += self.common[0, :-1][:, None, None]
+            self._bias.add_(self.common[0, -1])
+            self.common = None
 
     @torch.no_grad()
     def activation_scale(self, features: Sequence[Tensor]) -> float:
-        """``a``: the sum of the branches' absolute activations at a location, averaged; batch statistics as in training.
+        """``a``: the branches' absolute activations, summed over channels, averaged over images and locations.
 
-        One step of size lr on every fuser weight moves a logit by up to ``lr * a``.
+        With batch statistics, as in training. One step of size lr on every fuser weight moves a logit by up to
+        ``lr * a``.
         """
-        found = 0.0
-        for branch, x in zip(self.branches, features, strict=True):
-            norm = branch.norm
-            y = branch.conv(x)
-            if norm is not None:
-                y = F.batch_norm(y, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
-            y = y + x if branch.skip else y
-            y = y.relu() if branch.activation == "relu" else y.sigmoid()
-            found += float(y.abs().sum(1).mean())
-        return found
+        return sum(float(b.batch_view(x).abs().sum(1).mean()) for b, x in zip(self._each(), features, strict=True))
+
+    def _each(self) -> list[FeatureBranch]:
+        return [branch for branch in self.branches if isinstance(branch, FeatureBranch)]
 
 
 def _empty_conv(inputs: int, outputs: int) -> nn.Conv2d:

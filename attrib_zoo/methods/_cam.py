@@ -95,7 +95,7 @@ class GradientCAM(Attribution, _GradientAttribution):
         activation = activation.to(dtype).expand(count, *activation.shape).flatten(0, 1)
         heat = self.combine(activation, gradient.to(dtype).flatten(0, 1))
         heat = heat.relu() if self.relu else heat
-        return heat.unflatten(0, (count, -1)).transpose(0, 1)
+        return heat.view(count, -1, *heat.shape[1:]).transpose(0, 1)
 
 
 def _gradients(scores: Tensor, maps: list[Tensor], taps: tuple[Tap, ...]) -> list[Tensor]:
@@ -125,7 +125,7 @@ def _batched(scores: Tensor, maps: list[Tensor], wanted: range, *, keep_graph: b
             )
             for row, column in enumerate(columns)
         ]
-        return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True))  # type: ignore[arg-type]
+        return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True))
 
 
 def _connected(gradient: Tensor | None, tap: Tap) -> Tensor:

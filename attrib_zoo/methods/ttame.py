@@ -168,12 +168,15 @@ class TTAME(TrainableAttribution):
             generator=generator,
         )
 
+    def _complete(self, network: nn.Module) -> None:
+        network.fold()  # type: ignore[operator]  # an AttentionHead
+
     def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         if self.recipe == "released":
             return Schedule("released", "sgd", 1e-3, weight_decay=5e-4)
         if asked == "paper" or (asked == "auto" and steps >= _LONG):
             return Schedule("paper", "sgd", 1e-3, weight_decay=5e-4)
-        network.zero_fuser()  # type: ignore[operator]  # an AttentionHead
+        network.share_rows()  # type: ignore[operator]  # an AttentionHead
         scale = network.activation_scale(features)  # type: ignore[operator]
         return Schedule("short", "adam", min(max(_LOGIT_STEP / max(scale, 1e-12), 1e-6), 1e-2))
 
@@ -182,9 +185,9 @@ class TTAME(TrainableAttribution):
         if rule == "auto":
             attends = any(is_attention(self.model, tap) for tap in taps)
             rule = "standardized" if attends else "raw"
-        mean, std = self.mean, self.std
-        if mean is None or std is None:
-            mean, std = channel_stats(self.model, images.shape[1])
+        mean, std = channel_stats(self.model, images.shape[1])
+        if self.mean is not None and self.std is not None:
+            mean, std = tuple(self.mean), tuple(self.std)
         if len(mean) != images.shape[1] or len(std) != images.shape[1]:
             raise OptionError(
                 f"mean, std: must have one value for each of the {images.shape[1]} channels, got {mean} and {std}"

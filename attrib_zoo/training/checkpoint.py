@@ -104,7 +104,7 @@ def fingerprint(model: nn.Module) -> str:
             continue
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
         data = tensor.detach().cpu().contiguous()
-        digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()) if data.numel() else b"")
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
     return digest.hexdigest()
 
 

@@ -116,8 +116,9 @@ class Batches(Iterator[Tensor]):
     def _one_epoch(self) -> Iterator[Tensor]:
         torch.default_generator.manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         sampler = getattr(self.loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self.epoch)
+        set_epoch = getattr(sampler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self.epoch)
         yield from map(images_of, self.loader)
 
     def _checked(self, images: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,7 +103,7 @@ def train(
     *,
     show_progress: bool,
     validate: Callable[[], dict[str, float]] | None = None,
-    save: Callable[[], Path] | None = None,
+    save: Callable[[], None] | None = None,
     save_every: int = 500,
 ) -> None:
     """Run the loop from ``state.step`` to ``steps``; on any error the last whole step is saved first.

@@ -74,7 +74,7 @@ def build(
 def check_optimizer(optimizer: str | OptimizerFactory | None) -> tuple[str | None, OptimizerFactory | None]:
     """Split the user's choice into a name and a factory."""
     if optimizer is None or optimizer in _NAMED:
-        return optimizer, None  # type: ignore[return-value]  # a name, by the test
+        return optimizer, None
     if callable(optimizer):
         return None, optimizer
     raise OptionError(
