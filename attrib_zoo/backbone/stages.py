@@ -6,7 +6,6 @@ follows each other on the way from the input to the outputs are the units, and t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,6 +15,8 @@ from attrib_zoo.backbone.trace import Call, Output, Trace
 
 _SEVERAL_STAGES = 2.5  # one stage halves the grid at most
 _HIERARCHICAL = 3  # grids
+_SMALLEST_OPENED = 1 / 6  # of the weights: a smaller module that shrinks the grid is a stem
+_MOST = 1 / 2
 _PROBED_UNITS = 3
 
 
@@ -51,12 +52,18 @@ class Item:
 
 
 def spatial(call: Call) -> list[Item]:
-    """The maps that a call puts out, one per grid, preferring those that the model's outputs depend on."""
+    """The maps that a call puts out, one per grid: those that the model's outputs depend on, and new ones, if any."""
     maps = [output for output in call.outputs if output.grid is not None]
+    maps = [output for output in maps if output.on_path] or maps
     best: dict[tuple[int, int], Output] = {}
-    for output in [output for output in maps if output.on_path] or maps:
+    for output in [output for output in maps if not output.same] or maps:
         best.setdefault(output.hw, output)
     return [Item(call, output) for output in best.values()]
+
+
+def _hands_on(call: Call) -> bool:
+    """Whether a call makes no map of its own: identity, dropout, a permutation of axes."""
+    return all(item.output.same for item in spatial(call))
 
 
 class Stages:
@@ -67,7 +74,7 @@ class Stages:
         self._weights = {call: _size(call.module) for call in trace.root.inside()}
         leaves = [call for call in self._weights if not any(call.module.children()) and _weighted(call)]
         self._spatial_leaves = {call for call in leaves if spatial(call)}
-        self.units = _units(self._open())
+        self.units = self._main(_units(self._open()))
 
     def ends(self) -> list[Item]:
         """The last unit of each grid; where the network ends in a pooling without weights, the poolings."""
@@ -102,7 +109,7 @@ class Stages:
         if not last.is_tokens and last.output.on_path:
             return [last]
         units = [unit for unit in self.units if unit.weighted][-_PROBED_UNITS:]
-        calls = {call for unit in units for call in (unit.call, *unit.call.inside()) if not call.same}
+        calls = {call for unit in units for call in (unit.call, *unit.call.inside()) if not _hands_on(call)}
         items = [item for call in calls for item in spatial(call) if item.output.on_path and _probed(call)]
         return sorted(items, key=lambda item: item.place, reverse=True) or [last]
 
@@ -113,6 +120,15 @@ class Stages:
         norms = [inner for call in item.call.children if is_norm(call.module) for inner in spatial(call)]
         return next((inner for inner in norms if inner.output.hw == item.output.hw), item)
 
+    def _main(self, units: list[Item]) -> list[Item]:
+        """Without the token blocks of another class than most of their grid: those that only read out a class token."""
+        weights: dict[tuple[tuple[int, int], type[nn.Module]], int] = {}
+        for unit in units:
+            key = unit.output.hw, type(unit.call.module)
+            weights[key] = weights.get(key, 0) + self._weights[unit.call]
+        main = {hw: max(weights[key] for key in weights if key[0] == hw) for hw, _ in weights}
+        return [u for u in units if not u.is_tokens or weights[u.output.hw, type(u.call.module)] == main[u.output.hw]]
+
     def _open(self) -> list[Call]:
         """The sequence of calls that the network is made of, opened as far as needed."""
         sequence = self._within(self._trace.root, branches=True)
@@ -121,9 +137,11 @@ class Stages:
             grids = len({unit.output.hw for unit in _units(sequence)})
             for place, call in enumerate(sequence):
                 several = self._shrinks(sequence, place)
-                if 2 * self._weights[call] >= total and (several or grids < _HIERARCHICAL):
+                large = self._weights[call] >= (_SMALLEST_OPENED if several else _MOST) * total
+                if large and (several or grids < _HIERARCHICAL):
                     inner = self._within(call, branches=several)
-                    if 2 * sum(self._weights[c] for c in inner) >= self._weights[call] and self._has_blocks(inner):
+                    held = sum(self._weights[child] for child in inner)
+                    if held >= _MOST * self._weights[call] and self._has_blocks(inner):
                         sequence[place : place + 1] = inner
                         break
             else:
@@ -148,14 +166,14 @@ class Stages:
         inner: list[Call] = []
         for child in call.children:
             if spatial(child):
-                if not child.same and not isinstance(child.module, _HEAD_POOLING):
+                if not _hands_on(child) and not isinstance(child.module, _HEAD_POOLING):
                     inner.append(child)
-            elif 2 * len(self._spatial_leaves.intersection(child.inside())) >= len(self._spatial_leaves) > 0:
+            elif len(self._spatial_leaves.intersection(child.inside())) >= _MOST * len(self._spatial_leaves) > 0:
                 inner.extend(self._within(child, branches=branches))
         trunk = [child for child in inner if child.cut]
         on_path = [child for child in inner if child.cut or any(item.output.on_path for item in spatial(child))]
         held = sum(self._weights[child] for child in trunk)
-        enough = held and 2 * held >= sum(self._weights[child] for child in on_path)
+        enough = held > 0 and held >= _MOST * sum(self._weights[child] for child in on_path)
         return on_path if branches and not enough else trunk
 
 
@@ -217,4 +235,4 @@ def _size(module: nn.Module) -> int:
 
 
 def _weighted(call: Call) -> bool:
-    return any(parameter.ndim > 1 and math.prod(parameter.shape) > 1 for parameter in call.module.parameters())
+    return any(sum(size > 1 for size in parameter.shape) > 1 for parameter in call.module.parameters())

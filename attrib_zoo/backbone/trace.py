@@ -32,6 +32,7 @@ class Output:
     Attributes:
         element: its place in a tuple, list or dict; None where the call puts out the tensor itself.
         shape: with the trace's batch of 2.
+        same: the call was given this tensor, or a view of it, and hands it on.
         on_path: the model's outputs depend on it.
         grid: how it holds a map; None where it does not.
         hw: rows and columns of that map.
@@ -41,6 +42,7 @@ class Output:
     element: int | str | None
     shape: tuple[int, ...]
     node: int | None
+    same: bool = False
     on_path: bool = False
     grid: Grid | None = None
     hw: tuple[int, int] = (0, 0)
@@ -59,7 +61,6 @@ class Call:
         children: the calls that ran directly inside it.
         outputs: its tensors, not deeper than one level of tuple, list or dict.
         cut: everything that reaches the model's outputs passes through this call's outputs.
-        same: it put out a tensor that it was given, or a view of it.
     """
 
     name: str
@@ -71,7 +72,6 @@ class Call:
     children: list[Call] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
     cut: bool = False
-    same: bool = False
 
     def inside(self) -> Iterator[Call]:
         """All calls within this one, in the order in which they began."""
@@ -173,12 +173,12 @@ class _Recorder:
             self._given.pop()
         call, given = self._running.pop(), self._given.pop()
         call.end = self._flow.clock = self._flow.clock + 1
-        call.same = any(self._flow.node(tensor) in given - {None} for tensor in _elements(output).values())
         if call.parent is not None:
             call.parent.children.append(call)
+        same = {key for key, tensor in _elements(output).items() if self._flow.node(tensor) in given - {None}}
         copied = _copied(output)
         call.outputs = [
-            Output(element, tuple(tensor.shape), self._flow.node(tensor))
+            Output(element, tuple(tensor.shape), self._flow.node(tensor), same=element in same)
             for element, tensor in _elements(copied).items()
         ]
         return copied
