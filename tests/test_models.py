@@ -131,13 +131,13 @@ def test_files_of_objects_and_other_things_are_refused(tmp_path) -> None:
     with pytest.raises(DataError, match=r"Python objects.*for safety; .*torch.save\(model.state_dict\(\), path\)"):
         load(TORCHVISION, weights=path)
     path.write_bytes(pickle.dumps(Custom(), protocol=2))
-    with pytest.raises(DataError, match="w.pth' is damaged, or holds Python objects"):
+    with pytest.raises(DataError, match=r"w.pth' is damaged, or holds Python objects"):
         load(TORCHVISION, weights=path)
     torch.save([torch.zeros(2)], path)
-    with pytest.raises(DataError, match="must hold named tensors, got .* list"):
+    with pytest.raises(DataError, match=r"must hold named tensors, got .* list"):
         load(TORCHVISION, weights=path)
     torch.save({"epoch": 3}, path)
-    with pytest.raises(DataError, match="must hold named tensors, got .* dict"):
+    with pytest.raises(DataError, match=r"must hold named tensors, got .* dict"):
         load(TORCHVISION, weights=path)
 
 
@@ -195,9 +195,9 @@ def test_pretrained_weights_have_their_own_classes(name: str) -> None:
 def test_unknown_names_are_answered_with_the_closest() -> None:
     with pytest.raises(OptionError, match="no model 'resnet-50' in torchvision or timm; closest: 'resnet50'"):
         load("resnet-50")
-    with pytest.raises(OptionError, match="no model 'torchvision/test_resnet'"):
+    with pytest.raises(OptionError, match=r"no model 'torchvision/test_resnet'"):
         load("torchvision/test_resnet")
-    with pytest.raises(OptionError, match="'test_resnet.nosuch' names weights that timm does not know"):
+    with pytest.raises(OptionError, match=r"'test_resnet.nosuch' names weights that timm does not know"):
         load("test_resnet.nosuch")
 
 
@@ -220,7 +220,7 @@ def test_a_model_without_classes_is_refused(tmp_path) -> None:
 
 
 def test_devices_that_are_not_there_are_refused(weights: Path) -> None:
-    with pytest.raises(OptionError, match="device: 'gpu7' cannot be used here .*; try 'cpu'"):
+    with pytest.raises(OptionError, match=r"device: 'gpu7' cannot be used here .*; try 'cpu'"):
         load(TORCHVISION, weights=weights, device="gpu7")
 
 
@@ -330,5 +330,5 @@ def test_class_files_that_are_none(tmp_path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=message):
         read_class_names(tmp_path / "a.json")
-    with pytest.raises(DataError, match="classes: cannot read .*No such file"):
+    with pytest.raises(DataError, match=r"classes: cannot read .*No such file"):
         read_class_names(tmp_path / "nowhere.txt")

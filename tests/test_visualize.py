@@ -127,10 +127,10 @@ def test_save_overlay_writes_the_overlay(tmp_path) -> None:
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path) -> None:
     old = tmp_path / "cat.nosuch"
     old.write_text("old")
-    with pytest.raises(DataError, match="cannot write .*cat.nosuch.*another folder or file type"):
+    with pytest.raises(DataError, match=r"cannot write .*cat.nosuch.*another folder or file type"):
         save_overlay(old, PHOTO, RAMP)
     assert old.read_text() == "old"
-    with pytest.raises(DataError, match="cannot write .*No such file or directory"):
+    with pytest.raises(DataError, match=r"cannot write .*No such file or directory"):
         save_overlay(tmp_path / "nowhere" / "cat.png", PHOTO, RAMP)
     assert [p.name for p in tmp_path.iterdir()] == ["cat.nosuch"]
 

@@ -1,0 +1,120 @@
+"""Photographs in files and folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from attrib_zoo.errors import DataError
+from attrib_zoo.photos import Photos, find_photos, is_photo, open_photo, own_stems, writable_folder
+
+
+def picture(path: Path, colour: tuple[int, int, int] = (200, 100, 50), **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 12), colour).save(path, **options)
+    return path
+
+
+def test_folders_are_searched_to_the_bottom_in_order(tmp_path) -> None:
+    wanted = [picture(tmp_path / "in" / name) for name in ("a.PNG", "z.jpg", "b/c.webp", "b/d/e.bmp")]
+    picture(tmp_path / "in" / ".hidden" / "x.png")
+    picture(tmp_path / "in" / "out" / "y.png")
+    (tmp_path / "in" / "._z.jpg").write_text("what another system leaves")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    (tmp_path / "link").symlink_to(tmp_path / "in" / "b")
+    assert find_photos([tmp_path / "in"], leave_out=tmp_path / "in" / "out") == wanted
+    assert find_photos([wanted[2], tmp_path / "link", tmp_path / "in" / "b"]) == [wanted[2], tmp_path / "link/d/e.bmp"]
+
+
+def test_places_without_photos_are_named(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"no file or folder '.*nowhere'"):
+        find_photos([tmp_path / "nowhere"])
+    with pytest.raises(DataError, match=r"no image in the folder '.*' or below \(.*\.jpg"):
+        find_photos([tmp_path])
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_photos_stand_upright_as_the_camera_noted(tmp_path, turn: int) -> None:
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :8] = 255  # white in the top left corner only
+    inverse = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, 3),
+    }[turn]
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(np.ascontiguousarray(inverse)).save(tmp_path / "a.png", exif=exif)
+    assert (np.asarray(open_photo(tmp_path / "a.png")) == upright).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_photos_of_any_mode_come_in_colour(tmp_path, mode: str) -> None:
+    white = Image.new("RGB", (4, 4), "white").convert(mode)
+    white.save(tmp_path / "a.tiff")
+    found = open_photo(tmp_path / "a.tiff")
+    assert found.mode == "RGB"
+    assert np.asarray(found).min() == 255
+
+
+def test_files_that_are_no_photos_are_named(tmp_path) -> None:
+    Image.effect_noise((200, 200), 50).save(tmp_path / "a.jpg")
+    half = (tmp_path / "a.jpg").read_bytes()[:9000]
+    for content, why in ((b"", "unknown format"), (b"hello", "unknown format"), (half, "truncated")):
+        (tmp_path / "b.jpg").write_bytes(content)
+        with pytest.raises(
+            DataError, match=rf"'.*b\.jpg' is no image that can be read \(.*{why}.*\); remove or replace"
+        ):
+            open_photo(tmp_path / "b.jpg")
+    assert is_photo(tmp_path / "a.jpg")
+    assert is_photo(tmp_path / "b.jpg")  # begins as one
+    (tmp_path / "b.jpg").write_text("hello")
+    assert not is_photo(tmp_path / "b.jpg")
+
+
+def test_a_dataset_can_leave_out_what_cannot_be_read(tmp_path, caplog) -> None:
+    paths = [picture(tmp_path / f"{i}.png", (i, i, i)) for i in range(3)]
+    paths[1].write_text("no image")
+    first = lambda image: torch.tensor(image.getpixel((0, 0))[0])  # noqa: E731
+    with pytest.raises(DataError, match=r"'.*1\.png' is no image"):
+        Photos(paths, first)[1]
+    data = Photos(paths, first, skip_bad=True)
+    assert [int(data[i]) for i in range(len(data))] == [0, 2, 2]
+    assert "skipped" in caplog.text
+    assert "1.png" in caplog.text
+    with pytest.raises(DataError, match="none of the images can be read"):
+        Photos([paths[1]], first, skip_bad=True)[0]
+
+
+NAMES = st.sampled_from(["a.png", "A.jpg", "a.jpg", "a-2.jpg", "a-2-2.jpg", "a-3.png", "b.png"])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), NAMES), unique=True, max_size=12))
+def test_every_photo_has_a_file_name_of_its_own(places: list[tuple[int, str]]) -> None:
+    paths = [Path(str(folder), name) for folder, name in places]
+    stems = own_stems(paths)
+    assert len({stem.casefold() for stem in stems}) == len(paths)
+    for stem, path in zip(stems, paths, strict=True):
+        assert stem.startswith(path.stem)
+    first = {path.stem.casefold(): i for i, path in reversed(list(enumerate(paths)))}
+    assert all(stems[i] == paths[i].stem for i in first.values())
+
+
+def test_folders_are_made_and_tried(tmp_path) -> None:
+    assert list(writable_folder(tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"cannot write into the folder '.*file' \(File exists\); choose another"):
+        writable_folder(tmp_path / "file")
+    with pytest.raises(DataError, match=r"cannot write into the folder '.*file/x' \(Not a directory\)"):
+        writable_folder(tmp_path / "file" / "x")
