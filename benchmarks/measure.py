@@ -1,0 +1,71 @@
+"""Ratios that hold on a busy machine: process CPU time, alternated pairs, one thread; and bytes kept for backward."""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+torch.set_num_threads(1)
+
+
+def clock() -> float:
+    """Seconds of work of this process; on a GPU, wall time after everything queued is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def times(functions: Sequence[Callable[[], object]], rounds: int = 5) -> list[float]:
+    """Median seconds of each function, run in turn ``rounds`` times after one warm-up."""
+    found: list[list[float]] = [[] for _ in functions]
+    for round_ in range(rounds + 1):
+        for function, seconds in zip(functions, found, strict=True):
+            start = clock()
+            function()
+            if round_:
+                seconds.append(clock() - start)
+    return [statistics.median(seconds) for seconds in found]
+
+
+def saved_bytes(function: Callable[[], object], model: torch.nn.Module) -> int:
+    """Bytes that autograd keeps for backward while ``function`` runs; each storage once, weights not counted."""
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(kept.values())
+
+
+def setting() -> str:
+    """The machine and versions in a line."""
+    import captum
+    import torchvision
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, 1 thread"
+    return f"{device}; torch {torch.__version__}, torchvision {torchvision.__version__}, captum {captum.__version__}"
+
+
+def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
+    """A Markdown table."""
+    cells = [[str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
