@@ -59,6 +59,11 @@ class TrainableAttribution(FittedAttribution):
         """The schedule that ``"auto"``, ``"paper"`` or ``"short"`` means for so many steps."""
         raise NotImplementedError
 
+    @abstractmethod
+    def _baseline(self, images: Tensor) -> Tensor | float:
+        """What is seen where a mask is 0, in standardised space."""
+        raise NotImplementedError
+
     def _decide(self, taps: Sequence[Tap], images: Tensor) -> dict[str, Any]:
         """JSON-ready decisions that depend on the model, made once per fit."""
         return {}
@@ -250,7 +255,8 @@ class TrainableAttribution(FittedAttribution):
         maps = min_max(self._network_for(features)(features, rows)).to(images.dtype)
         found = {"loss": terms.loss.expand(len(images))}
         if outputs.ndim == 2 and outputs.shape[1] > 1:
-            rule: dict[str, Any] = {"masking": self._ready().decisions.get("masking", "auto")}
+            hidden = self._baseline(images)
+            rule: dict[str, Any] = {"masking": hidden if isinstance(hidden, Tensor) else "standardized"}
             for percent in (100, 50, 15):
                 call = (self.model, images, maps, rows[:, 0])
                 found[f"AD({percent})"] = 100 * average_drop(*call, keep=percent / 100, **rule)

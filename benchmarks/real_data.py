@@ -56,11 +56,9 @@ def enlarged(loaded: models.LoadedModel) -> transforms.Compose:
 def confidence(model: torch.nn.Module, explainer: Attribution, images: Tensor, target: Tensor) -> Tensor:
     """``(N, 6)``: AD and IC, in percent, at 100, 50 and 15 %."""
     maps = explainer.attribute(images, target)
-    columns = []
-    for keep in KEEPS:
-        for measure in (average_drop, increase_in_confidence):
-            columns.append(100 * measure(model, images, maps, target, keep=keep, masking="raw"))
-    return torch.stack(columns, dim=1)
+    measures = [(keep, measure) for keep in KEEPS for measure in (average_drop, increase_in_confidence)]
+    columns = [measure(model, images, maps, target, keep=keep, masking="raw") for keep, measure in measures]
+    return 100 * torch.stack(columns, dim=1)
 
 
 def measured(

@@ -83,7 +83,9 @@ class AttentionHead(nn.Module):
         options: dict[str, Any] = {"skip": skip, "batch_norm": batch_norm, "activation": activation}
         self.branches = nn.ModuleList(FeatureBranch(c, **options) for c in channels)
         self.fuser = _empty_conv(sum(channels), num_classes)
-        self.common: nn.Parameter | None = None  # (1, ΣC + 1): see share_rows
+        self.common: nn.Parameter | None = None  # (ΣC + 1,): see share_rows
+        self.scale: Tensor | None
+        self.register_buffer("scale", None)  # (ΣC,): see share_rows
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 draw_conv(module, generator)
@@ -134,45 +136,53 @@ class AttentionHead(nn.Module):
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Weights ``(*rows.shape, ΣC)`` and biases ``rows.shape`` of the fusing convolution."""
         weight, bias = self.fuser.weight[:, :, 0, 0][rows], self._bias[rows]
-        if self.common is None:
+        if self.common is None or self.scale is None:
             return weight, bias
-        return weight + self.common[0, :-1], bias + self.common[0, -1]
+        return (weight + self.common[:-1]) * self.scale, bias + self.common[-1]
 
     @property
     def _bias(self) -> Tensor:
         return self.fuser.bias  # type: ignore[return-value]  # made with a bias
 
-    def share_rows(self) -> None:
-        """Write each class's row of the fusing convolution as a common row plus its own, both starting at zero.
+    def share_rows(self, reach: Sequence[float]) -> None:
+        """Write each class's row of the fusing convolution as a common row plus its own, in units of equal effect.
 
-        The maps that can be expressed are the same; but every image trains the common row, so that few images per
-        class suffice, and a class that never comes up still has the common map. :meth:`fold` undoes it.
+        Both start at zero. The maps that can be expressed are the same; but every image trains the common row, so
+        that few images per class suffice, and a class that never comes up still has the common map. A change of all
+        of a layer's weights by δ moves a logit by about δ, whatever the size of its features, so that no layer
+        drowns another. :meth:`fold` undoes it.
+
+        Args:
+            reach: for each layer, the sum over channels of its branch's absolute activations at a location.
         """
+        sizes = [branch.conv.in_channels for branch in self._each()]
+        scale = [1 / max(a, 1e-12) for a, size in zip(reach, sizes, strict=True) for _ in range(size)]
         nn.init.zeros_(self.fuser.weight)
         nn.init.zeros_(self._bias)
-        self.common = nn.Parameter(self.fuser.weight.new_zeros(1, self.fuser.weight.shape[1] + 1))
+        self.scale = self.fuser.weight.new_tensor(scale)
+        self.common = nn.Parameter(self.scale.new_zeros(len(scale) + 1))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         if prefix + "common" in state and self.common is None:
-            self.share_rows()
+            self.share_rows([1.0] * len(self.branches))
         super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Add the common row to every class's own."""
         if self.common is not None:
-            self.fuser.weight += self.common[0, :-1][:, None, None]
-            self._bias.add_(self.common[0, -1])
-            self.common = None
+            weight, bias = self._rows(torch.arange(len(self._bias), device=self._bias.device))
+            self.fuser.weight.copy_(weight[:, :, None, None])
+            self._bias.copy_(bias)
+            self.common, self.scale = None, None
 
     @torch.no_grad()
-    def activation_scale(self, features: Sequence[Tensor]) -> float:
-        """``a``: the branches' absolute activations, summed over channels, averaged over images and locations.
+    def reach(self, features: Sequence[Tensor]) -> list[float]:
+        """For each layer, the branch's absolute activations summed over channels, averaged over images and locations.
 
-        With batch statistics, as in training. One step of size lr on every fuser weight moves a logit by up to
-        ``lr * a``.
+        With batch statistics, as in training.
         """
-        return sum(float(b.batch_view(x).abs().sum(1).mean()) for b, x in zip(self._each(), features, strict=True))
+        return [float(b.batch_view(x).abs().sum(1).mean()) for b, x in zip(self._each(), features, strict=True)]
 
     def _each(self) -> list[FeatureBranch]:
         return [branch for branch in self.branches if isinstance(branch, FeatureBranch)]

@@ -25,7 +25,8 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "released": {"variation": "sum", "border_penalty": 0.3, "area_offset": 5e-4, "psi": "batch"},
 }
 _LONG = 20_000  # steps from which "auto" takes the paper's schedule
-_LOGIT_STEP = 0.3  # how far one optimiser step of the short schedule may move a logit
+_LOGIT_STEP = 0.1  # how far one layer's part of a logit may move in one optimiser step of the short schedule
+_BRANCH_LR = 1e-3
 
 
 class TTAME(TrainableAttribution):
@@ -176,9 +177,8 @@ class TTAME(TrainableAttribution):
             return Schedule("released", "sgd", 1e-3, weight_decay=5e-4)
         if asked == "paper" or (asked == "auto" and steps >= _LONG):
             return Schedule("paper", "sgd", 1e-3, weight_decay=5e-4)
-        network.share_rows()  # type: ignore[operator]  # an AttentionHead
-        scale = network.activation_scale(features)  # type: ignore[operator]
-        return Schedule("short", "adam", min(max(_LOGIT_STEP / max(scale, 1e-12), 1e-6), 1e-2))
+        network.share_rows(network.reach(features))  # type: ignore[operator]  # an AttentionHead
+        return Schedule("short", "adam", _LOGIT_STEP, branch_lr=_BRANCH_LR)
 
     def _decide(self, taps: Sequence[Tap], images: Tensor) -> dict[str, Any]:
         rule = self.masking

@@ -24,14 +24,14 @@ class Schedule:
         optimizer: ``"sgd"`` (Nesterov), ``"adam"`` or ``"adamw"``.
         lr: the maximal learning rate of the cycle.
         weight_decay: on weights, batch normalisation's included; never on biases.
-        zero_fuser: start the fusing convolution at zero, so that every map starts at one half.
+        branch_lr: the maximal learning rate of the feature branches, where it is another one.
     """
 
     name: str
     optimizer: str
     lr: float
     weight_decay: float = 0.0
-    zero_fuser: bool = False
+    branch_lr: float | None = None
 
     def facts(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -42,11 +42,17 @@ def build(
     network: nn.Module, schedule: Schedule, steps: int, custom: OptimizerFactory | None
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
     """The optimiser over the network's parameters and its one-cycle schedule of exactly ``steps`` steps."""
-    named = list(network.named_parameters())
-    groups = [
-        {"params": [p for n, p in named if not n.endswith("bias")], "weight_decay": schedule.weight_decay},
-        {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
-    ]
+    branch_lr = schedule.lr if schedule.branch_lr is None else schedule.branch_lr
+    groups: list[dict[str, Any]] = []
+    for lr, in_branch in ((schedule.lr, False), (branch_lr, True)):
+        for decay, is_bias in ((schedule.weight_decay, False), (0.0, True)):
+            members = [
+                parameter
+                for name, parameter in network.named_parameters()
+                if name.startswith("branches") is in_branch and name.endswith("bias") is is_bias
+            ]
+            if members:
+                groups.append({"params": members, "weight_decay": decay, "lr": lr})
     optimizer: torch.optim.Optimizer
     if custom is not None:
         optimizer = custom(groups)
@@ -58,7 +64,7 @@ def build(
     cycles_momentum = "momentum" in optimizer.defaults or "betas" in optimizer.defaults
     cycle = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        max_lr=schedule.lr,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=max(steps, 4),  # shorter cycles have an empty phase
         pct_start=0.3,
         anneal_strategy="cos",
