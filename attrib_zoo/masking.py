@@ -51,9 +51,11 @@ def blend(inputs: Tensor, mask: Tensor, baseline: Tensor | float = 0.0) -> Tenso
         mask: ``(N, 1, H, W)`` in [0, 1].
         baseline: a number, or a tensor that broadcasts to the inputs.
     """
-    if isinstance(baseline, (int, float)) and baseline == 0:
-        return inputs * mask
-    return baseline + (inputs - baseline) * mask
+    if isinstance(baseline, (int, float)):
+        if baseline == 0:
+            return inputs * mask
+        baseline = inputs.new_tensor(baseline)
+    return torch.lerp(baseline, inputs, mask)  # exact at both ends: a mask of ones changes no bit of the image
 
 
 def black(mean: Sequence[float], std: Sequence[float], like: Tensor | None = None) -> Tensor:
@@ -88,7 +90,9 @@ def _config_stats(config: object) -> tuple[tuple[float, ...] | None, tuple[float
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether the allocator of the CPU or of an accelerator found no memory."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("not enough memory", "can't allocate memory", "out of memory"))
 
 
 class ChunkSize:

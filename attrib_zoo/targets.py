@@ -178,6 +178,8 @@ def _row(entry: Any) -> tuple[int, ...]:
 
 
 def _int(value: Any) -> int:
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()  # a bool or a float then shows itself
     if isinstance(value, (bool, float)):
         raise TargetError(f"target: must be an integer class, got {value!r}; pass {_FORMS}")
     try:
@@ -189,7 +191,7 @@ def _int(value: Any) -> int:
 def _many(targets: Any, outputs: Tensor) -> Target:
     """``(T,)`` targets for every image, or ``(N, T)`` with a row for each."""
     form = "a list of T classes for every image, or N lists of T classes"
-    if isinstance(targets, Tensor):
+    if hasattr(targets, "tolist") and hasattr(targets, "dtype"):  # a tensor, or NumPy without importing it
         targets = targets.tolist()
     if not isinstance(targets, Sequence) or isinstance(targets, (str, bytes)) or len(targets) == 0:
         raise TargetError(f"targets: must be {form}, got {targets!r}")
