@@ -15,27 +15,32 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import check_choice, check_images, forward_args
 from attrib_zoo.backbone.capture import run
-from attrib_zoo.backbone.layers import Tap
+from attrib_zoo.backbone.layers import Grid, Tap
 from attrib_zoo.errors import (
     BackboneMismatchError,
     CheckpointError,
     DataError,
     OptionError,
 )
-from attrib_zoo.fitted import FittedAttribution, head_dtype
+from attrib_zoo.fitted import FittedAttribution, attend, head_dtype
 from attrib_zoo.masking import min_max
 from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import Checkpoint, fingerprint, read, write
-from attrib_zoo.training.data import Batches, images_of, total_steps
+from attrib_zoo.training.data import Batches, check_count, check_repeatable, images_of, total_steps
 from attrib_zoo.training.fit import State, Terms, autocast, tell, train
 from attrib_zoo.training.fitted import Fitted, averages, class_count, ground
 from attrib_zoo.training.history import History
+from attrib_zoo.training.losses import two_logits
 from attrib_zoo.training.schedule import OptimizerFactory, Schedule, build, check_optimizer
 
 _Self = TypeVar("_Self", bound="TrainableAttribution")
 _SCHEDULES = ("auto", "paper", "short")
-_FEW_STEPS = {"short": 30, "paper": 20_000, "released": 20_000}
+_FEW_STEPS = {
+    "short": (30, "raise max_steps or epochs"),
+    "paper": (20_000, "raise epochs, or pass schedule='short'"),
+    "released": (20_000, "raise epochs, or use recipe='paper', which has a short schedule"),
+}
 
 
 class TrainableAttribution(FittedAttribution):
@@ -64,7 +69,9 @@ class TrainableAttribution(FittedAttribution):
         """What is seen where a mask is 0, in standardised space."""
         raise NotImplementedError
 
-    def _decide(self, taps: Sequence[Tap], images: Tensor) -> dict[str, Any]:
+    def _decide(
+        self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
+    ) -> dict[str, Any]:
         """JSON-ready decisions that depend on the model, made once per fit."""
         return {}
 
@@ -128,8 +135,11 @@ class TrainableAttribution(FittedAttribution):
         if lr is not None and not lr > 0:
             raise OptionError(f"lr: must be positive, got {lr!r}")
         steps = total_steps(loader, self.default_epochs if epochs is None else epochs, max_steps)
+        check_repeatable(val_loader)
+        check_count("checkpoint_every", checkpoint_every)
         folder = None if checkpoint_dir is None else _folder(checkpoint_dir)
         plan = {"steps": steps, "seed": seed, "schedule": schedule, "optimizer": named, "lr": lr}
+        plan["precision"] = precision
         twin = copy.copy(self)  # the fit happens here; self changes only when it has gone well
         twin._fitted, twin._resolved, twin._warned = None, {}, False
         saved = None if resume_from is None else twin._read_resume(resume_from, plan)
@@ -153,8 +163,8 @@ class TrainableAttribution(FittedAttribution):
                 if state.step and state.whole:
                     self.__dict__.update(twin._finished(state).__dict__)
                 raise
-        twin._finished(state)._judge(state.history)
-        self.__dict__.update(twin.__dict__)
+        self.__dict__.update(twin._finished(state).__dict__)
+        self._judge(state.history)
         return self
 
     def _begin(
@@ -174,43 +184,41 @@ class TrainableAttribution(FittedAttribution):
         features = [f.to(head_dtype(f)) for f in features]
         channels = tuple(f.shape[1] for f in features)
         network = self._network(channels, class_count(outputs), generator).to(features[0])
-        schedule = self._schedule(plan["schedule"], plan["steps"], network, features)
+        with torch.autocast(images.device.type, enabled=False):
+            schedule = self._schedule(plan["schedule"], plan["steps"], network, features)
         schedule = replace(
             schedule,
             optimizer=plan["optimizer"] or schedule.optimizer,
             lr=float(schedule.lr if plan["lr"] is None else plan["lr"]),
         )
-        history = History()
+        layers = tuple((tap.label, tap.grid if _has_hints(self.layers) else None) for tap in taps)
         counts = torch.zeros(class_count(outputs), dtype=torch.long)
         if saved is not None:
+            _check_layers(layers, saved)
             network.load_state_dict(saved.part("network"))
             schedule, counts = Schedule(**saved.facts["schedule"]), saved.tensors["class_counts"]
         optimizer, cycle = build(network, schedule, plan["steps"], custom)
         scaler = torch.amp.GradScaler(images.device.type) if scaled else None
-        state = State(network, optimizer, cycle, generator, batches, counts, scaler, history=history)
+        state = State(network, optimizer, cycle, generator, batches, counts, scaler)
         if saved is not None:
             state.restore(Checkpoint(saved.tensors, saved.facts["state"]))
-        elif plan["steps"] < _FEW_STEPS[schedule.name]:
+        elif plan["steps"] < _FEW_STEPS[schedule.name][0]:
+            least, advice = _FEW_STEPS[schedule.name]
             tell(
                 state.history,
-                f"fit: the {schedule.name!r} schedule needs at least {_FEW_STEPS[schedule.name]} steps to train an "
-                f"explainer, got {plan['steps']}: "
-                + (
-                    "raise max_steps or epochs"
-                    if schedule.name == "short"
-                    else "raise epochs, or pass schedule='short'"
-                ),
+                f"fit: the {schedule.name!r} schedule needs at least {least} steps to train an explainer, got "
+                f"{plan['steps']}: {advice}",
             )
         self._fitted = Fitted(
             network=network,
-            layers=tuple((tap.name, tap.grid if _has_hints(self.layers) else None) for tap in taps),
+            layers=layers,
             channels=channels,
             counts=state.counts,
             schedule=schedule,
             steps=state.step,
             history=state.history,
             backbone=fingerprint(self.model) if saved is None else saved.facts["backbone"],
-            decisions=self._decide(taps, images),
+            decisions=self._decide(taps, images, len(counts), schedule, plan["steps"]),
         )
         return state
 
@@ -252,15 +260,20 @@ class TrainableAttribution(FittedAttribution):
         terms = self._terms(self._ready().network, images, args, generator)
         outputs, features = self._features(images, args)
         rows = terms.classes.to(images.device).unsqueeze(1)
-        maps = min_max(self._network_for(features)(features, rows)).to(images.dtype)
+        maps = min_max(attend(self._network_for(features), features, rows)).to(images.dtype)
         found = {"loss": terms.loss.expand(len(images))}
         if outputs.ndim == 2 and outputs.shape[1] > 1:
             hidden = self._baseline(images)
-            rule: dict[str, Any] = {"masking": hidden if isinstance(hidden, Tensor) else "standardized"}
+            call: dict[str, Any] = {
+                "target": rows[:, 0],
+                "masking": hidden if isinstance(hidden, Tensor) else "standardized",
+                "clean": two_logits(outputs).softmax(1).gather(1, rows)[:, 0],
+                "additional_forward_args": args,
+            }
             for percent in (100, 50, 15):
-                call = (self.model, images, maps, rows[:, 0])
-                found[f"AD({percent})"] = 100 * average_drop(*call, keep=percent / 100, **rule)
-                found[f"IC({percent})"] = 100 * increase_in_confidence(*call, keep=percent / 100, **rule)
+                call["keep"] = percent / 100
+                found[f"AD({percent})"] = 100 * average_drop(self.model, images, maps, **call)
+                found[f"IC({percent})"] = 100 * increase_in_confidence(self.model, images, maps, **call)
         return found
 
     # ------------------------------------------------------------------ checkpoints
@@ -296,8 +309,15 @@ class TrainableAttribution(FittedAttribution):
 
 
 def _has_hints(layers: Any) -> bool:
-    items = layers if isinstance(layers, list) else [layers]
-    return any(isinstance(item, tuple) for item in items)
+    """Whether the user said how a layer is laid out."""
+    items = layers if isinstance(layers, (list, tuple)) else [layers]
+    return any(isinstance(item, (tuple, Grid, Tap)) for item in items)
+
+
+def _check_layers(layers: tuple[tuple[str, Grid | None], ...], saved: Checkpoint) -> None:
+    mine, theirs = [name for name, _ in layers], [name for name, _ in saved.facts["layers"]]
+    if mine != theirs:
+        raise CheckpointError(f"resume_from: must be continued with the same layers, got {mine} (was {theirs})")
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:

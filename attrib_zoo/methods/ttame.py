@@ -12,6 +12,7 @@ from attrib_zoo.attribution import check_choice
 from attrib_zoo.backbone.capture import forward
 from attrib_zoo.backbone.layers import Tap, is_attention
 from attrib_zoo.errors import OptionError
+from attrib_zoo.fitted import attend
 from attrib_zoo.masking import black, blend, channel_stats, upsample
 from attrib_zoo.methods._attention_head import ACTIVATIONS, AttentionHead
 from attrib_zoo.trainable import TrainableAttribution
@@ -21,12 +22,13 @@ from attrib_zoo.training.schedule import Schedule
 
 _MASKINGS = ("auto", "raw", "standardized")
 _RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"variation": "mean", "border_penalty": 0.0, "area_offset": 0.0, "psi": "random"},
+    "paper": {"variation": "mean", "border_penalty": 0.0, "area_offset": 0.0, "psi": "auto"},
     "released": {"variation": "sum", "border_penalty": 0.3, "area_offset": 5e-4, "psi": "batch"},
 }
 _LONG = 20_000  # steps from which "auto" takes the paper's schedule
 _LOGIT_STEP = 0.1  # how far one layer's part of a logit may move in one optimiser step of the short schedule
 _BRANCH_LR = 1e-3
+_IMAGES_PER_CLASS = 100  # with fewer in a short fit, classes that are not the image's own cost more than they teach
 
 
 class TTAME(TrainableAttribution):
@@ -69,7 +71,8 @@ class TTAME(TrainableAttribution):
         variation: † ``"mean"`` (Eq. 17) or ``"sum"`` (the sum over twice the batch size).
         border_penalty: † weight of squared values on the map's border, 0 or 0.3.
         area_offset: † added to the mask before the power, 0 or 5e-4.
-        psi: † the other classes: ``"random"`` (Eq. 12), ``"batch"`` (decisions of the batch) or ``"own"`` (none).
+        psi: † the other classes: ``"random"`` (Eq. 12), ``"batch"`` (decisions of the batch), ``"own"`` (none), or
+            ``"auto"``: random, but none in a short fit that shows fewer than 100 images per class.
         num_layers: 1, 2 or 3 layers when ``layers=None``, the last ones (Table 6).
         skip: the skip connection of the branches (Table 6).
         batch_norm: the batch normalisation of the branches (Table 6).
@@ -95,11 +98,12 @@ class TTAME(TrainableAttribution):
         Networks and Vision Transformers. IEEE Access, 2024.
 
     Deviations:
-        The schedule: below 20 000 steps ``fit`` uses one that trains in few steps (the fusing convolution starts at
-        zero; Adam), since the paper's needs hundreds of thousands. The random classes of Ψ are distinct. Dropout and
-        batch normalisation of the frozen model always run in eval mode. Where the paper is silent (momentum, weight
-        decay, initial weights) the released values are used. No sparse image of the released networks' numbers is
-        promised: see the method's page for every known difference.
+        The schedule: the paper's needs hundreds of thousands of steps; below 20 000 ``fit`` uses one that trains in
+        few (Adam; the fusing convolution starts at zero, as a common row plus a row per class), and with few images
+        per class it leaves the other classes out of Ψ. The random classes of Ψ are distinct. Dropout and batch
+        normalisation of the frozen model always run in eval mode. Where the paper is silent (momentum, weight decay,
+        initial weights) the released values are used. The published numbers are not promised: see the method's page
+        for every known difference.
     """
 
     family: ClassVar[str] = "trained"
@@ -136,12 +140,17 @@ class TTAME(TrainableAttribution):
         self.lambda_tv = _at_least("lambda_tv", lambda_tv, 0)
         self.lambda_variation = _at_least("lambda_variation", lambda_variation, 0)
         self.area_power = _at_least("area_power", area_power, 1e-6)
-        self.variation = check_choice("variation", variation or defaults["variation"], ("mean", "sum"))
-        self.border_penalty = _at_least(
-            "border_penalty", defaults["border_penalty"] if border_penalty is None else border_penalty, 0
-        )
-        self.area_offset = _at_least("area_offset", defaults["area_offset"] if area_offset is None else area_offset, 0)
-        self.psi = check_choice("psi", psi or defaults["psi"], ("random", "batch", "own"))
+        given: dict[str, Any] = {
+            "variation": variation,
+            "border_penalty": border_penalty,
+            "area_offset": area_offset,
+            "psi": psi,
+        }
+        chosen = {name: defaults[name] if value is None else value for name, value in given.items()}
+        self.variation = check_choice("variation", chosen["variation"], ("mean", "sum"))
+        self.border_penalty = _at_least("border_penalty", chosen["border_penalty"], 0)
+        self.area_offset = _at_least("area_offset", chosen["area_offset"], 0)
+        self.psi = check_choice("psi", chosen["psi"], ("auto", "random", "batch", "own"))
         self.num_layers = check_choice("num_layers", num_layers, (1, 2, 3))
         self.skip = bool(skip)
         self.batch_norm = bool(batch_norm)
@@ -180,7 +189,9 @@ class TTAME(TrainableAttribution):
         network.share_rows(network.reach(features))  # type: ignore[operator]  # an AttentionHead
         return Schedule("short", "adam", _LOGIT_STEP, branch_lr=_BRANCH_LR)
 
-    def _decide(self, taps: Sequence[Tap], images: Tensor) -> dict[str, Any]:
+    def _decide(
+        self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
+    ) -> dict[str, Any]:
         rule = self.masking
         if rule == "auto":
             attends = any(is_attention(self.model, tap) for tap in taps)
@@ -192,15 +203,18 @@ class TTAME(TrainableAttribution):
             raise OptionError(
                 f"mean, std: must have one value for each of the {images.shape[1]} channels, got {mean} and {std}"
             )
-        return {"masking": rule, "mean": list(mean), "std": list(std)}
+        psi = self.psi
+        if psi == "auto":
+            few = schedule.name == "short" and steps * len(images) < _IMAGES_PER_CLASS * num_classes
+            psi = "own" if few else "random"
+        return {"masking": rule, "psi": psi, "mean": list(mean), "std": list(std)}
 
     def _terms(self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> Terms:
         clean, features = self._features(images, args)
         logits = two_logits(clean)
         classes = logits.argmax(1)
-        rows, own = extra_classes(classes, logits.shape[1], self.psi, generator)
-        with torch.autocast(images.device.type, enabled=False):
-            attention = network(features, rows)
+        rows, own = extra_classes(classes, logits.shape[1], self._ready().decisions["psi"], generator)
+        attention = attend(network, features, rows)
         own_map = attention[torch.arange(len(images), device=own.device), own].unsqueeze(1).sigmoid()
         mask = upsample(own_map, images.shape[-2:]).to(images.dtype)
         masked = forward(self.model, blend(images, mask, self._baseline(images)), args)
@@ -269,5 +283,5 @@ def _per_channel(name: str, values: Sequence[float] | None) -> list[float] | Non
         return None
     try:
         return [float(v) for v in values]
-    except TypeError:
+    except (TypeError, ValueError):
         raise OptionError(f"{name}: must be a number for each channel, got {values!r}") from None
