@@ -11,6 +11,8 @@ import engine_cases as cases
 import pytest
 import torch
 from engine_cases import Guard, full_forward, tap, untouched
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -270,7 +272,7 @@ class TestFullPasses:
         caplog.set_level(logging.INFO, "attrib_zoo.backbone.replay")
         twin = copy.deepcopy(model)
         with untouched(model, inputs), frozen(model), replay(model, inputs, (), at) as again:
-            for rows in CHUNKS:
+            for rows in ([1, 0], *CHUNKS):  # first as many rows as images, where no shape can be wrong
                 index = torch.tensor(rows)
                 maps = disturbed(again.maps[index])
                 with torch.no_grad():
@@ -554,6 +556,27 @@ class TestOutputs:
             rest = model.stem(inputs)[rows] + 1
             expected = model.head((maps * rest).tanh().mean((2, 3)))
         torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
+
+
+class TestChunks:
+    """How the rows are cut into chunks changes nothing."""
+
+    @pytest.mark.parametrize("name", ["layer4.0.downsample", "layer4.1.bn2", "layer3"])
+    def test_any_cut(self, name: str):
+        model, inputs = cases.resnet().double(), doubles(3)
+        with frozen(model), replay(model, inputs, (), tap(name)) as again:
+
+            @settings(max_examples=15, deadline=None, derandomize=True)
+            @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=3))
+            def cut(chunks: list[list[int]]) -> None:
+                rows = torch.tensor([row for chunk in chunks for row in chunk])
+                maps = disturbed(again.maps[rows])
+                sizes = [len(chunk) for chunk in chunks]
+                parts = [again(m, r) for m, r in zip(maps.split(sizes), rows.split(sizes), strict=True)]
+                torch.testing.assert_close(torch.cat(parts), again(maps, rows), rtol=0, atol=ATOL)
+
+            cut()
+            assert again.shortcut
 
 
 class TestCost:

@@ -89,8 +89,6 @@ class Replay:
                 raise
             except Exception as error:
                 _log.debug("replay from %r, copies=%s: %s", self._tap.name, copies, error)
-            if self._spoilt():
-                break
         self.shortcut = False
         self._records = {}
         _log.info("%s cannot be run from %r alone; running all of it", type(self._model).__name__, self._tap.name)
@@ -130,7 +128,8 @@ class Replay:
 def replay(model: nn.Module, inputs: Tensor, args: Sequence[Any], tap: Tap) -> Iterator[Replay]:
     """Record one clean pass without a graph and yield what runs it again from the tapped layer.
 
-    The records, about the size of all module outputs before the layer, are freed when the block ends.
+    Call it, and what it yields, inside :func:`attrib_zoo.backbone.capture.frozen`. The records, about the size of all
+    module outputs before the layer, are freed when the block ends.
 
     Raises:
         LayerError: the layer never ran, or its output has not one row per image.
