@@ -151,11 +151,11 @@ def render(things: Things, noise: Tensor) -> tuple[Tensor, Tensor]:
         if not things.there[:, slot].any():
             continue
         outside = _distance(things, slot, x, y) * (size / 2)  # in pixels
-        cover = (0.5 - outside).clamp(0, 1) * things.there[:, slot, None, None]
+        cover = ((0.5 - outside).clamp(0, 1) * things.there[:, slot, None, None])[:, None]
         first, second = things.colours[:, slot, :, :, None, None].unbind(1)
         paint = first + (second - first) * _pattern(things, slot, x, y)[:, None]
-        images = images + (paint - images) * cover[:, None]
-        owner[cover > 0.5] = slot
+        images = images * (1 - cover) + paint * cover  # exact where the cover is 0 or 1
+        owner[cover[:, 0] > 0.5] = slot
     return (images + noise * (0.04 if size <= 48 else 0.06)).clamp(0, 1), owner
 
 
