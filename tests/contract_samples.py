@@ -241,11 +241,19 @@ class SmallTrained(SmallCAM):
         self.ready()
         with torch.no_grad():
             outputs, activation = self.run(images, args)
-            rows = self.network_.weight.to(images)[self.row(self.index(target, outputs))]
+            index = self.index(target, outputs)
+            index = torch.ones(len(images), dtype=torch.long) if outputs[0].numel() == 1 else index
+            rows = self.network_.weight.to(images)[self.row(index)]
             return torch.einsum("nd,ndhw->nhw", rows, self.features(activation, images))[:, None].sigmoid()
 
     def row(self, index):
         return index
+
+    @staticmethod
+    def logits(outputs):
+        """(N, K), also for one value for each image."""
+        column = outputs.view(len(outputs), -1)
+        return column if column.shape[1] > 1 else torch.cat([torch.zeros_like(column), column], 1)
 
     def features(self, activation, images):
         return F.normalize(self.grid(activation, images), dim=1)
@@ -285,7 +293,7 @@ class SmallTrained(SmallCAM):
         probe = self.batch(next(iter(loader), None))
         with torch.no_grad():
             outputs, activation = self.run(probe, ())
-        width, count = self.features(activation, probe).shape[1], outputs.shape[1]
+        width, count = self.features(activation, probe).shape[1], self.logits(outputs).shape[1]
         draw = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
         self.network_ = Head(0.1 * draw.to(probe))
         self.momentum = torch.zeros_like(self.network_.weight)
@@ -312,11 +320,11 @@ class SmallTrained(SmallCAM):
     def step(self, images):
         with torch.no_grad():
             outputs, activation = self.run(images, ())
-            decided, features = outputs.argmax(1), self.features(activation, images)
+            decided, features = self.logits(outputs).argmax(1), self.features(activation, images)
         weight = self.network_.weight
         mask = torch.einsum("nd,ndhw->nhw", weight[decided], features)[:, None].sigmoid()
         masked = images * F.interpolate(mask, images.shape[2:], mode="bilinear")
-        loss = F.cross_entropy(self.model(masked), decided) + mask.mean()
+        loss = F.cross_entropy(self.logits(self.model(masked)), decided) + mask.mean()
         (gradient,) = torch.autograd.grad(loss, weight)
         self.momentum = 0.9 * self.momentum + gradient
         with torch.no_grad():

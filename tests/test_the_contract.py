@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr import Attribution, PerturbationAttribution
+from captum.attr import Attribution, LayerGradCam, PerturbationAttribution
 from contract_samples import SmallCAM, SmallMasks, SmallTrained, transparent
 from torch import Tensor, nn
 
-from attrib_zoo.testing import CHECKS, ContractError, check_attribution
+from attrib_zoo.testing import CHECKS, ContractError, Inapplicable, check_attribution
 
 FAULTS = []
 """(wrong class, name of a check, words of its reason)"""
@@ -274,6 +274,19 @@ class WordlessRangeCheck(SmallCAM):
 class ExplainsTheLeastLikely(SmallCAM):
     def index(self, target, outputs):
         return super().index(outputs.argmin(1) if target is None else target, outputs)
+
+
+@caught_by(finds_evidence="expected more of the map on it")
+class EvidenceAgainst(SmallCAM):
+    def cam(self, activation, gradient):
+        return super().cam(activation, -gradient)
+
+
+@caught_by(finds_evidence="the weaker patch")
+class AlwaysTheDecision(SmallCAM):
+    def scores(self, target, outputs):
+        self.index(target, outputs)
+        return super().scores(None, outputs)
 
 
 @caught_by(own_decision="target=None with forward arguments")
@@ -924,7 +937,7 @@ class TakesTwoSizes(SmallTrained):
         return super().batch(batch)
 
 
-@caught_by(fit_trains_decided_class="class 1's did")
+@caught_by(finds_evidence="expected more of the map on it")
 class RowOffByOneInFit(SmallTrained):
     def step(self, images):
         self.network_.weight.data = self.network_.weight.data.roll(1, 0)
@@ -934,10 +947,10 @@ class RowOffByOneInFit(SmallTrained):
         self.momentum = self.momentum.roll(-1, 0)
 
 
-@caught_by(fit_trains_decided_class="class 1's did")
+@caught_by(finds_evidence="expected more of the map on it")
 class RowOffByOneInAttribute(SmallTrained):
     def row(self, index):
-        return (index + 1) % 5
+        return (index + 1) % len(self.network_.weight)
 
 
 @caught_by(resume="resumed in the second epoch")
@@ -1036,6 +1049,57 @@ def test_each_check_applies_to_a_right_class():
 def test_every_check_has_a_planted_fault():
     without = set(CHECKS) - {name for _, name, _ in FAULTS}
     assert without == {"gpu"}, "plant a fault: a class with @caught_by(name_of_the_check=...)"
+
+
+class MeanMap(SmallCAM):
+    """A class-agnostic method that says so."""
+
+    class_agnostic = True
+
+    def cam(self, activation, gradient):
+        return activation.abs().mean(1, keepdim=True)
+
+
+class ForTransformers(SmallCAM):
+    models = ("vit",)
+
+    def __init__(self, model, layers=None, *, upsample=True):
+        super().__init__(model, layers, upsample=upsample)
+        assert not isinstance(model, nn.Module) or any(isinstance(m, nn.LayerNorm) for m in model.modules())
+
+
+def test_what_a_class_says_of_itself_is_respected():
+    CHECKS["informative"](MeanMap)
+    for name in ("informative", "layers", "flips", "captum_subclass"):
+        CHECKS[name](ForTransformers)
+    with pytest.raises(Inapplicable, match="does not support"):
+        CHECKS["in_place_followers"](ForTransformers)
+
+
+def test_the_factory_may_be_a_partial_or_a_function():
+    CHECKS["layer_resolution"](functools.partial(SmallCAM, layers=None))
+    with pytest.raises(Inapplicable, match="takes no upsample; pass the class itself"):
+        CHECKS["layer_resolution"](lambda model: SmallCAM(model))
+    with pytest.raises(ContractError, match=r"OneChannel breaks .*\s+input_shape"):
+        CHECKS["input_shape"](functools.partial(OneChannel, upsample=True))
+    with pytest.raises(ContractError, match="input_shape"):
+        CHECKS["input_shape"](lambda model: OneChannel(model))
+
+
+def test_skip_leaves_out_what_it_names():
+    result = check_attribution(SpacedName, skip=set(CHECKS) - {"signature"})
+    assert result["captum_subclass"] == "skipped: as asked"
+    assert result["signature"] == "passed"
+    with pytest.raises(ValueError, match="no check no_such_check; there are captum_subclass"):
+        check_attribution(SmallCAM, skip=["no_such_check"])
+
+
+@pytest.mark.parametrize(
+    "name", ["tuples", "input_shape", "sensitivity_max", "infidelity", "train_mode", "own_decision"]
+)
+def test_captums_own_grad_cam_is_judged_too(name):
+    with pytest.raises(ContractError, match=name):
+        CHECKS[name](lambda model: LayerGradCam(model, model.get_submodule(model.explained)))
 
 
 def test_every_failed_check_is_listed_in_one_error():
