@@ -164,3 +164,8 @@ class Tap:
     element: int | str | None = None
     calls: int = 1
     call: int = -1
+
+    @property
+    def label(self) -> str:
+        """The name with the entry it means, ``"stage4[1]"``: what ``layers=`` takes for this output."""
+        return self.name if self.element is None else f"{self.name}[{self.element!r}]"

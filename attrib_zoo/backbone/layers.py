@@ -77,7 +77,7 @@ def resolve(
     if layers is None:
         items = _by_rule(traced, inputs, args, count, rule)
         taps = tuple(item.tap(traced) for item in items)
-        _log.info("layers of %s: %s", type(traced.model).__name__, ", ".join(tap.name for tap in taps))
+        _log.info("layers of %s: %s", type(traced.model).__name__, ", ".join(tap.label for tap in taps))
         return taps
     given = _listed(layers)
     if not given:
@@ -86,7 +86,7 @@ def resolve(
     taps = tuple(tap for _, tap in found)
     for tap, following in pairwise(taps):
         if (tap.name, tap.element, tap.call) == (following.name, following.element, following.call):
-            raise OptionError(f"layers: each must be given once, got {tap.name!r} twice")
+            raise OptionError(f"layers: each must be given once, got {tap.label!r} twice")
     return taps
 
 
@@ -185,11 +185,10 @@ class Description:
         return "\n".join([f"{self.model} at {self.size[0]}x{self.size[1]}", *(line.rstrip() for line in table)])
 
     def _cells(self, row: Row) -> tuple[str, ...]:
-        place = row.name if row.tap.element is None else f"{row.name}[{row.tap.element!r}]"
         run = "" if row.tap.calls == 1 else f" (run {row.tap.call % row.tap.calls + 1} of {row.tap.calls})"
         unused = () if row.on_path else ("not read by the head",)
         return (
-            place + run,
+            row.tap.label + run,
             row.module,
             row.tap.grid.kind,
             f"{row.hw[0]}x{row.hw[1]}",

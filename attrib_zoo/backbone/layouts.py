@@ -67,7 +67,8 @@ class _Sizes:
         seen = list(self._seen)[::-1]
         yield from ((0, size) for size in seen)
         for h, w in seen:
-            yield from ((1, size) for size in [(-(-h // 2), -(-w // 2)), (h // 2, w // 2)] if self.fits(size))
+            if self.fits(size := (-(-h // 2), -(-w // 2))):
+                yield 1, size
         height, width = self._image
         yield from ((2, size) for s in _STRIDES if self.fits(size := (height // s, width // s)))
 

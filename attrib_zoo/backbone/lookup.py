@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -28,7 +29,7 @@ def find_layer(traced: Trace, layer: Layer) -> tuple[tuple[int, int], Tap]:
     if isinstance(layer, tuple) and len(layer) == 2 and isinstance(layer[1], Grid):
         layer, hint = layer
     if isinstance(layer, Tap):
-        wanted, layer = layer, layer.name
+        wanted, hint, layer = layer, layer.grid, layer.label
     if isinstance(layer, bool) or not isinstance(layer, (str, nn.Module, int)):
         raise OptionError(
             "layers: must be names, modules, negative indices or (layer, Grid) pairs, "
@@ -37,6 +38,7 @@ def find_layer(traced: Trace, layer: Layer) -> tuple[tuple[int, int], Tap]:
     if isinstance(layer, int):
         item = _at_index(traced, layer)
         return item.place, item.tap(traced)
+    layer, element = _split(layer) if isinstance(layer, str) else (layer, None)
     name = _name(traced.model, layer)
     calls = [call for call in traced.calls() if call.name == name]
     if not calls:
@@ -44,8 +46,17 @@ def find_layer(traced: Trace, layer: Layer) -> tuple[tuple[int, int], Tap]:
     call = calls[wanted.call % len(calls)] if wanted else calls[-1]
     if len(calls) > 1 and not wanted:
         _log.info("layers: %r runs %d times in a pass; the last run is explained", name, len(calls))
-    item = Item(call, _chosen_output(traced, call, wanted, hint))
+    output = _chosen_output(traced, call, element) if hint is None else _read_as(call, element, hint)
+    item = Item(call, output)
     return item.place, item.tap(traced)
+
+
+def _split(label: str) -> tuple[str, int | str | None]:
+    """A name and, where it ends in ``[1]`` or ``['key']``, the entry of what the layer puts out."""
+    match = re.fullmatch(r"(.+)\[(?:(\d+)|(['\"])(.*)\3)\]", label)
+    if match is None:
+        return label, None
+    return match[1], int(match[2]) if match[2] else match[4]
 
 
 def _at_index(traced: Trace, index: int) -> Item:
@@ -94,29 +105,43 @@ def _never_ran(traced: Trace, name: str) -> str:
     return f"layers: {name!r} ({kind}) must run in the forward pass, but is never called; {advice}"
 
 
-def _chosen_output(traced: Trace, call: Call, wanted: Tap | None, hint: Grid | None) -> Output:
-    """The output of the call that holds the map meant; with a hint it is read as the hint says."""
-    outputs = [output for output in call.outputs if wanted is None or output.element == wanted.element]
-    grid = wanted.grid if wanted else hint
-    if grid is None:
-        maps = [item.output for item in spatial(call)]
-        if len(maps) > 1:
-            _log.info("layers: %r puts out %d maps; the last is explained", call.name, len(maps))
-        if maps:
-            return maps[-1]
+def _chosen_output(traced: Trace, call: Call, element: int | str | None) -> Output:
+    """The output of the call that holds the map meant."""
+    maps = [item.output for item in spatial(call)] if element is None else _entries(call, element)
+    maps = [output for output in maps if output.grid is not None]
+    if not maps:
         raise LayerError(_not_spatial(traced, call))
-    problem = ""
-    for output in outputs:
+    if len(maps) > 1:
+        _log.info("layers: %r puts out %d maps; the last is explained", call.name, len(maps))
+    return maps[-1]
+
+
+def _entries(call: Call, element: int | str | None) -> list[Output]:
+    """The call's outputs, or the one at that place."""
+    entries = [output for output in call.outputs if element in (None, output.element)]
+    if not entries and element is not None:
+        places = ", ".join(repr(output.element) for output in call.outputs if output.element is not None)
+        raise LayerError(
+            f"layers: {call.name!r} puts out no tensor at [{element!r}]; it has {places or 'one output: give its name'}"
+        )
+    return entries
+
+
+def _read_as(call: Call, element: int | str | None, hint: Grid) -> Output:
+    """The call's output, read as the user says."""
+    problem: LayerError | None = None
+    for output in _entries(call, element):
         found = output.grid.hw if output.grid and output.grid.is_tokens else None
-        full = replace(grid, hw=found) if grid.is_tokens and grid.hw is None else grid
+        grid = replace(hint, hw=found) if hint.is_tokens and hint.hw is None else hint
         try:
-            maps_of_it = full.to_map(torch.empty(output.shape, device="meta"))
+            _, channels, h, w = grid.to_map(torch.empty(output.shape, device="meta")).shape
         except LayerError as error:
-            problem = f"; {error}"
-            continue
-        _, channels, h, w = maps_of_it.shape
-        return replace(output, grid=full, channels=channels, hw=(h, w))
-    raise LayerError(f"layers: {call.name!r} must put out what the given layout says{problem or '; it puts out none'}")
+            problem = error
+        else:
+            return replace(output, grid=grid, channels=channels, hw=(h, w))
+    raise LayerError(
+        f"layers: {call.name!r} must put out what the given layout says, but does not; {problem or 'it has no tensor'}"
+    )
 
 
 def _not_spatial(traced: Trace, call: Call) -> str:
