@@ -80,7 +80,7 @@ class FittedAttribution(Attribution):
         one_value = outputs.ndim == 1 or outputs.shape[1] == 1
         rows = torch.ones_like(target.classes) if one_value else target.classes
         self._warn_unseen(rows)
-        return min_max(self._network_for(features)(features, rows))
+        return min_max(attend(self._network_for(features), features, rows))
 
     def maps(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """The maps of all classes from one forward pass, at the resolution of the layers.
@@ -97,7 +97,7 @@ class FittedAttribution(Attribution):
         with frozen(self.model), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
             _, features = self._features(clean, forward_args(additional_forward_args))
-            return min_max(self._network_for(features)(features, None)).to(images.dtype)
+            return min_max(attend(self._network_for(features), features, None)).to(images.dtype)
 
     def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         """Outputs and features of one pass, checked to be those that the network was trained on."""
@@ -107,6 +107,12 @@ class FittedAttribution(Attribution):
             raise UnsupportedModelError(
                 f"model: must have the {fitted.num_classes} classes that {type(self).__name__} was fitted for, "
                 f"got {class_count(outputs)}; fit again for the changed model"
+            )
+        channels = tuple(f.shape[1] for f in features)
+        if channels != fitted.channels:
+            raise LayerError(
+                f"layers: must have {fitted.channels} channels as in fit, got {channels}; "
+                "fit again for the changed model"
             )
         return outputs, [f.to(head_dtype(f)) for f in features]
 
@@ -129,14 +135,7 @@ class FittedAttribution(Attribution):
         if self._fitted is None:
             return super()._resolve(inputs, args)
         named = [name if grid is None else (name, grid) for name, grid in self._fitted.layers]
-        taps = layer_rules.resolve(self.model, named, inputs, args)
-        found = tuple(tap.channels for tap in taps)
-        if found != self._fitted.channels:
-            raise LayerError(
-                f"layers: must have {self._fitted.channels} channels as in fit, got {found}; "
-                "fit again for the changed model"
-            )
-        return taps
+        return layer_rules.resolve(self.model, named, inputs, args)
 
     # ------------------------------------------------------------------ what was learned
 
@@ -194,8 +193,9 @@ class FittedAttribution(Attribution):
         if self._fitted is None:
             return text
         seen = int((self._fitted.counts > 0).sum())
+        decided = "".join(f", {k} {v}" for k, v in self._fitted.decisions.items() if isinstance(v, str))
         return (
-            f"{text} fitted: {self._fitted.steps} steps, {self._fitted.schedule.name} schedule, "
+            f"{text} fitted: {self._fitted.steps} steps, {self._fitted.schedule.name} schedule{decided}, "
             f"{seen} of {self._fitted.num_classes} classes seen"
         )
 
@@ -264,6 +264,13 @@ class FittedAttribution(Attribution):
                 **fitted.facts(),
             },
         )
+
+
+def attend(network: nn.Module, features: Sequence[Tensor], rows: Tensor | None) -> Tensor:
+    """The network's maps ``(N, M, h, w)``; it keeps its own precision inside autocast."""
+    with torch.autocast(features[0].device.type, enabled=False):
+        maps: Tensor = network(features, rows)
+    return maps
 
 
 def head_dtype(features: Tensor) -> torch.dtype:

@@ -193,10 +193,12 @@ class TrainableAttribution(FittedAttribution):
         )
         layers = tuple((tap.label, tap.grid if _has_hints(self.layers) else None) for tap in taps)
         counts = torch.zeros(class_count(outputs), dtype=torch.long)
+        decisions = self._decide(taps, images, len(counts), schedule, plan["steps"])
         if saved is not None:
             _check_layers(layers, saved)
             network.load_state_dict(saved.part("network"))
             schedule, counts = Schedule(**saved.facts["schedule"]), saved.tensors["class_counts"]
+            decisions = saved.facts["decisions"]
         optimizer, cycle = build(network, schedule, plan["steps"], custom)
         scaler = torch.amp.GradScaler(images.device.type) if scaled else None
         state = State(network, optimizer, cycle, generator, batches, counts, scaler)
@@ -218,7 +220,7 @@ class TrainableAttribution(FittedAttribution):
             steps=state.step,
             history=state.history,
             backbone=fingerprint(self.model) if saved is None else saved.facts["backbone"],
-            decisions=self._decide(taps, images, len(counts), schedule, plan["steps"]),
+            decisions=decisions,
         )
         return state
 

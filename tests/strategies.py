@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
+from typing import Any
 
 import torch
 from engine_cases import lively
@@ -113,6 +115,13 @@ def decisive(model: nn.Module, images: Tensor) -> nn.Module:
         counts = model(images).argmax(1).bincount(minlength=scores.shape[1])
     assert (counts > 0).sum() > 1, "the model decides for one class only"
     return model
+
+
+def fit(explainer: Any, loader: Any, **options: Any) -> Any:
+    """Fit without a progress bar and without the advice to train for longer."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fit: the")
+        return explainer.fit(loader, show_progress=False, **options)
 
 
 def small_cnn(widths: tuple[int, ...] = (4, 6, 8), classes: int = 5, channels: int = 3) -> nn.Module:

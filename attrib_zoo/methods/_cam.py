@@ -152,5 +152,5 @@ def _check_gradients(gradients: list[Tensor], taps: tuple[Tap, ...], who: str) -
             f"{who}: the gradient at {', '.join(repr(tap.name) for tap in dead)} is exactly zero, so the map is "
             "zero; the score does not change with this layer for these images",
             UserWarning,
-            stacklevel=2,
+            stacklevel=6,  # the caller of attribute
         )

@@ -35,7 +35,7 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
     """Write the file whole or not at all: a temporary file beside it is renamed into place.
 
     Raises:
-        DataError: the folder does not exist or cannot be written.
+        DataError: the folder does not exist or cannot be written, or the disk is full.
     """
     from safetensors.torch import save
 
@@ -44,12 +44,17 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
     data = save(tensors, metadata)
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        _replace(target, data)
     except OSError as error:
         raise DataError(
-            f"path: must lie in a folder that exists and can be written, got {target} ({error.strerror}); "
-            "make the folder or choose another"
+            f"path: must be a file in a folder that exists and can be written, got {target} ({error.strerror}); "
+            "make the folder, make room, or choose another"
         ) from error
+    return target
+
+
+def _replace(target: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -60,7 +65,6 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return target
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:

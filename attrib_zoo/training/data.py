@@ -40,9 +40,9 @@ def images_of(batch: Any) -> Tensor:
 
 def total_steps(loader: Iterable[Any], epochs: int, max_steps: int | None) -> int:
     """``max_steps``, or epochs times the loader's length."""
-    for name, value in (("epochs", epochs), ("max_steps", max_steps)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise OptionError(f"{name}: must be a positive integer, got {value!r}")
+    check_count("epochs", epochs)
+    if max_steps is not None:
+        check_count("max_steps", max_steps)
     length = _length(loader)
     if length == 0:
         raise DataError(_EMPTY)
@@ -53,6 +53,23 @@ def total_steps(loader: Iterable[Any], epochs: int, max_steps: int | None) -> in
             "max_steps: must be given for a loader without a length, since the schedule needs the number of steps"
         )
     return epochs * length
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise an :class:`OptionError` where an option is no positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{name}: must be a positive integer, got {value!r}")
+
+
+def check_repeatable(val_loader: Iterable[Any] | None) -> None:
+    """Raise where validation, which iterates once after each epoch, would find nothing."""
+    if isinstance(val_loader, Iterator):
+        raise DataError(
+            "val_loader: must be iterable more than once, since it is read after each epoch, got "
+            f"{type(val_loader).__name__}; pass a list or a DataLoader"
+        )
+    if val_loader is not None and _length(val_loader) == 0:
+        raise DataError(f"val_{_EMPTY}")
 
 
 def _length(loader: Iterable[Any]) -> int | None:
@@ -99,6 +116,11 @@ class Batches(Iterator[Tensor]):
         if self._pending is None:
             raise DataError(_EMPTY)
         return self._pending
+
+    @property
+    def between_epochs(self) -> bool:
+        """Whether the next batch is the first of an epoch."""
+        return self.per_epoch is not None and (self.position - (self._pending is not None)) % self.per_epoch == 0
 
     def _endless(self) -> Iterator[Tensor]:
         while True:

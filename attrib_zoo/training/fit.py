@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -119,31 +121,29 @@ def train(
     """
     network = distributed.wrap(state.network)
     network.train()
+    state.mark()
     with _progress(steps, state.step, show_progress) as report:
         try:
             while state.step < steps:
-                state.mark()
+                if validate is not None and state.step > 0 and state.batches.between_epochs:
+                    _validate(state, validate)
                 images = next(state.batches, None)
                 if images is None:
                     _ended_early(state, steps)
                     break
                 report(_one_step(state, network, objective, images))
-                if validate is not None and state.batches.position == state.batches.per_epoch and state.step < steps:
-                    _validate(state, validate)
                 if save is not None and state.step % save_every == 0:
-                    state.mark()
                     save()
+            distributed.share(state.network)
+            state.network.eval()
+            if validate is not None:
+                _validate(state, validate)
+            if save is not None:
+                save()
         except BaseException:
             if save is not None and state.step > 0 and state.whole:
                 save()
             raise
-    distributed.share(state.network)
-    state.network.eval()
-    state.mark()
-    if validate is not None:
-        _validate(state, validate)
-    if save is not None:
-        save()
 
 
 def _one_step(state: State, network: nn.Module, objective: Objective, images: Tensor) -> dict[str, float]:
@@ -158,30 +158,53 @@ def _one_step(state: State, network: nn.Module, objective: Objective, images: Te
             "weights are those of the step before: lower lr, or use precision=None"
         )
     (terms.loss if state.scaler is None else state.scaler.scale(terms.loss)).backward()
-    state.whole = False
-    if state.scaler is None:
-        state.optimizer.step()
-    else:
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    numbers["lr"] = state.optimizer.param_groups[0]["lr"]
-    state.step += 1
-    if state.step < state.cycle.total_steps:
-        state.cycle.step()
-    seen = torch.bincount(terms.classes.cpu(), minlength=len(state.counts))
-    state.counts += distributed.total(seen)
-    state.history.add(numbers)
-    state.whole = True
+    seen = distributed.total(torch.bincount(terms.classes, minlength=len(state.counts)))
+    with _uninterrupted():
+        state.whole = False
+        if state.scaler is None:
+            state.optimizer.step()
+        else:
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        numbers["lr"] = state.optimizer.param_groups[0]["lr"]
+        state.step += 1
+        if state.step < state.cycle.total_steps:
+            state.cycle.step()
+        state.counts += seen.cpu()
+        state.history.add(numbers)
+        state.mark()
+        state.whole = True
     return numbers
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends, so that it finds whole steps only."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *event: caught.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if caught:
+        handler(*caught[0])
+
+
 def _validate(state: State, validate: Callable[[], dict[str, float]]) -> None:
+    """Measure the network, unless that was done at this step (before an interruption)."""
+    done = state.history.validation
+    if done and done[-1]["step"] == state.step:
+        return
     training = state.network.training
     state.network.eval()
     try:
         with torch.no_grad():
-            state.history.validation.append({"step": float(state.step), **validate()})
+            done.append({"step": float(state.step), **validate()})
     finally:
         state.network.train(training)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass
@@ -36,12 +35,3 @@ class History:
         values = self.steps[name]
         tail = values[-max(1, round(len(values) * share)) :]
         return sum(tail) / len(tail)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {"steps": self.steps, "validation": self.validation, "messages": self.messages}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> History:
-        """Inverse of :meth:`to_dict`."""
-        return cls(data["steps"], data["validation"], data["messages"])

@@ -21,7 +21,7 @@ class Schedule:
 
     Attributes:
         name: ``"paper"``, ``"short"`` or ``"released"``.
-        optimizer: ``"sgd"`` (Nesterov), ``"adam"`` or ``"adamw"``.
+        optimizer: ``"sgd"`` (Nesterov), ``"adam"``, ``"adamw"`` or ``"custom"``.
         lr: the maximal learning rate of the cycle.
         weight_decay: on weights, batch normalisation's included; never on biases.
         branch_lr: the maximal learning rate of the feature branches, where it is another one.
@@ -78,11 +78,11 @@ def build(
 
 
 def check_optimizer(optimizer: str | OptimizerFactory | None) -> tuple[str | None, OptimizerFactory | None]:
-    """Split the user's choice into a name and a factory."""
+    """Split the user's choice into a name and a factory; a factory's name is ``"custom"``."""
+    if callable(optimizer):
+        return "custom", optimizer
     if optimizer is None or optimizer in _NAMED:
         return optimizer, None
-    if callable(optimizer):
-        return None, optimizer
     raise OptionError(
         f"optimizer: must be one of {', '.join(map(repr, _NAMED))} or a function from parameter groups to an "
         f"optimiser, got {optimizer!r}"
