@@ -127,7 +127,7 @@ def figure(
         std: of the standardised images.
 
     Returns:
-        A matplotlib figure of its own, unknown to ``pyplot``.
+        A matplotlib figure of its own, unknown to ``pyplot``; ``savefig(file, dpi=70)`` writes a smaller one.
 
     Raises:
         InputError: the numbers of images, maps and titles differ.
