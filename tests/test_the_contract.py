@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import warnings
 from pathlib import Path
 
 import pytest
@@ -91,7 +93,7 @@ class SwallowsKeywords(SmallCAM):
     def attribute(self, inputs, target=None, additional_forward_args=None, *, show_progress=False, **ignored):
         return SmallCAM.attribute(self, inputs, target, additional_forward_args)
 
-    attribute.__signature__ = __import__("inspect").signature(SmallCAM.attribute)
+    attribute.__signature__ = inspect.signature(SmallCAM.attribute)
 
 
 @caught_by(wrapped=r"inner\(found, \(case.inputs,\)", noise_tunnel=r"\(N, C, H, W\)")
@@ -298,18 +300,17 @@ class DecidesWithoutArguments(SmallCAM):
 
 
 @caught_by(own_decision="target=None against the argmax")
-class DecidesPerChunk(SmallMasks):
-    def one_chunk(self, images, shown, rows, cols, index, args):
-        outputs = self.model(images[rows] * shown[cols], *self.expand(args, rows))
-        return (
-            super().one_chunk(images, shown, rows, cols, index if self.asked else outputs.argmax(1), args)
-            if self.asked
-            else outputs.amax(1)
-        )
+class DecidesPerMask(SmallMasks):
+    """Each masked copy is scored for its own decision."""
 
     def index(self, target, outputs):
         self.asked = target is not None
         return super().index(target, outputs)
+
+    def one_chunk(self, images, shown, rows, cols, index, args):
+        if self.asked:
+            return super().one_chunk(images, shown, rows, cols, index, args)
+        return self.model(images[rows] * shown[cols], *self.expand(args, rows)).amax(1)
 
 
 @caught_by(single_output="")
@@ -437,9 +438,7 @@ class NotANumberInTheCorner(SmallCAM):
 
 
 @caught_by(infidelity="differ by")
-class NoiseInTheBatch(SmallCAM):
-    """The larger the batch, the larger the map."""
-
+class GrowsWithTheBatch(SmallCAM):
     def cam(self, activation, gradient):
         return super().cam(activation, gradient) * len(activation)
 
@@ -505,15 +504,10 @@ class UsesBackward(SmallCAM):
 
 @caught_by(nothing_left="value of inputs")
 class MasksInPlace(SmallCAM):
-    def explain(self, images, target, args):
-        found = super().explain(images, target, args)
-        return found
-
     def images(self, inputs):
         images = super().images(inputs)
         with torch.no_grad():
-            images.mul_(0.999)
-        return images
+            return images.mul_(0.999)
 
 
 @caught_by(nothing_left="requires_grad of inputs")
@@ -603,8 +597,6 @@ class KeepsEveryResult(SmallCAM):
 @caught_by(no_warning="look out")
 class Warns(SmallCAM):
     def explain(self, images, target, args):
-        import warnings
-
         warnings.warn("look out", stacklevel=2)
         return super().explain(images, target, args)
 
@@ -859,10 +851,6 @@ class FitMovesBatchNorm(SmallTrained):
 class FitsInTheGivenMode(SmallTrained):
     """Dropout runs; BatchNorm's statistics are restored afterwards, so only the values tell."""
 
-    def fit(self, *args, **kwargs):
-        self.training = self.model.training
-        return super().fit(*args, **kwargs)
-
     def train_all(self, *args):
         saved = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         super().train_all(*args)
@@ -1013,8 +1001,6 @@ class LooksAtParametersOnly(SmallTrained):
 class LoadsWithoutAWord(SmallTrained):
     @classmethod
     def load(cls, path, model, *, strict_backbone=True):
-        import warnings
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return super().load(path, model, strict_backbone=strict_backbone)
