@@ -109,8 +109,8 @@ def main() -> None:
     names = sys.argv[1:] or list(LAST)
     rows: list[list[object]] = []
     for name in names:
-        rows += explain(name, rounds=5)
-        rows.append(step(name, rounds=5))
+        rows += explain(name, rounds=9)
+        rows.append(step(name, rounds=9))
     print(setting())
     print(table(rows, ["model", "what", "x forward (step: x parts)"]))
 
