@@ -29,6 +29,9 @@ def test_folders_are_searched_to_the_bottom_in_order(tmp_path) -> None:
     (tmp_path / "in" / "notes.txt").write_text("no image")
     (tmp_path / "link").symlink_to(tmp_path / "in" / "b")
     assert find_photos([tmp_path / "in"], leave_out=tmp_path / "in" / "out") == wanted
+    elsewhere = picture(tmp_path / "elsewhere" / "f.gif")
+    (tmp_path / "in" / "c").symlink_to(elsewhere.parent)
+    assert [p.resolve() for p in find_photos([tmp_path / "in"])][-2:] == [elsewhere, tmp_path / "in/out/y.png"]
     assert find_photos([wanted[2], tmp_path / "link", tmp_path / "in" / "b"]) == [wanted[2], tmp_path / "link/d/e.bmp"]
 
 
