@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -41,7 +41,7 @@ def _transparent(function: _F) -> _F:
     return call  # type: ignore[return-value]  # same signature by construction
 
 
-class Attribution(_CaptumAttribution):
+class Attribution(_CaptumAttribution, ABC):
     """Base of all methods: an attribution map for each image, called as Captum's methods are.
 
     Subclasses fill one hook, :meth:`_maps`; everything else (targets, tuples, eval mode, gradient mode, layers,
@@ -238,7 +238,7 @@ class Attribution(_CaptumAttribution):
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self).__init__).parameters
-        changed = {k: v for k, v in self.options().items() if v != parameters[k].default}
+        changed = {k: v for k, v in self.options().items() if isinstance(v, Tensor) or v != parameters[k].default}
         shown = {"layers": self.layers, **changed}
         listed = ", ".join(f"{name}={_brief(value)}" for name, value in shown.items())
         return f"{type(self).__name__}({type(self.model).__name__}, {listed})"

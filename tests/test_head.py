@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attrib_zoo.errors import TrainingError
 from attrib_zoo.methods import _attention_head
 from attrib_zoo.methods._attention_head import AttentionHead
 
@@ -193,17 +192,6 @@ def test_running_statistics_stay_in_eval_mode():
     before = made.branches[0].norm.running_mean.clone()
     made([zoo.normal(2, 3, 4, 4)], None)
     assert torch.equal(made.branches[0].norm.running_mean, before)
-
-
-def test_one_value_per_channel_is_refused_where_statistics_are_taken():
-    features = [zoo.normal(1, 3, 4, 4), zoo.normal(1, 2, 1, 1)]
-    made = head([3, 2], 4).train()
-    with pytest.raises(TrainingError, match=r"one image whose map is 1x1; pass drop_last=True"):
-        made(features, None)
-    with pytest.raises(TrainingError, match="1x1"):
-        made.reach(features)
-    assert made.eval()(features, None).isfinite().all()
-    assert head([3, 2], 4, batch_norm=False).train()(features, None).isfinite().all()
 
 
 # ---------------------------------------------------------------------- Table 6

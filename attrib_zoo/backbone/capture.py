@@ -21,7 +21,7 @@ from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs
 
-__all__ = ["forward", "frozen", "run", "run_with_graph", "select_args", "unwrap"]
+__all__ = ["call_model", "forward", "frozen", "run", "run_with_graph", "select_args", "unwrap"]
 
 
 @contextmanager
@@ -56,8 +56,13 @@ def _eager() -> AbstractContextManager[Any]:
 
 def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tensor:
     """One pass of the bare model, its output checked to be one tensor with a row per image."""
+    return check_outputs(call_model(model, inputs, args), len(inputs))
+
+
+def call_model(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Any:
+    """One pass of the bare model, whatever it puts out."""
     try:
-        outputs = model(_ordinary(inputs), *map(_ordinary, args))
+        return model(_ordinary(inputs), *map(_ordinary, args))
     except RuntimeError as error:
         expected = _channels(model)
         if expected is not None and expected != inputs.shape[1]:
@@ -66,7 +71,6 @@ def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tenso
                 f"(shape {tuple(inputs.shape)}); pass (N, {expected}, H, W)"
             ) from error
         raise
-    return check_outputs(outputs, len(inputs))
 
 
 def _ordinary(value: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import frozen, select_args
+from attrib_zoo.backbone.capture import call_model, frozen, select_args
 from attrib_zoo.backbone.flow import Flow, tensors
 from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.errors import InputError
@@ -129,7 +129,7 @@ def trace(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
                 stack.callback(module.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(recorder.end).remove)
             stack.enter_context(flow)
-            outputs = bare(images, *select_args(args, rows, len(inputs)))
+            outputs = call_model(bare, images, select_args(args, rows, len(inputs)))
         _mark_paths(recorder.root, flow, outputs)
     return Trace(bare, (inputs.shape[2], inputs.shape[3]), recorder.root, flow.sizes)
 
@@ -198,6 +198,8 @@ def _copied(output: Any) -> Any:
     """The output with each tensor copied, so that a node of its own stands for what the module hands on."""
     if isinstance(output, Tensor):
         return output.clone()
+    if not _elements(output):
+        return output
     if isinstance(output, Mapping):
         changed: Any = copy.copy(output)
         for key, value in output.items():

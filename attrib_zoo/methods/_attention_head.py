@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attrib_zoo.errors import TrainingError
 from attrib_zoo.masking import upsample
 
 ACTIVATIONS = ("relu", "sigmoid")
@@ -37,26 +36,16 @@ class FeatureBranch(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """``(N, C_i, h_i, w_i)`` to the same shape."""
-        if self.training:
-            self._check_statistics(features)
         branch: Tensor = self.conv(features)
         return self._activate(features, branch if self.norm is None else self.norm(branch))
 
     def batch_view(self, features: Tensor) -> Tensor:
         """What :meth:`forward` gives in training mode, without moving the running statistics."""
-        self._check_statistics(features)
         branch: Tensor = self.conv(features)
         if self.norm is not None:
             weight, bias = self.norm.weight, self.norm.bias
             branch = F.batch_norm(branch, None, None, weight, bias, training=True, eps=self.norm.eps)
         return self._activate(features, branch)
-
-    def _check_statistics(self, features: Tensor) -> None:
-        if self.norm is not None and features[:, 0].numel() == 1:
-            raise TrainingError(
-                "fit: batch normalisation needs more than one value per channel, got a batch of one image whose map "
-                "is 1x1; pass drop_last=True to the loader, larger images, other layers, or batch_norm=False"
-            )
 
     def _activate(self, features: Tensor, branch: Tensor) -> Tensor:
         if self.skip:

@@ -151,7 +151,7 @@ class Batches(Iterator[Tensor]):
                 f"loader: all images must have one size; the first batch had {tuple(self._size)} and this one has "
                 f"{tuple(images.shape[1:])}: resize and crop in the dataset's transform"
             )
-        return images
+        return images.clone() if images.is_inference() else images  # an inference tensor can be part of no graph
 
     def _generators(self) -> list[torch.Generator]:
         """The generators that the loader itself draws from."""

@@ -129,7 +129,7 @@ def train(
                     _validate(state, validate)
                 images = next(state.batches, None)
                 if images is None:
-                    _ended_early(state, steps)
+                    tell(state.history, _ended_early(state, steps))
                     break
                 report(_one_step(state, network, objective, images))
                 if save is not None and state.step % save_every == 0:
@@ -161,21 +161,27 @@ def _one_step(state: State, network: nn.Module, objective: Objective, images: Te
     seen = distributed.total(torch.bincount(terms.classes, minlength=len(state.counts)))
     with _uninterrupted():
         state.whole = False
-        if state.scaler is None:
-            state.optimizer.step()
-        else:
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
         numbers["lr"] = state.optimizer.param_groups[0]["lr"]
         state.step += 1
-        if state.step < state.cycle.total_steps:
+        if _update(state) and state.step < state.cycle.total_steps:
             state.cycle.step()
+        state.optimizer.zero_grad(set_to_none=True)
         state.counts += seen.cpu()
         state.history.add(numbers)
         state.mark()
         state.whole = True
     return numbers
+
+
+def _update(state: State) -> bool:
+    """Change the weights; ``False`` where the scaler left the step out, since a gradient had overflowed."""
+    if state.scaler is None:
+        state.optimizer.step()
+        return True
+    scale = state.scaler.get_scale()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    return state.scaler.get_scale() >= scale
 
 
 @contextmanager
@@ -209,11 +215,10 @@ def _validate(state: State, validate: Callable[[], dict[str, float]]) -> None:
         state.network.train(training)
 
 
-def _ended_early(state: State, steps: int) -> None:
-    tell(
-        state.history,
+def _ended_early(state: State, steps: int) -> str:
+    return (
         f"fit: the loader ended after {state.step} of {steps} steps and cannot start again; the learning rate has not "
-        "come down: pass a loader that can be iterated more than once, or max_steps as it is",
+        "come down: pass a loader that can be iterated more than once, or max_steps as it is"
     )
 
 

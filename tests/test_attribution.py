@@ -1,0 +1,339 @@
+"""The base class by itself: bad input beyond the contract suite, options, layers, and what subclasses may do."""
+
+from __future__ import annotations
+
+import warnings
+
+import engine_cases as cases
+import pytest
+import strategies as zoo
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from attrib_zoo import TTAME, GradCAM
+from attrib_zoo.attribution import Attribution, check_choice, check_images, forward_args
+from attrib_zoo.backbone.capture import run
+from attrib_zoo.errors import (
+    AttribZooError,
+    InputError,
+    LayerError,
+    LayerNotFoundError,
+    NotFittedError,
+    OptionError,
+    TargetError,
+    UnsupportedModelError,
+)
+
+
+class Sum(Attribution):
+    """The smallest method: the sum of the layer's maps, for each target times (class + 1)."""
+
+    def _maps(self, inputs, query, args, show_progress):
+        outputs, features = run(self.model, inputs, args, self.taps(inputs, args))
+        self.seen = (inputs.is_inference(), inputs.requires_grad, torch.is_grad_enabled(), self.model.training)
+        target = query.resolve(outputs)
+        return features[0].sum(1, keepdim=True) * (target.classes + 1)[:, :, None, None]
+
+
+class Plus(Sum):
+    """A method with options of its own."""
+
+    def __init__(self, model, layers=None, *, amount=1.0, mode="a", upsample=True):
+        super().__init__(model, layers, upsample=upsample)
+        self.amount = amount
+        self.mode = check_choice("mode", mode, ("a", "b"))
+
+
+IMAGES = zoo.batch(4)
+
+
+# ---------------------------------------------------------------------- the call
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_one_hook_gives_both_calls(data):
+    model = zoo.small_cnn()
+    explainer = Sum(model, data.draw(st.sampled_from(["stages.0", "stages.2"])), upsample=data.draw(st.booleans()))
+    table = data.draw(st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=2), min_size=4, max_size=4))
+    many = explainer.attribute_many(IMAGES, table)
+    single = [explainer.attribute(IMAGES, [row[t] for row in table]) for t in (0, 1)]
+    assert torch.equal(many, torch.stack(single, 1))
+    with torch.no_grad():
+        maps = model.stages[0](IMAGES).sum(1, keepdim=True)
+    if explainer.layers == "stages.0":  # as large as the image
+        wanted = maps * (torch.tensor([row[0] for row in table]) + 1).view(-1, 1, 1, 1)
+        torch.testing.assert_close(single[0], wanted.expand_as(single[0]))
+
+
+def test_the_hook_finds_eval_mode_and_no_graph():
+    model = zoo.small_cnn().train()
+    explainer = Sum(model, "stages.1")
+    for inputs in (IMAGES.clone().requires_grad_(), IMAGES):
+        explainer.attribute(inputs, 1)
+        assert explainer.seen == (False, False, False, False)
+    with torch.inference_mode():
+        made_inside = IMAGES * 1
+        explainer.attribute(made_inside, 1)
+    assert explainer.seen == (False, False, False, False)
+    assert model.training
+
+
+def test_a_one_tuple_for_many_targets():
+    explainer = Sum(zoo.small_cnn(), "stages.1")
+    assert torch.equal(explainer.attribute_many((IMAGES,), [1, 2]), explainer.attribute_many(IMAGES, [1, 2]))
+
+
+def test_layers_are_looked_up_once_for_each_size(monkeypatch):
+    found = []
+    explainer = Sum(zoo.small_cnn())
+    plain = explainer._resolve
+    monkeypatch.setattr(explainer, "_resolve", lambda *args: found.append(args[0].shape) or plain(*args))
+    for inputs in (IMAGES, IMAGES[:1], zoo.batch(2, size=24), IMAGES):
+        explainer.attribute(inputs, 0)
+    assert [tuple(shape[2:]) for shape in found] == [(16, 16), (24, 24)]
+
+
+def test_forward_arguments():
+    assert forward_args(None) == ()
+    assert forward_args(3) == (3,)
+    assert forward_args((3, 4)) == (3, 4)
+    model = zoo.small_cnn()
+    gain = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    found = Sum(model, "stages.1").attribute(IMAGES, 1, gain)
+    assert torch.equal(found, Sum(model, "stages.1").attribute(IMAGES * gain.view(-1, 1, 1, 1), 1))
+
+
+# ---------------------------------------------------------------------- what a subclass may do
+
+
+@pytest.mark.parametrize("name", ["attribute", "attribute_many"])
+def test_the_call_is_final(name):
+    with pytest.raises(TypeError, match=f"Mine: {name} is final; fill the hook _maps"):
+        type("Mine", (Sum,), {name: lambda self: None})
+
+
+def test_without_the_hook_there_is_no_object():
+    with pytest.raises(TypeError, match="_maps"):
+        Attribution(zoo.small_cnn())
+
+
+def test_a_method_that_reads_no_layer():
+    class Blind(Sum):
+        default_layers = None
+
+    assert Blind(zoo.small_cnn()).taps(IMAGES) == ()
+
+
+def test_repr_and_options_show_what_was_changed():
+    model = zoo.small_cnn()
+    assert repr(Plus(model)) == "Plus(SmallCNN, layers=None)"
+    assert repr(Plus(model, "stages.1", amount=2.0)) == "Plus(SmallCNN, layers='stages.1', amount=2.0)"
+    assert repr(Plus(nn.DataParallel(model), model.stages[1])) == "Plus(SmallCNN, layers=<Sequential>)"
+    assert repr(Plus(model, [model.stages[1], -1])) == "Plus(SmallCNN, layers=[<Sequential>, -1])"
+    assert repr(Plus(model, amount=torch.ones(2))).endswith("amount=<tensor (2,)>)")
+    assert Plus(model, mode="b").options() == {"amount": 1.0, "mode": "b", "upsample": True}
+    with pytest.raises(OptionError, match=r"mode: must be one of 'a', 'b', got 'c'"):
+        Plus(model, mode="c")
+
+
+def test_names_of_captum():
+    explainer = Sum(zoo.small_cnn())
+    assert explainer.get_name() == "Sum"
+    assert not explainer.has_convergence_delta()
+    with pytest.raises(NotImplementedError, match="Sum promises no completeness"):
+        explainer.compute_convergence_delta(IMAGES, IMAGES, IMAGES)
+    with pytest.raises(NotImplementedError, match="attribute_future is not supported"):
+        explainer.attribute_future()
+
+
+# ---------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (None, "must be a tensor .* got NoneType"),
+        (IMAGES.numpy(), "got ndarray"),
+        ([IMAGES], "got list of 1"),
+        ((IMAGES, IMAGES), "got tuple of 2"),
+        ((), "got tuple of 0"),
+        ({"image": IMAGES}, "got dict"),
+        (IMAGES[0], r"must have 4 axes .* got shape \(3, 16, 16\); add the batch axis with inputs\[None\]"),
+        (IMAGES[0, 0], r"must have 4 axes .* got shape \(16, 16\); pass one float tensor"),
+        (IMAGES.to(torch.uint8), r"must be floating-point .* got torch.uint8; convert with .float\(\)"),
+        (IMAGES.to(torch.complex64), "got torch.complex64"),
+        (IMAGES[:0], r"at least one .* got shape \(0, 3, 16, 16\)"),
+        (IMAGES[:, :, :0], "at least one"),
+        (IMAGES.masked_fill(IMAGES > 2, float("inf")), "must be finite .* look at the preprocessing"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+def test_what_are_no_images(inputs, words):
+    explainer = Sum(zoo.small_cnn())
+    for call in (explainer.attribute, explainer.attribute_many):
+        with pytest.raises(InputError, match=f"^Sum: inputs .*{words}"):
+            call(inputs, [1])
+
+
+def test_images_that_pass_are_the_same_object():
+    assert check_images(IMAGES, "Sum") is IMAGES
+
+
+def test_the_wrong_number_of_channels_names_the_right_one():
+    model = zoo.small_cnn()
+    with (
+        cases.untouched(model),
+        pytest.raises(InputError, match=r"SmallCNN takes images with 3 channels, got 1 .* pass \(N, 3, H, W\)"),
+    ):
+        GradCAM(model).attribute(IMAGES[:, :1], 0)
+
+
+# ---------------------------------------------------------------------- models
+
+
+class Returns(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.model = zoo.small_cnn()
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(self.model(x))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (lambda out: (out, out), "must return one tensor of scores .* got tuple; wrap it"),
+        (lambda out: {"logits": out}, "got dict; wrap it"),
+        (lambda out: out.argmax(1), "floating-point scores, got torch.int64"),
+        (lambda out: out.mean(), r"one row of scores per image \(N=\d\), got shape \(\)"),
+        (lambda out: out[:1], r"one row of scores per image"),
+    ],
+    ids=["tuple", "dict", "decision", "number", "one row"],
+)
+@pytest.mark.parametrize("method", [GradCAM, Sum])
+def test_models_that_return_no_scores(method, wrap, words):
+    model = Returns(wrap)
+    with cases.untouched(model), pytest.raises(UnsupportedModelError, match=words):
+        method(model, "model.stages.1").attribute(IMAGES, 0)
+
+
+@pytest.mark.parametrize("method", [GradCAM, TTAME])
+def test_things_that_are_no_modules(method):
+    for model in (lambda x: x, None, "resnet50", zoo.SmallCNN):
+        with pytest.raises(UnsupportedModelError, match=r"nn\.Module"):
+            method(model)
+
+
+def test_a_model_that_raises_leaves_nothing_behind():
+    class Broken(zoo.SmallCNN):
+        def forward(self, x):
+            self.stages(x)
+            raise RuntimeError("out of luck")
+
+    model = Broken().train()
+    model.stages[1].eval()
+    with cases.untouched(model, IMAGES), pytest.raises(RuntimeError, match="out of luck"):
+        GradCAM(model, "stages.1").attribute(IMAGES, 0)
+
+
+# ---------------------------------------------------------------------- layers
+
+
+class WithSpare(zoo.SmallCNN):
+    """A layer that never runs, one that runs for large images only, and one without space."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Conv2d(3, 3, 1)
+        self.large = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return super().forward(self.large(x) if x.shape[-1] > 16 else x)
+
+
+@pytest.mark.parametrize("method", [GradCAM, Sum])
+@pytest.mark.parametrize(
+    ("layers", "error", "words"),
+    [
+        ("stages.7", LayerNotFoundError, r"layers: no layer 'stages\.7' in WithSpare; closest: 'stages\.\d'"),
+        (nn.ReLU(), LayerNotFoundError, "must be part of the WithSpare"),
+        (-9, LayerNotFoundError, "an index must lie between"),
+        ("head", LayerError, r"'head' of WithSpare must put out a map, got \(N, 5\); the nearest spatial layers are"),
+        ("spare", LayerError, r"'spare' \(Conv2d\) must run in the forward pass, but is never called"),
+        ([], OptionError, "at least one layer"),
+        (["stages.1", "stages.1"], OptionError, r"each must be given once, got 'stages\.1' twice"),
+        (1.5, OptionError, r"got 1\.5 of type float"),
+    ],
+    ids=["unknown", "foreign", "index", "not spatial", "never runs", "none", "twice", "number"],
+)
+def test_layers_that_cannot_serve(method, layers, error, words):
+    model = WithSpare().eval()
+    with cases.untouched(model), pytest.raises(error, match=words):
+        method(model, layers).attribute(IMAGES, 0)
+
+
+def test_a_layer_that_stops_running():
+    """It ran when it was looked up, and not for a later batch of the same size."""
+
+    class Moody(zoo.SmallCNN):
+        detour = True
+
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return super().forward(self.extra(x) if self.detour else x)
+
+    model = Moody().eval()
+    explainer = GradCAM(model, "extra")
+    explainer.attribute(IMAGES, 0)
+    model.detour = False
+    with (
+        cases.untouched(model),
+        pytest.raises(LayerError, match=r"'extra' must run 1 time\(s\) in a forward pass, ran 0"),
+    ):
+        explainer.attribute(IMAGES, 0)
+
+
+# ---------------------------------------------------------------------- not fitted
+
+
+def test_an_unfitted_explainer_says_what_to_call():
+    explainer = TTAME(zoo.small_cnn())
+    assert not explainer.is_fitted
+    calls = [
+        lambda: explainer.attribute(IMAGES),
+        lambda: explainer.attribute_many(IMAGES, [0]),
+        lambda: explainer.maps(IMAGES),
+    ]
+    calls += [explainer.report, lambda: explainer.save("nowhere.safetensors")]
+    for name in ("network_", "history_", "class_counts_", "n_steps_", "schedule_"):
+        calls.append(lambda name=name: getattr(explainer, name))
+    for call in calls:
+        with pytest.raises(
+            NotFittedError, match=r"TTAME must be trained .* call fit\(loader\), or load a file with TTAME\.load"
+        ):
+            call()
+    assert repr(explainer).startswith("TTAME(SmallCNN, layers=None")
+
+
+def test_every_error_is_ours_and_a_builtin_one():
+    pairs = {
+        InputError: ValueError, OptionError: ValueError, TargetError: IndexError, LayerNotFoundError: LookupError,
+        LayerError: ValueError, UnsupportedModelError: ValueError, NotFittedError: RuntimeError,
+    }  # fmt: skip
+    for error, builtin in pairs.items():
+        assert issubclass(error, AttribZooError)
+        assert issubclass(error, builtin)
+
+
+def test_an_ordinary_call_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Sum(zoo.small_cnn()).attribute(IMAGES)
