@@ -243,7 +243,7 @@ def is_attention(model: nn.Module, tap: Tap) -> bool:
         return True
     module = find(model, tap.name)
     above, _, _ = tap.name.rpartition(".")
-    around = find(model, above) if above and not any(module.children()) else module
+    around = module if any(module.children()) else find(model, above)
     return any(_attends(part) for part in around.modules())
 
 

@@ -92,7 +92,8 @@ def _read_tokens(output: Output, seen: _Sizes, usual: set[int]) -> None:
         for age, (derived, hw) in enumerate(seen.ranked())
         for channel_major, length, channels in ((False, first, second), (True, second, first))
         if 0 <= (prefix := length - hw[0] * hw[1]) <= _MOST_PREFIX_TOKENS and channels > 1
-        if not channel_major or (prefix in usual and not derived)
+        if prefix in usual or not (derived or channel_major)
+        if not (derived and channel_major)
     ]
     if readings:
         best = min(readings)

@@ -121,11 +121,12 @@ class Stages:
         return next((inner for inner in norms if inner.output.hw == item.output.hw), item)
 
     def _main(self, units: list[Item]) -> list[Item]:
-        """Without the token blocks of another class than most of their grid: those that only read out a class token."""
+        """Without token blocks of another class than most of their grid: those that only read out a class token."""
         weights: dict[tuple[tuple[int, int], type[nn.Module]], int] = {}
         for unit in units:
-            key = unit.output.hw, type(unit.call.module)
-            weights[key] = weights.get(key, 0) + self._weights[unit.call]
+            if _kind(unit) != "nchw":
+                key = unit.output.hw, type(unit.call.module)
+                weights[key] = weights.get(key, 0) + self._weights[unit.call]
         main = {hw: max(weights[key] for key in weights if key[0] == hw) for hw, _ in weights}
         return [u for u in units if not u.is_tokens or weights[u.output.hw, type(u.call.module)] == main[u.output.hw]]
 
