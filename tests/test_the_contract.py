@@ -421,12 +421,19 @@ class RoundedToFloat32(SmallCAM):
         return super().cam(activation, gradient).float().to(activation)
 
 
-@caught_by(half_precision="finite", finite="finite maps")
-class EpsilonTooSmall(SmallCAM):
+@caught_by(half_precision="finite")
+class EpsilonBelowHalfPrecision(SmallCAM):
     def cam(self, activation, gradient):
         heat = super().cam(activation, gradient)
+        return (heat - heat) / (heat - heat + 1e-9) + heat
+
+
+@caught_by(finite="all zero: expected finite maps")
+class MinMaxOfAConstant(SmallCAM):
+    def cam(self, activation, gradient):
+        heat = super().cam(activation, gradient) + 1e-6 * activation.sum(1, keepdim=True)
         low, high = heat.amin((2, 3), keepdim=True), heat.amax((2, 3), keepdim=True)
-        return (heat - low) / (high - low) if (high - low).min() < 1e-3 else heat / high
+        return (heat - low) / (high - low)
 
 
 @caught_by(finite="finite maps", visualization="")

@@ -95,7 +95,7 @@ def infidelity(case: Case) -> None:
 
 @check(*MODELS)
 def finite(case: Case) -> None:
-    """Maps are finite on zero, constant and huge images, and where the explained layer is dead."""
+    """Maps are finite on zero, constant and huge images, and where a layer is dead or says nothing."""
     extremes = {
         "zero images": torch.zeros_like(case.inputs),
         "constant images": torch.full_like(case.inputs, 0.7),
@@ -105,11 +105,17 @@ def finite(case: Case) -> None:
     for what, images in extremes.items():
         found = case.explainer.attribute(images, target=case.targets)
         expect(bool(torch.isfinite(found).all()), f"{what}: expected finite maps")
-    with torch.no_grad():
-        for parameter in case.model.get_submodule(case.model.explained).parameters():
-            parameter.zero_()
-    found = case.explainer.attribute(case.inputs, target=case.targets)
-    expect(bool(torch.isfinite(found).all()), "a layer whose parameters are all zero: expected finite maps")
+    layer = f"{case.model.explained}."
+    for what, dead in {
+        "a layer whose parameters are all zero": (layer,),
+        "features that are the same everywhere": ("stem.", "stages.", "patch_embed.", "pos_embed"),
+    }.items():
+        with torch.no_grad():
+            for name, parameter in case.model.named_parameters():
+                if name.startswith(dead):
+                    parameter.zero_()
+        found = case.explainer.attribute(case.inputs, target=case.targets)
+        expect(bool(torch.isfinite(found).all()), f"{what}: expected finite maps")
 
 
 @check()
