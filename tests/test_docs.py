@@ -1,0 +1,294 @@
+"""What the documentation says is true: its code runs, its commands parse, its links lead somewhere."""
+
+import contextlib
+import doctest
+import importlib
+import io
+import os
+import re
+import runpy
+import shlex
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import pytest
+import reference_pages
+
+import attrib_zoo
+from attrib_zoo.cli import _parser
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "docs" / "reference"
+REFRESH = "ATTRIB_ZOO_REFRESH"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WRITTEN = [page for page in PAGES if page.parent != REFERENCE]
+LONGEST_LINE = 120
+
+
+@dataclass
+class Block:
+    """A fenced block: its language, its text, the line it begins at, and the HTML comment just above it."""
+
+    language: str
+    text: str
+    line: int
+    comment: str
+
+
+def blocks(text: str) -> list[Block]:
+    found, inside, above = [], None, ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if inside is None and line.startswith("```"):
+            inside = Block(line.removeprefix("```").strip(), "", number, above)
+        elif inside is not None and line == "```":
+            found.append(inside)
+            inside, above = None, ""
+        elif inside is not None:
+            inside.text += line + "\n"
+        elif line.strip():
+            above = line.strip()
+    assert inside is None, f"line {inside.line}: the block never ends"
+    return found
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def pages_with(*languages: str) -> list[Path]:
+    return [page for page in PAGES if any(b.language in languages for b in blocks(page.read_text(encoding="utf-8")))]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder, no network, and no window for figures."""
+
+    def refuse(*_, **__):
+        raise OSError("the documentation must run offline")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(matplotlib, "rcParams", matplotlib.rcParams.copy())
+    matplotlib.use("agg")
+    return tmp_path
+
+
+# ---------------------------------------------------------------------- Python
+
+
+def run(text: str, where: str) -> None:
+    """Run a page's Python blocks in one namespace; compare what they print with what ``<!-- output -->`` announces."""
+    namespace = {"__name__": "__main__"}
+    printed = ""
+    for block in blocks(text):
+        if block.language == "python":
+            reason = re.fullmatch(r"<!-- not run: (\S.*) -->", block.comment)
+            if reason is None:
+                code = compile("\n" * block.line + block.text, where, "exec")
+                with contextlib.redirect_stdout(io.StringIO()) as heard:
+                    exec(code, namespace)
+                printed = heard.getvalue()
+        elif block.comment == "<!-- output -->":
+            options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            agrees = doctest.OutputChecker().check_output(block.text, printed, options)
+            assert agrees, f"{where}:{block.line}: the page says\n{block.text}\nthe code says\n{printed}"
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=name)
+def test_python_blocks_run(page, workplace):
+    run(page.read_text(encoding="utf-8"), name(page))
+
+
+def test_blocks_share_a_page_and_their_output_counts(workplace):
+    said = "```python\nx = 'a bc'\n```\n\n```python\nprint(x)\n```\n\n<!-- output -->\n```text\n{}\n```\n"
+    run(said.format("a ..."), "page")
+    with pytest.raises(AssertionError, match="page:9: the page says"):
+        run(said.format("b"), "page")
+
+
+def test_an_error_names_the_line_of_the_page(workplace):
+    with pytest.raises(ZeroDivisionError) as caught:
+        run("text\n\n```python\n1\n1 / 0\n```\n", "page")
+    assert caught.traceback[-1].lineno + 1 == 5
+    run("<!-- not run: it divides by zero -->\n```python\n1 / 0\n```\n", "page")
+    with pytest.raises(ZeroDivisionError):
+        run("<!-- not run: -->\n```python\n1 / 0\n```\n", "page")
+
+
+def test_pages_run_offline(workplace):
+    with pytest.raises(OSError, match="offline"):
+        run("```python\nimport socket\nsocket.create_connection(('127.0.0.1', 9))\n```\n", "page")
+
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_run(path, workplace, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 30
+
+
+EVERY = [f"attrib_zoo.{found}" for found in reference_pages.module_names()]
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in EVERY if ">>> " in Path(importlib.import_module(m).__file__).read_text()]
+)
+def test_docstring_examples_run(module, workplace):
+    failed, tried = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
+    assert tried
+    assert not failed
+
+
+# ---------------------------------------------------------------------- commands
+
+
+def commands(text: str) -> list[str]:
+    """The calls of attrib-zoo in a block of shell, lines joined and chains taken apart."""
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    parts = [part.strip() for line in lines for part in re.split(r"&&|\|\||;|\|", line)]
+    return [part for part in parts if re.match(r"(\w+=\S+ )*(attrib-zoo|python -m attrib_zoo)\b", part)]
+
+
+def parse(command: str) -> None:
+    words = shlex.split(command, comments=True)
+    start = words.index("attrib-zoo") if "attrib-zoo" in words else words.index("attrib_zoo")
+    _parser().parse_args(words[start + 1 :])
+
+
+SHELL = [
+    (name(p), c)
+    for p in WRITTEN
+    for b in blocks(p.read_text(encoding="utf-8"))
+    if b.language == "bash"
+    for c in commands(b.text)
+]
+
+
+@pytest.mark.parametrize(("page", "command"), SHELL)
+def test_commands_parse(page, command):
+    parse(command)
+
+
+def test_wrong_commands_do_not_parse():
+    text = "cd x && attrib-zoo explain a.jpg \\\n  --model m  # see\nA=1 attrib-zoo list | cat"
+    assert commands(text) == ["attrib-zoo explain a.jpg   --model m  # see", "A=1 attrib-zoo list"]
+    parse(commands(text)[0])
+    for wrong in ("attrib-zoo explian a.jpg --model m", "attrib-zoo explain a.jpg --model m --speed 3"):
+        with pytest.raises(Exception, match=r"explian|speed"):
+            parse(wrong)
+
+
+# ---------------------------------------------------------------------- text
+
+
+def prose(text: str) -> str:
+    """A page without its code."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.+)$", prose(page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def dead_links(page: Path, text: str) -> list[str]:
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", prose(text)):
+        path, _, anchor = (link[0] or link[1]).partition("#")
+        if path.startswith(("http://", "https://", "mailto:")):
+            continue
+        target = page if not path else (page.parent / path).resolve()
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append("".join(link))
+    return dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    assert dead_links(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_dead_links_are_found():
+    page = ROOT / "docs" / "index.md"
+    assert dead_links(page, "[a](../README.md) [b](nowhere.md) ![c](#none)\n```text\n[d](e.md)\n```") == [
+        "nowhere.md",
+        "#none",
+    ]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name)
+def test_lines_are_short(page):
+    lines = enumerate(prose(page.read_text(encoding="utf-8")).splitlines(), start=1)
+    long = [line for _, line in lines if len(line) > LONGEST_LINE and not line.startswith("|") and "](" not in line]
+    assert long == []
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in WRITTEN if p.parent.name in ("docs", "tutorial", "how-to", "methods", "explanation")], ids=name
+)
+def test_pages_are_found_from_the_index(page):
+    index = ROOT / "docs" / "index.md"
+    links = re.findall(r"\]\(([^)#\s]+)", index.read_text(encoding="utf-8"))
+    assert page == index or page in {(index.parent / link).resolve() for link in links}
+
+
+def test_pictures_are_small():
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.stat().st_size < 300_000, picture.name
+
+
+# ---------------------------------------------------------------------- what is written from the code
+
+
+def check_or_refresh(path: Path, wanted: str) -> None:
+    """Compare a file with what the code says, or rewrite it where the environment asks for it."""
+    if os.environ.get(REFRESH):
+        path.write_text(wanted, encoding="utf-8")
+    told = path.read_text(encoding="utf-8") if path.exists() else ""
+    assert told == wanted, f"{name(path)} is behind the code; run: {REFRESH}=1 pytest tests/test_docs.py -m ''"
+
+
+# Pages that list the methods are compared in the slow step, so that a new method is one file and one line until then.
+LISTED = [pytest.param(p, marks=pytest.mark.slow if p == "methods" else ()) for p in reference_pages.PAGES]
+
+
+@pytest.mark.parametrize("page", LISTED)
+def test_the_reference_is_that_of_the_code(page):
+    check_or_refresh(REFERENCE / f"{page}.md", reference_pages.render_page(page))
+
+
+def test_the_reference_has_every_public_name():
+    """Each public class, function and constant has a heading or a line, on one page."""
+    text = "\n".join((REFERENCE / f"{page}.md").read_text(encoding="utf-8") for page in reference_pages.PAGES)
+    assert {path.stem for path in REFERENCE.glob("*.md")} == set(reference_pages.PAGES)
+    for module in EVERY:
+        if module.startswith("attrib_zoo.methods."):
+            continue
+        section = text.partition(f"## `{module}`\n")[2].partition("\n## ")[0]
+        for symbol, _, _ in reference_pages.symbols(importlib.import_module(module)):
+            found = re.findall(rf"^(?:### `{symbol}`|- `{symbol}(?:\(\))?`:)", section, re.MULTILINE)
+            assert len(found) == 1, f"{module}.{symbol} is not in docs/reference"
+
+
+@pytest.mark.slow
+def test_the_readme_lists_the_methods():
+    path = ROOT / "README.md"
+    pattern = r"(<!-- methods -->\n).*?(\n<!-- end of methods -->)"
+    text = path.read_text(encoding="utf-8")
+    assert re.search(pattern, text, re.DOTALL)
+    table = reference_pages.methods_table()
+    check_or_refresh(path, re.sub(pattern, lambda found: found[1] + table + found[2], text, flags=re.DOTALL))
+
+
+def test_the_changelog_begins_with_this_version():
+    heads = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert heads[0].strip("[]") in (attrib_zoo.__version__, "Unreleased")
