@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import attrib_zoo
-from attrib_zoo import TTAME, GradCAM, models
+from attrib_zoo import TTAME, GradCAM, demo, models
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli import main
 from attrib_zoo.photos import Photos
@@ -164,6 +164,24 @@ def test_the_module_can_be_run() -> None:
     assert done.returncode == 0
     assert "gradcam" in done.stdout
     assert done.stderr == ""
+
+
+def test_demo_prints_the_measures_and_where_the_picture_is(tmp_path, capsys, monkeypatch) -> None:
+    asked: dict[str, object] = {}
+
+    def run(output_dir: Path, *, seed: int, progress: bool) -> demo.DemoResult:
+        asked.update(output_dir=output_dir, seed=seed, progress=progress)
+        measured = demo.Measured(0.5, 0.1, 0.9, 0.8)
+        return demo.DemoResult(output_dir / "demo.png", 6, 0.75, measured, {"T-TAME": measured}, {"fit": 3.0})
+
+    monkeypatch.setattr(demo, "run", run)
+    assert main(["demo", "--output", str(tmp_path / "new"), "--seed", "4"]) == 0
+    assert asked == {"output_dir": tmp_path / "new", "seed": 4, "progress": True}
+    out = capsys.readouterr().out
+    assert "6 maps per method" in out
+    assert out.endswith(f"\npicture: {tmp_path}/new/demo.png\n")
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot write into the folder" in failure(capsys, ["demo", "--output", str(tmp_path / "file")])
 
 
 # ---------------------------------------------------------------------- explain
