@@ -26,7 +26,7 @@ from torchvision import transforms
 
 from attrib_zoo import TTAME, GradCAM, models, visualize
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.metrics import average_drop, increase_in_confidence
+from attrib_zoo.metrics import masked_confidence
 from attrib_zoo.photos import Photos
 
 KEEPS = (1.0, 0.5, 0.15)
@@ -54,10 +54,14 @@ def enlarged(loaded: models.LoadedModel) -> transforms.Compose:
 
 
 def confidence(model: torch.nn.Module, explainer: Attribution, images: Tensor, target: Tensor) -> Tensor:
-    """``(N, 6)``: AD and IC, in percent, at 100, 50 and 15 %."""
+    """``(N, 6)``: AD and IC, in percent, at 100, 50 and 15 %; maps are scaled, then enlarged, as in the papers."""
     maps = explainer.attribute(images, target)
-    measures = [(keep, measure) for keep in KEEPS for measure in (average_drop, increase_in_confidence)]
-    columns = [measure(model, images, maps, target, keep=keep, masking="raw") for keep, measure in measures]
+    with torch.no_grad():
+        clean = model(images).softmax(1).gather(1, target[:, None])[:, 0]
+    columns = []
+    for keep in KEEPS:
+        _, masked = masked_confidence(model, images, maps, target, keep=keep, masking="raw", clean=clean)
+        columns += [(clean - masked).clamp(min=0) / clean, (masked > clean).to(clean)]
     return 100 * torch.stack(columns, dim=1)
 
 
@@ -128,6 +132,8 @@ def main() -> None:
     print(ttame.report())
     untrained = TTAME(model).fit(training, max_steps=1, lr=1e-12, schedule="paper", show_progress=False)
     explainers: dict[str, Attribution] = {"Grad-CAM": GradCAM(model), "untrained": untrained, "T-TAME": ttame}
+    for explainer in explainers.values():
+        explainer.upsample = False
 
     photos = sorted((cache / "imagenet_photos").glob("*/*.jpg"))
     validation = sorted((cache / "tiny_imagenet_50" / "val").glob("*/*.JPEG"))
