@@ -87,7 +87,7 @@ def lay_out(uniform: Uniform, cue: str, num_classes: int, fewest: int, most: int
     centre = _place(2 * take(_SLOTS, _TRIES, 2) - 1, radius, there)
 
     spread = 0.9 if cue == "shape" else 0.1  # of the background's hue
-    grey = 0.2 + 0.6 * take(1, 1)
+    grey = 0.12 + 0.4 * take(1, 1)  # never so bright that it could pass for yellow or cyan
     ground = grey + (take(1, 3) - 0.5) * spread + (take(2, 3) - 0.5) * 0.5 * spread + (take(2, 1) - 0.5) * 0.2
     ground = ground.clamp(0, 1)
     pair = _away_from(ground.mean(1), take(_SLOTS, 2, 8, 3))

@@ -26,6 +26,17 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one CPU core inside: for tiny tensors more threads mostly wait, and on a busy machine far too long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _config(size: int, num_classes: int) -> dict[str, Any]:
     return {"mean": (MEAN,) * 3, "std": (STD,) * 3, "input_size": (3, size, size), "num_classes": num_classes}
 

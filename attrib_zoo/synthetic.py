@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from attrib_zoo._paint import COLOURS, MAX_DISTRACTORS, MAX_OBJECTS, Uniform, enlarge, lay_out, render
 from attrib_zoo._shapes import SHAPES
-from attrib_zoo._tiny import MEAN, STD, seeded, tiny_cnn, tiny_vit
+from attrib_zoo._tiny import MEAN, STD, one_thread, seeded, tiny_cnn, tiny_vit
 from attrib_zoo.errors import OptionError
 
 __all__ = [
@@ -299,4 +299,5 @@ def trained(kind: str = "cnn", *, size: int = 32, seed: int = 0) -> nn.Module:
 def _trained(kind: str, size: int, seed: int) -> nn.Module:
     model = tiny_cnn(size=size, seed=seed) if kind == "cnn" else tiny_vit(size=size, seed=seed)
     data = scenes(1024, size=size, objects=(1, 2), seed=seed + 10_000)
-    return train_classifier(model, data, epochs=4, seed=seed)
+    with one_thread():
+        return train_classifier(model, data, epochs=4, seed=seed)

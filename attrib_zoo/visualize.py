@@ -100,7 +100,7 @@ def save_overlay(
 
     options = {"alpha": alpha, "colormap": colormap, "signed": signed, "mean": mean, "std": std}
     picture = Image.fromarray(overlay(image, map, **options))  # type: ignore[arg-type]  # the same names as above
-    return _write(Path(path), picture.save)
+    return write_picture(Path(path), picture.save)
 
 
 def figure(
@@ -160,7 +160,7 @@ def figure(
                 centre = x + j * (_CELL + _GAP) + _CELL / 2
                 _text(sheet, centre, _MARGIN + 12, name, _CELL, ha="center", va="center", size=10, color="#666666")
     if path is not None:
-        _write(Path(path), lambda file, format: sheet.savefig(file, format=format, dpi=_DPI))
+        write_picture(Path(path), lambda file, format: sheet.savefig(file, format=format, dpi=_DPI))
     return sheet
 
 
@@ -267,7 +267,7 @@ def _text(sheet: Figure, x: float, y: float, words: str, room: float, **style: A
         text.set_text(words.rstrip() + "…")
 
 
-def _write(path: Path, write: Callable[..., object]) -> Path:
+def write_picture(path: Path, write: Callable[..., object]) -> Path:
     """Call ``write(file, format=...)`` on a file beside the path, then move it there in one step."""
     form = path.suffix.lstrip(".").lower().replace("jpg", "jpeg") or "png"
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
