@@ -19,6 +19,7 @@ from attrib_zoo import TTAME, synthetic
 from attrib_zoo.errors import LayerError, OptionError, TargetError, UnsupportedModelError
 from attrib_zoo.methods import ttame
 from attrib_zoo.methods.ttame import extra_classes
+from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
 
 # ---------------------------------------------------------------------- Ψ
 
@@ -682,7 +683,67 @@ def test_an_unseen_class_gets_the_common_map(psi):
 
 
 @pytest.fixture(scope="module")
-def scenes():
-    """A classifier that has seen black regions, scenes for the fit, and others for the test."""
+def learned():
+    """A classifier that has seen black regions, two explainers for it, and scenes that neither has seen."""
     model = synthetic.trained("cnn", size=16)
-    return model, synthetic.scenes(192, size=16, seed=3), synthetic.scenes(64, size=16, seed=77)
+    images = synthetic.scenes(192, size=16, seed=3).inputs.split(16)
+    fitted = TTAME(model).fit(images, max_steps=100, show_progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        untrained = zoo.fit(TTAME(model), images, max_steps=1, schedule="paper", lr=1e-12)
+    fresh = synthetic.scenes(96, size=16, seed=77)
+    return fitted, untrained, fresh.rows(synthetic.recognised(model, fresh))
+
+
+def test_after_a_short_fit_the_loss_is_below_that_of_showing_everything(learned):
+    history = learned[0].history_
+    assert history.messages == []
+    assert history.last("loss") < 0.6 * history.last("everything")
+    assert history.last("mask") < 0.5
+    assert history.last("everything") < 3.5
+
+
+def test_after_a_short_fit_confidence_rises_more_often_than_before(learned):
+    fitted, untrained, fresh = learned
+    measures = []
+    for explainer in (fitted, untrained):
+        heat = explainer.attribute(fresh.inputs)
+        call = {"keep": 0.15, "target": None}
+        drop = average_drop(explainer.model, fresh.inputs, heat, **call).mean()
+        rise = increase_in_confidence(explainer.model, fresh.inputs, heat, **call).mean()
+        measures.append((float(drop), float(rise)))
+    (drop, rise), (drop_before, rise_before) = measures
+    assert rise > rise_before + 0.05
+    assert drop < drop_before - 0.05
+
+
+def test_after_a_short_fit_the_brightest_pixels_lie_on_the_object_asked_for(learned):
+    """Two objects are in each scene, and the map goes with the question."""
+    fitted, _, fresh = learned
+    for which in (0, 1):
+        heat = fitted.attribute(fresh.inputs, fresh.labels[:, which])[:, 0]
+        limit = torch.quantile(heat.flatten(1), 0.85, dim=1)[:, None, None]
+        top = heat >= limit
+        inside, beside = ((top & fresh.masks[:, i]).sum((1, 2)) / top.sum((1, 2)) for i in (which, 1 - which))
+        share = fresh.masks[:, which].float().mean()
+        assert inside.mean() > 2 * share
+        assert inside.mean() > 2 * beside.mean()
+
+
+def test_another_head_or_another_last_layer_gives_another_map(learned):
+    """The sanity check of Fig. 17: what was learned is in the map."""
+    fitted, untrained, fresh = learned
+    images = fresh.inputs[:16]
+    before = fitted.attribute(images, 1)[:, 0].flatten(1)
+    model = synthetic.trained("cnn", size=16)
+    other = TTAME(model)
+    other._fitted = fitted._fitted
+    with torch.no_grad():
+        model.stages[2][2][0].weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(4))
+    for changed in (untrained, other):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            after = changed.attribute(images, 1)[:, 0].flatten(1)
+        ranks = [torch.stack([row.argsort().argsort() for row in heat]).double() for heat in (before, after)]
+        correlation = [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*ranks, strict=True)]
+        assert sum(correlation) / len(correlation) < 0.8

@@ -80,12 +80,11 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"path: must be a checkpoint file, got {source}, which is not there; look at the path")
     try:
         with safe_open(str(source), framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if "attrib_zoo" not in metadata:
+            facts = json.loads((file.metadata() or {}).get("attrib_zoo", "null"))
+            if not isinstance(facts, dict):
                 raise CheckpointError(
                     f"path: {source} must be a checkpoint of attrib_zoo; it is a safetensors file of something else"
                 )
-            facts = json.loads(metadata["attrib_zoo"])
             if facts.get("format", 0) > FORMAT:
                 raise CheckpointError(
                     f"path: {source} is of format {facts['format']}, this version reads up to {FORMAT}; "

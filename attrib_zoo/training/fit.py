@@ -50,10 +50,18 @@ class State:
     history: History = field(default_factory=History)
     whole: bool = True  # false while the weights change
     _boundary: tuple[Tensor, dict[str, Tensor], dict[str, int]] | None = None
+    _statistics: list[Tensor] = field(default_factory=list)
 
     def mark(self) -> None:
-        """Remember the generators and the place in the data as they are between two steps."""
+        """Remember the generators, the place in the data and the running statistics as they are between two steps."""
         self._boundary = (self.generator.get_state(), *self.batches.state())
+        self._statistics = [buffer.clone() for buffer in self.network.buffers()]
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Undo what the forward pass of an unfinished step did to the running statistics."""
+        for buffer, before in zip(self.network.buffers(), self._statistics, strict=True):
+            buffer.copy_(before)
 
     def snapshot(self) -> Checkpoint:
         """The state between two steps, to be written."""
@@ -141,8 +149,10 @@ def train(
             if save is not None:
                 save()
         except BaseException:
-            if save is not None and state.step > 0 and state.whole:
-                save()
+            if state.whole:
+                state.rewind()
+                if save is not None and state.step > 0:
+                    save()
             raise
 
 
