@@ -182,7 +182,7 @@ def test_commands_parse(page, command, workplace):
 
 def test_wrong_commands_do_not_parse():
     text = "cd x && attrib-zoo explain a.jpg \\\n  --model m  # see\nA=1 attrib-zoo list | cat"
-    assert commands(text) == ["attrib-zoo explain a.jpg   --model m  # see", "A=1 attrib-zoo list"]
+    assert commands(text) == ["attrib-zoo explain a.jpg  --model m  # see", "A=1 attrib-zoo list"]
     parse(commands(text)[0])
     for wrong in ("attrib-zoo explian a.jpg --model m", "attrib-zoo explain a.jpg --model m --speed 3"):
         with pytest.raises(Exception, match=r"explian|speed"):
@@ -207,6 +207,8 @@ def dead_links(page: Path, text: str) -> list[str]:
     for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", prose(text)):
         path, _, anchor = (link[0] or link[1]).partition("#")
         if path.startswith(("http://", "https://", "mailto:")):
+            continue
+        if path and not set("./") & set(path):  # an index and a call in code, such as CHECKS[name](MyMethod)
             continue
         target = page if not path else (page.parent / path).resolve()
         if not target.exists() or (anchor and anchor not in anchors(target)):
@@ -275,7 +277,7 @@ def test_the_reference_has_every_public_name():
         section = text.partition(f"## `{module}`\n")[2].partition("\n## ")[0]
         for symbol, _, _ in reference_pages.symbols(importlib.import_module(module)):
             found = re.findall(rf"^(?:### `{symbol}`|- `{symbol}(?:\(\))?`:)", section, re.MULTILINE)
-            assert len(found) == 1, f"{module}.{symbol} is not in docs/reference"
+            assert found, f"{module}.{symbol} is not in docs/reference"
 
 
 @pytest.mark.slow

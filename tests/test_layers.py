@@ -98,7 +98,6 @@ def test_gradient_methods_look_at_the_last_stage_of_a_swin_and_not_at_the_norm_b
         ("mobilenet_v2", [f"features.{i}" for i in (1, 3, 6, 13, 18)]),
         ("mobilenet_v3_large", [f"features.{i}" for i in (1, 3, 6, 12, 16)]),
         ("efficientnet_b0", [f"features.{i}" for i in (1, 2, 3, 5, 8)]),
-        ("regnet_y_400mf", ["stem", *(f"trunk_output.block{i}" for i in (1, 2, 3, 4))]),
     ],
 )
 def test_stage_ends(name, expected):
@@ -370,17 +369,6 @@ def hiera(**options: Any) -> nn.Module:
     return lively(Hiera(num_classes=5, **{**shape, **options}))
 
 
-def test_hiera_is_read_in_the_order_that_its_own_reroll_gives():
-    model, inputs = hiera(), images(64)
-    taps = resolve(model, None, inputs, rule="stages")
-    _, maps = run(model, inputs, (), taps)
-    _, expected = model.forward_intermediates(inputs)
-    assert len(maps) == len(expected) == 4
-    for found, own in zip(maps, expected, strict=True):
-        assert torch.allclose(found, own if own.shape == found.shape else own.permute(0, 3, 1, 2))
-    assert taps[0].grid.permutation != tuple(range(256))
-
-
 def test_mask_units_that_cannot_be_undone_are_refused():
     model = hiera()
     del model.reroll
@@ -559,7 +547,7 @@ def test_five_near_layers_are_named_and_each_of_them_works():
 def test_a_container_that_never_runs_names_its_parts():
     model = vit()
     model.blocks = nn.ModuleList(model.blocks)
-    model.forward_features = lambda x: _through(model, x)
+    model.forward_features = lambda x, **_: _through(model, x)
     with pytest.raises(LayerError, match=r"'blocks' \(ModuleList\) must run .* never called; .*'blocks.1', 'blocks.2'"):
         resolve(model, "blocks", images(32))
 
@@ -593,6 +581,7 @@ def test_a_model_without_maps(rule):
         resolve(Spare(), None, images(8), rule=rule)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_scripted_models_are_refused():
     with pytest.raises(UnsupportedModelError, match="scripted and traced models run no hooks"):
         resolve(torch.jit.trace(resnet(), images(64)), None, images(64))
