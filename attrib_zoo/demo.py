@@ -172,10 +172,10 @@ class _Steps:
         from tqdm.auto import tqdm
 
         start = time.perf_counter()
-        with tqdm(desc=name, bar_format="{desc} {postfix}", disable=not self.progress) as bar:
+        with tqdm(desc=f"{name} ...", bar_format="{desc}", disable=not self.progress) as bar:
             yield
             self.seconds[name] = time.perf_counter() - start
-            bar.set_postfix_str(f"{self.seconds[name]:.0f} s")
+            bar.set_description_str(f"{name}: {self.seconds[name]:.0f} s")
 
 
 def _both(explainer: Attribution, data: Scenes) -> Tensor:
