@@ -75,12 +75,17 @@ class TestLayers:
         model, inputs = cases.resnet(), cases.images(2)
         compare(model, inputs, of(model, inputs, names))
 
-    @pytest.mark.parametrize("names", [["blocks.2.norm1"], ["blocks.0.mlp.fc2", "blocks.2.norm1"], ["patch_embed"]])
+    @pytest.mark.parametrize("names", [["blocks.1.norm1"], ["blocks.0.mlp.fc2", "blocks.1.norm1"], ["patch_embed"]])
     def test_vit(self, names: list[str]):
         model, inputs = cases.vit(), cases.images(2)
         compare(model, inputs, of(model, inputs, names), atol=1e-7)
 
-    @pytest.mark.parametrize("names", [["layers.0"], ["layers.1.blocks.0.norm1", "layers.1.blocks.1"]])
+    @pytest.mark.parametrize("names", [["encoder.layers.encoder_layer_1.ln_1"], ["encoder.dropout", "encoder.ln"]])
+    def test_fused_attention(self, names: list[str]):
+        model, inputs = cases.fused_vit(), cases.images(2)
+        compare(model, inputs, of(model, inputs, names), atol=1e-6)
+
+    @pytest.mark.parametrize("names", [["layers.0"], ["layers.1.blocks.0.norm1", "layers.1"]])
     def test_swin(self, names: list[str]):
         model, inputs = cases.swin(), cases.images(2, 16)
         compare(model, inputs, of(model, inputs, names, nhwc=True), atol=1e-7)
@@ -188,7 +193,7 @@ class TestConditions:
         model, inputs = cases.resnet().to(dtype), cases.images(2).to(dtype)
         compare(model, inputs, [tap("layer3"), tap("layer4.1.bn2")])
         model = cases.vit().to(dtype)
-        compare(model, inputs, [tap("blocks.2.norm1", TOKENS)], atol=1e-12 if dtype == torch.float64 else 0.0)
+        compare(model, inputs, [tap("blocks.1.norm1", TOKENS)], atol=1e-12 if dtype == torch.float64 else 0.0)
 
     def test_autocast(self):
         model, inputs = cases.vit(), cases.images(2)

@@ -128,14 +128,14 @@ class Replay:
 def replay(model: nn.Module, inputs: Tensor, args: Sequence[Any], tap: Tap) -> Iterator[Replay]:
     """Record one clean pass without a graph and yield what runs it again from the tapped layer.
 
-    Call it, and what it yields, inside :func:`attrib_zoo.backbone.capture.frozen`. The records, about the size of all
-    module outputs before the layer, are freed when the block ends.
+    Call it, and what it yields, inside :func:`attrib_zoo.backbone.capture.frozen`, and in one thread per model. The
+    records, about the size of all module outputs before the layer, are freed when the block ends.
 
     Raises:
         LayerError: the layer never ran, or its output has not one row per image.
     """
     with torch.inference_mode(False), torch.no_grad():
-        again = Replay(unwrap(model), inputs.detach().clone(), args, tap)
+        again = Replay(unwrap(model), inputs.detach(), args, tap)
     try:
         yield again
     finally:
@@ -144,7 +144,7 @@ def replay(model: nn.Module, inputs: Tensor, args: Sequence[Any], tap: Tap) -> I
 
 def _record(model: nn.Module, inputs: Tensor, args: Sequence[Any], tap: Tap) -> tuple[_Records, Tap, Tensor, Tensor]:
     """One pass; the records, the tap as a replay will meet it, the layer's activation and the model's outputs."""
-    recorder = _Recorder(find(model, tap.name), tap.call % tap.calls + 1)
+    recorder = _Recorder(model, tap)
     activations: list[Tensor] = []
 
     def keep(_: int, activation: Tensor) -> None:
@@ -167,35 +167,46 @@ class _Recorder:
     """Keeps the outputs of the largest calls that had finished when the layer's chosen call ended.
 
     A call that ends takes the place of the calls inside it. Modules that enclose the layer have not finished, so
-    they are not kept: their own code runs again.
+    they are not kept: their own code runs again. What runs inside any other module is not even copied; should the
+    layer turn out to run there as well, it runs again too.
     """
 
-    def __init__(self, layer: nn.Module, call: int) -> None:
-        self.layer = layer
-        self._calls_left = call
+    def __init__(self, model: nn.Module, tap: Tap) -> None:
+        path = tap.name.split(".")
+        self.layer = find(model, tap.name)
+        self._enclosing = {find(model, ".".join(path[:depth])) for depth in range(len(path))}
+        self._calls_left = tap.call % tap.calls + 1
+        self._others = 0  # running calls of modules that do not enclose the layer
         self._running: list[int] = []  # for each running call, how many had finished when it began
         self._finished: list[tuple[nn.Module, Any]] = []
 
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
-        """Hooks on every module; they see outputs before the user's hooks do, which will run again in a replay."""
+        """Hooks on every module; they see outputs before the user's hooks do, which will run again in a replay.
+
+        Scripted modules take no hooks and run again; a compiled module is seen inside its wrapper.
+        """
         with ExitStack() as stack:
             for module in model.modules():
-                if "_orig_mod" not in module._modules:  # torch.compile's wrapper, whose content is here too
+                if not isinstance(module, torch.jit.ScriptModule) and "_orig_mod" not in module._modules:
                     stack.callback(module.register_forward_pre_hook(self._begin).remove)
                     stack.callback(module.register_forward_hook(self._end, prepend=True).remove)
             yield
 
-    def _begin(self, _: nn.Module, __: Any) -> None:
+    def _begin(self, module: nn.Module, _: Any) -> None:
         if self._calls_left:
             self._running.append(len(self._finished))
+            self._others += module not in self._enclosing
 
     def _end(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._calls_left:
-            del self._finished[self._running.pop() :]
+        if not self._calls_left:
+            return
+        del self._finished[self._running.pop() :]
+        self._others -= module not in self._enclosing
+        if module is self.layer:
+            self._calls_left -= 1
+        if not self._others or not self._calls_left:
             self._finished.append((module, _map(output, Tensor.clone)))
-            if module is self.layer:
-                self._calls_left -= 1
 
     def records(self) -> _Records:
         """The outputs of each module in the order of its calls; the layer's own, chosen call is its last."""
@@ -238,7 +249,7 @@ class _Rows:
     def take(self, tensor: Tensor) -> Tensor:
         """These rows of a recorded tensor; one that is not per image (a table) as it is."""
         if tensor.ndim == 0 or len(tensor) != self.batch:
-            return tensor.clone() if self._copies else tensor
+            return tensor
         if self._only is None:
             return tensor[self.rows.to(tensor.device)]
         view = tensor[self._only].expand(len(self.rows), *tensor.shape[1:])
