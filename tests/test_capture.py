@@ -420,14 +420,6 @@ class TestFrozen:
         model, inputs = cases.resnet().train(), cases.images(2)
         compare(model, inputs, [tap("layer4")], plain=cases.resnet())
 
-
-def test_select_args():
-    rows = torch.tensor([1, 1, 0])
-    kept = ("text", None, torch.tensor(3.0), torch.arange(5))
-    picked = select_args((torch.tensor([10, 20]), *kept), rows, 2)
-    assert picked[0].tolist() == [20, 20, 10]
-    assert all(a is b for a, b in zip(picked[1:], kept, strict=True))
-
     def test_what_a_module_caches_in_eval_mode_is_dropped(self):
         """LeViT's attention does this: a cache of a parameter, dropped by ``train``."""
 
@@ -458,6 +450,14 @@ def test_select_args():
             with frozen(model):
                 assert model(torch.zeros(1)) == value
         assert [m.training for m in model.modules()] == [True, True, False]
+
+
+def test_select_args():
+    rows = torch.tensor([1, 1, 0])
+    kept = ("text", None, torch.tensor(3.0), torch.arange(5))
+    picked = select_args((torch.tensor([10, 20]), *kept), rows, 2)
+    assert picked[0].tolist() == [20, 20, 10]
+    assert all(a is b for a, b in zip(picked[1:], kept, strict=True))
 
 
 class TestCost:
