@@ -46,7 +46,7 @@ def _others(default: Any) -> list[Any]:
     if isinstance(default, int):
         return [default + 1]
     if isinstance(default, float):
-        return [default / 2]
+        return [default / 2 or 0.5]
     return []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from engine_cases import out_of_place
 
 # ---------------------------------------------------------------------- pieces
 
@@ -104,3 +105,81 @@ def rise_mask(cells, offset, size):
 def rise(model, image, target, masks, p1, score="softmax", hidden=0.0):
     total = sum(score_of(model, show(image, mask, hidden), target, score) * mask for mask in masks)
     return total / (len(masks) * p1)
+
+
+def gradients(model, layers, image, target, probability=True):
+    """Of one score at some layers: ``{layer: (D, h, w)}``, by one plain backward pass through an out-of-place copy."""
+    twin, kept = out_of_place(model), {}
+
+    def keep(name):
+        def hook(_, __, out):
+            out.retain_grad()
+            kept[name] = out
+            return out.clone()
+
+        return hook
+
+    for name in layers:
+        twin.get_submodule(name).register_forward_hook(keep(name))
+    out = twin(image[None].clone().requires_grad_())[0]
+    (out.softmax(0) if probability else out)[target].backward()
+    return {name: out.grad[0].numpy() for name, out in kept.items()}
+
+
+def otsu(values, scale=1.0):
+    """Every split of the 256 levels is tried."""
+    levels = np.minimum(np.round(np.asarray(values).ravel() * 256), 255)
+    best, split = -1.0, None
+    for j in range(1, 256):
+        below, above = levels[levels < j], levels[levels >= j]
+        if len(below) and len(above):
+            between = len(below) * len(above) * (below.mean() - above.mean()) ** 2
+            if between > best * (1 + 1e-12):
+                best, split = between, j
+    if split is None:
+        return None
+    raised = split * scale
+    return (raised if (levels >= np.round(raised)).sum() < 0.1 * len(levels) else split) / 256
+
+
+def otsu_of_ratios(ratios):
+    """The same for numbers in (0, 1]: 256 bins, each its lower edge."""
+    levels = np.minimum(np.floor(np.asarray(ratios) * 256), 255)
+    best, split = 0.0, 1
+    for j in range(1, 256):
+        below, above = levels[levels < j], levels[levels >= j]
+        if len(below) and len(above):
+            between = len(below) * len(above) * (below.mean() - above.mean()) ** 2
+            if between > best * (1 + 1e-12):
+                best, split = between, j
+    return split / 256
+
+
+def sise(model, layers, image, target, chosen, *, kind="hard", scale=1.0, temperature=100.0, hidden=0.0, passes=None):
+    """``chosen(ratios)`` gives the maps that are masks; every mask is made and kept."""
+    size, total = image.shape[1:], None
+    slopes = gradients(model, layers, image, target)
+    for layer in layers:
+        alpha, maps = slopes[layer].mean((1, 2)), features(model, layer, image)
+        if alpha.max() <= 0:
+            continue
+        visible = np.zeros(size)
+        for k in np.flatnonzero(chosen(alpha / alpha.max())):
+            mask = stretch(enlarge(maps[k], size))
+            if mask.sum() > 0:
+                visible += score_of(model, show(image, mask, hidden), target) * mask / mask.sum()
+                if passes is not None:
+                    passes.append((layer, k))
+        visible = stretch(visible)
+        if total is None:
+            total = visible
+            continue
+        if kind == "simple":
+            total = (total + visible) * visible
+        else:
+            limit = otsu(visible, scale)
+            if kind == "hard":
+                total = (total + visible) * (visible > limit)
+            else:
+                total = (total + visible) / (1 + np.exp(-temperature * (visible - limit)))
+    return total
