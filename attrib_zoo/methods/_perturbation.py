@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution, check_choice
 from attrib_zoo.backbone.capture import forward, run, select_args
-from attrib_zoo.errors import OptionError
+from attrib_zoo.backbone.kind import is_transformer
+from attrib_zoo.errors import OptionError, UnsupportedModelError
 from attrib_zoo.masking import ChunkSize, black, blend, blur, channel_stats, min_max, upsample
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
@@ -248,6 +249,19 @@ def mean_of_layers(heats: list[Tensor], size: Sequence[int] | None) -> Tensor:
         return heats[0]
     size = size or [max(heat.shape[axis] for heat in heats) for axis in (-2, -1)]
     return torch.stack([upsample(heat, size) for heat in heats]).mean(0)
+
+
+def refuse_transformers(explainer: Attribution, why: str) -> None:
+    """Raise for a transformer whose layers are left to the method; where they are named, only warn."""
+    if not is_transformer(explainer.model):
+        return
+    who, instead = explainer.get_name(), "use ScoreCAM, LayerCAM or TTAME"
+    if explainer.layers is None:
+        raise UnsupportedModelError(
+            f"model: must be a convolutional network, for {who} {why}, got {type(explainer.model).__name__}; "
+            f"{instead}, or name layers to try it all the same"
+        )
+    warn(who, f"it {why}, so its maps may be no better than chance; {instead}")
 
 
 def check_baseline(value: Any) -> Baseline:

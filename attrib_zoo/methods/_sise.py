@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import check_choice
 from attrib_zoo.backbone.capture import run_with_graph
-from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.backbone.layers import Tap
-from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.masking import min_max, upsample
 from attrib_zoo.methods._cam import _gradients
 from attrib_zoo.methods._perturbation import (
@@ -22,6 +20,7 @@ from attrib_zoo.methods._perturbation import (
     at_least_float32,
     check_number,
     read_scores,
+    refuse_transformers,
     warn,
 )
 from attrib_zoo.targets import SCORES, TargetQuery
@@ -73,14 +72,9 @@ class BlockwiseSampling(Perturbation):
         raise NotImplementedError
 
     def _resolve(self, inputs: Tensor, args: Any) -> tuple[Tap, ...]:
-        if is_transformer(self.model):
-            who = self.get_name()
-            if self.layers is None:
-                raise UnsupportedModelError(
-                    f"model: {who} fuses maps of different resolutions, and all blocks of a vision transformer have "
-                    f"one, got {type(self.model).__name__}; use ScoreCAM, LayerCAM or TTAME, or pass layers to try it"
-                )
-            warn(who, "on the layers of a transformer its maps are hardly better than chance; see ScoreCAM")
+        refuse_transformers(
+            self, "fuses maps of different resolutions, and all blocks of a vision transformer have one"
+        )
         return super()._resolve(inputs, args)
 
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:

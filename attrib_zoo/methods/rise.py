@@ -76,18 +76,17 @@ class RISE(Perturbation):
         super().__init__(model, score=score, baseline=baseline, chunk_size=chunk_size)
         if layers is not None:
             raise OptionError(f"layers: must be None, for RISE looks at no layer, got {layers!r}; leave it out")
-        self.n_masks = check_number("n_masks", n_masks, least=1)
-        self.s = check_number("s", s, least=2)
-        self.p1 = check_number("p1", p1, least=0.0, most=1.0, above=True)
-        self.seed = check_number("seed", seed, least=0)
+        self.n_masks: int = check_number("n_masks", n_masks, least=1)
+        self.s: int = check_number("s", s, least=2)
+        self.p1: float = check_number("p1", p1, least=0.0, most=1.0, above=True)
+        self.seed: int = check_number("seed", seed, least=0)
 
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs = forward(self.model, inputs, args)
         target = query.resolve(outputs)
         passes = self._passes(inputs, args, outputs, target, show_progress)
         masks = RandomMasks(self.n_masks, self.s, self.p1, self.seed, inputs)
-        total: Tensor = self._sum(passes, masks)
-        return total / (self.n_masks * float(self.p1))
+        return self._sum(passes, masks) / (self.n_masks * self.p1)
 
     def _sum(self, passes: Passes, masks: RandomMasks) -> Tensor:
         """The masks weighed by the scores, ``(N, T, H, W)``."""

@@ -89,7 +89,7 @@ class SISE(BlockwiseSampling):
             baseline=baseline,
             chunk_size=chunk_size,
         )
-        self.mu = check_number("mu", mu, least=0.0, most=1.0)
+        self.mu: float = check_number("mu", mu, least=0.0, most=1.0)
 
     def select(self, ratios: Tensor) -> Tensor:
         """Eq. 7: more than ``mu`` of the largest."""

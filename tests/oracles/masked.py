@@ -183,3 +183,41 @@ def sise(model, layers, image, target, chosen, *, kind="hard", scale=1.0, temper
             else:
                 total = (total + visible) / (1 + np.exp(-temperature * (visible - limit)))
     return total
+
+
+def poly_cam(model, layers, image, target, variant="pm", lnorm=True, perc=0.1, full_range=False, upsampled=True):
+    """From the deepest layer to the first of ``layers``; the denominators of the published formula."""
+    size, previous, base = image.shape[1:], None, score_of(model, image, target)
+
+    def normed(grid):
+        low, high = np.percentile(grid, [perc, 100 - perc])
+        return np.clip((grid - low) / max(high - low if full_range else high, 1e-12), 0, 1)
+
+    for layer in layers[::-1]:
+        maps = features(model, layer, image)
+        heat = np.zeros(maps.shape[1:])
+        for grid in maps:
+            mask = enlarge(normed(grid), size)
+            weight = 0.0
+            if "p" in variant:
+                weight += score_of(model, show(image, mask), target)
+            if "m" in variant:
+                weight += base - score_of(model, show(image, 1 - mask), target)
+            heat += max(weight, 0) * grid
+        heat = np.maximum(heat, 0)
+        if previous is not None:
+            if lnorm:
+                heat = heat / np.maximum(enlarge(enlarge(heat, previous.shape), heat.shape), 1e-12)
+            heat = heat * enlarge(previous, heat.shape)
+        previous = np.maximum(heat, 0)
+    return enlarge(normed(previous), size) if upsampled else normed(previous)
+
+
+def sidu(model, layer, image, sigma=0.25, threshold=0.1, scaled=False, classes=softmax):
+    size, maps, clean = image.shape[1:], features(model, layer, image), classes(logits(model, image))
+    masks = [enlarge(((stretch(grid) if scaled else grid) > threshold).astype(float), size) for grid in maps]
+    found = [classes(logits(model, show(image, mask))) for mask in masks]
+    unique = np.array([sum(np.linalg.norm(a - b) for b in found) for a in found])
+    unique = stretch(unique)
+    similar = np.array([np.exp(-(np.linalg.norm(clean - a) ** 2) / (2 * sigma**2)) for a in found])
+    return sum(s * u * mask for s, u, mask in zip(similar, unique, masks, strict=True))
