@@ -2,6 +2,7 @@
 
 from attrib_zoo.methods.ablationcam import AblationCAM as AblationCAM
 from attrib_zoo.methods.adasise import AdaSISE as AdaSISE
+from attrib_zoo.methods.extremal import ExtremalPerturbation as ExtremalPerturbation
 from attrib_zoo.methods.gradcam import GradCAM as GradCAM
 from attrib_zoo.methods.polycam import PolyCAM as PolyCAM
 from attrib_zoo.methods.rise import RISE as RISE
