@@ -181,6 +181,16 @@ def test_constant_maps_get_no_pass_and_all_constant_maps_give_zero(model, images
         assert explainer.attribute(images, 0).abs().sum() == 0
 
 
+def test_dead_maps_do_not_shift_the_softmax(model, images):
+    with torch.no_grad():
+        model.stages[2][1].weight[3], model.stages[2][1].bias[3] = 0, 0.4
+    explainer = ScoreCAM(model, LAYER, variant="torchcam")
+    wanted = explainer.attribute(images, 1)
+    with torch.no_grad():
+        model.head.bias.sub_(5000)
+    close(explainer.attribute(images, 1), wanted, 1e-8)
+
+
 # ---------------------------------------------------------------------- properties
 
 

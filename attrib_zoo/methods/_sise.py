@@ -110,21 +110,20 @@ class BlockwiseSampling(Perturbation):
     def _one_layer(self, maps: Tensor, chosen: Tensor, passes: Passes) -> Tensor:
         """The visualisation maps ``(N, T, H, W)`` in [0, 1], Eq. 12: scores times masks over their sizes."""
         size = passes.inputs.shape[-2:]
-        low, factor = maps.new_zeros(2, *maps.shape[:2])
+        factor = maps.new_zeros(maps.shape[:2])
 
         def masks(n: Tensor, k: Tensor) -> Tensor:
             large = upsample(maps[n, k].unsqueeze(1), size)
             least = large.amin((-2, -1), keepdim=True)
             span = large.amax((-2, -1), keepdim=True) - least
             large = (large - least) / span.where(span > 0, 1)
-            low[n, k] = least.view(-1)
             sums = large.sum((-3, -2, -1))
             factor[n, k] = ((sums > 0) / (span.view(-1) * sums).where(sums > 0, 1)).to(factor.dtype)
             return large
 
         scores = passes.table(chosen.any(2), masks)
         weights = scores.where(chosen, 0) * factor.unsqueeze(2)
-        above = maps - low[:, :, None, None]  # enlarging keeps constants, so the least value can go first
+        above = maps - maps.amin((-2, -1), keepdim=True)  # a constant, which the scaling removes; it costs precision
         return min_max(upsample(torch.einsum("ndt,ndhw->nthw", weights, above), size))
 
 
