@@ -21,7 +21,7 @@ from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs
 
-__all__ = ["call_model", "forward", "frozen", "run", "run_with_graph", "select_args", "unwrap"]
+__all__ = ["call_model", "check_weights", "forward", "frozen", "run", "run_with_graph", "select_args", "unwrap"]
 
 
 @contextmanager
@@ -118,6 +118,15 @@ def run(
     return outputs, [maps[position] for position in range(len(taps))]
 
 
+def check_weights(bare: nn.Module) -> None:
+    """Raise where the weights can be part of no graph."""
+    if any(tensor.is_inference() for tensor in (*bare.parameters(), *bare.buffers())):
+        raise UnsupportedModelError(
+            "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
+            "build or load the model outside inference_mode"
+        )
+
+
 @contextmanager
 def run_with_graph(
     model: nn.Module, inputs: Tensor, args: Sequence[Any], taps: Sequence[Tap]
@@ -132,11 +141,7 @@ def run_with_graph(
         LayerError: a layer never ran, or the outputs do not depend on it.
     """
     bare = unwrap(model)
-    if any(tensor.is_inference() for tensor in (*bare.parameters(), *bare.buffers())):
-        raise UnsupportedModelError(
-            "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
-            "build or load the model outside inference_mode"
-        )
+    check_weights(bare)
     maps: dict[int, Tensor] = {}
 
     def keep(position: int, activation: Tensor) -> Tensor:

@@ -86,6 +86,10 @@ class Stages:
         below = [end for end in ends if end.output.hw != self._trace.size]
         return sorted(below or ends, key=lambda item: item.place)
 
+    def unpooled(self) -> list[Item]:
+        """The last unit with weights of each grid, also at the size of the image."""
+        return sorted({unit.output.hw: unit for unit in self.units if unit.weighted}.values(), key=lambda u: u.place)
+
     def blocks(self) -> list[Item]:
         """What a negative index counts in: the stage ends, or all units of a network without stages."""
         ends = self.ends()
