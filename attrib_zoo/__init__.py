@@ -1,6 +1,8 @@
 """Which image regions made the model decide? Attribution methods for image classifiers, beside Captum."""
 
+from attrib_zoo.methods.generic_attention import GenericAttention as GenericAttention
 from attrib_zoo.methods.gradcam import GradCAM as GradCAM
+from attrib_zoo.methods.rollout import AttentionRollout as AttentionRollout
 from attrib_zoo.methods.ttame import TTAME as TTAME
 
 __version__ = "0.1.0"
