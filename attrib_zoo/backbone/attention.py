@@ -84,13 +84,21 @@ class Attentions:
         return cells.reshape(*cells.shape[:-1], *(self.grid.hw or (-1, 1)))
 
 
-def find_attention(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Attentions:
+def find_attention(
+    model: nn.Module, inputs: Tensor, args: Sequence[Any] = (), traced: Trace | None = None
+) -> Attentions:
     """Find and check every attention module of a model, as it runs on inputs of this size.
+
+    Args:
+        model: the classifier; wrappers are looked through.
+        inputs: images of the size to be explained.
+        args: further arguments of its forward.
+        traced: what :func:`attrib_zoo.backbone.layers.look` returned for them, to save a pass.
 
     Raises:
         UnsupportedModelError: there is none, or one is no plain self-attention over all tokens.
     """
-    trace = look(model, inputs, args)
+    trace = traced or look(model, inputs, args)
     calls = [call for call in _attending(trace.root) if call.module is not trace.model]
     if not calls:
         raise UnsupportedModelError(
@@ -184,9 +192,11 @@ class Attended:
 
     Attributes:
         outputs: ``(N, ...)``.
+        beside: for each tensor that was asked for, the gradients of the M scores with respect to it, ``(M, ...)``.
     """
 
     outputs: Tensor
+    beside: tuple[Tensor, ...]
     _modules: tuple[nn.Module, ...]
     _names: tuple[str, ...]
     _tokens: tuple[Tensor, ...]
@@ -230,6 +240,7 @@ def attend(
     scores: Callable[[Tensor], Tensor] | None = None,
     *,
     last: Tensor | None = None,
+    beside: Sequence[Tensor] = (),
 ) -> Attended:
     """One pass, with the gradients of scores at every attention module where they are asked for.
 
@@ -243,6 +254,7 @@ def attend(
         scores: from the outputs ``(N, ...)`` to M scores ``(N, M)``; None for a pass without a graph.
         last: ``(N,)``: the last module attends with the *constant* matrix that is its own times this factor, so that
             nothing flows back through its queries and keys.
+        beside: further tensors of the graph to differentiate with respect to; a list that hooks fill in the pass.
     """
     bare = unwrap(model)
     modules = tuple(find(bare, tap.name) for tap in found.taps)
@@ -258,28 +270,31 @@ def attend(
         if factor is not None:
             hook = _holding(found.taps[-1], factor)
             stack.callback(modules[-1].register_forward_hook(hook, with_kwargs=True).remove)
-        gradients = None
+        gradients: tuple[Tensor, ...] | None = None
+        others: tuple[Tensor, ...] = ()
         if scores is None:
             outputs, maps = run(bare, inputs, args, found.taps)
         else:
             with run_with_graph(bare, inputs, args, found.taps) as (outputs, maps):
-                gradients = _gradients(scores(outputs), maps)
+                everything = _gradients(scores(outputs), [*maps, *beside])
+            gradients = tuple(_tokens_of(part) for part in everything[: len(maps)])
+            others = everything[len(maps) :]
     outside = [_tokens_of(map_).detach() for map_ in maps]
     inside = tuple(tokens[module] for module in modules)
     names = tuple(tap.name for tap in found.taps)
-    return Attended(outputs.detach(), modules, names, inside, tuple(outside), gradients, factor)
+    return Attended(outputs.detach(), others, modules, names, inside, tuple(outside), gradients, factor)
 
 
-def _gradients(scores: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """``(M, N, T, D)`` for each map; summing over the batch is exact in eval mode."""
+def _gradients(scores: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``(M, N, ...)`` for each tensor; summing over the batch is exact in eval mode."""
     count = scores.shape[1]
-    rows = [torch.autograd.grad(scores[:, m].sum(), maps, retain_graph=m + 1 < count) for m in range(count)]
-    return tuple(torch.stack([_tokens_of(part) for part in parts]) for parts in zip(*rows, strict=True))
+    rows = [torch.autograd.grad(scores[:, m].sum(), wanted, retain_graph=m + 1 < count) for m in range(count)]
+    return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
 
 
 def _tokens_of(maps: Tensor) -> Tensor:
-    """``(N, D, 1, T)`` to ``(N, T, D)``."""
-    return maps.squeeze(2).transpose(1, 2)
+    """``(..., D, 1, T)`` to ``(..., T, D)``."""
+    return maps.squeeze(-2).transpose(-2, -1)
 
 
 def _holding(tap: Tap, factor: Tensor) -> Callable[..., Any]:

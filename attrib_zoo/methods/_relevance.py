@@ -1,0 +1,52 @@
+"""Rules that hand relevance from the output of a layer back to its inputs (Chefer et al., CVPR 2021, Section 3.1).
+
+Relevance has a leading axis of M targets: ``(M, N, T, D)`` where values are ``(N, T, D)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LEAST = 1e-9
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """``a / (b + 1e-9)``, as the method has it, and 0 where b is 0."""
+    away = b + _LEAST
+    away = away.where(away != 0, _LEAST)
+    return a * torch.where(b == 0, 0.0, 1 / away)
+
+
+def linear(relevance: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+    """The share of each input in what a linear layer adds up, positive products only (alpha 1, beta 0; no bias)."""
+    plus, minus = inputs.clamp(min=0), inputs.clamp(max=0)
+    weight_plus, weight_minus = weight.clamp(min=0), weight.clamp(max=0)
+    share = divide(relevance, plus @ weight_plus.T + minus @ weight_minus.T)
+    return plus * (share @ weight_plus) + minus * (share @ weight_minus)
+
+
+def add(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The shares of two summands; their totals are in proportion to their absolute totals, for each image."""
+    share = divide(relevance, a + b)
+    of_a, of_b = a * share, b * share
+    sum_a, sum_b, total = (part.sum((-2, -1), keepdim=True) for part in (of_a, of_b, relevance))
+    absolute = sum_a.abs() + sum_b.abs()
+    to_a, to_b = (divide(part.abs(), absolute) * total for part in (sum_a, sum_b))
+    return of_a * divide(to_a, sum_a), of_b * divide(to_b, sum_b)
+
+
+def matmul(relevance: Tensor, a: Tensor, b: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """Half to each factor of ``product = a @ b``."""
+    share = divide(relevance, product)
+    return a * (share @ b.transpose(-2, -1)) / 2, b * (a.transpose(-2, -1) @ share) / 2
+
+
+def clone(values: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """What comes back to values that went two ways."""
+    return values * (divide(one, values) + divide(other, values))
+
+
+def mean(relevance: Tensor, tokens: Tensor) -> Tensor:
+    """The share of each token ``(N, R, D)`` in the mean over tokens, from ``(M, N, D)``."""
+    return tokens * divide(relevance, tokens.sum(-2)).unsqueeze(-2)
