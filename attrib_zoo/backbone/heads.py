@@ -58,7 +58,7 @@ class Heads:
 
     def attend(self, q: Tensor, k: Tensor) -> Tensor:
         """The attention matrices ``(N, H, T, T)``."""
-        return (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+        return (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
 
     def apart(self, tokens: Tensor) -> Tensor:
         """``(..., T, H d)`` to ``(..., H, T, d)``."""

@@ -14,37 +14,38 @@ _LEAST = 1e-9
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """``a / (b + 1e-9)``, as the method has it, and 0 where b is 0."""
     away = b + _LEAST
-    away = away.where(away != 0, _LEAST)
-    return a * torch.where(b == 0, 0.0, 1 / away)
+    away.masked_fill_(away == 0, _LEAST)
+    return (a / away).masked_fill_(b == 0, 0)
 
 
 def linear(relevance: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
     """The share of each input in what a linear layer adds up, positive products only (alpha 1, beta 0; no bias)."""
-    plus, minus = inputs.clamp(min=0), inputs.clamp(max=0)
-    weight_plus, weight_minus = weight.clamp(min=0), weight.clamp(max=0)
-    share = divide(relevance, plus @ weight_plus.T + minus @ weight_minus.T)
-    return plus * (share @ weight_plus) + minus * (share @ weight_minus)
+    plus, weight_plus = inputs.clamp(min=0), weight.clamp(min=0)
+    minus, weight_minus = inputs - plus, weight - weight_plus
+    total = plus @ weight_plus.T + minus @ weight_minus.T
+    share = relevance / total.add_(_LEAST)  # where nothing is positive, nothing is shared either
+    return (share @ weight_plus).mul_(plus).add_((share @ weight_minus).mul_(minus))
 
 
 def add(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The shares of two summands; their totals are in proportion to their absolute totals, for each image."""
     share = divide(relevance, a + b)
-    of_a, of_b = a * share, b * share
+    of_a, of_b = share * a, share.mul_(b)
     sum_a, sum_b, total = (part.sum((-2, -1), keepdim=True) for part in (of_a, of_b, relevance))
     absolute = sum_a.abs() + sum_b.abs()
     to_a, to_b = (divide(part.abs(), absolute) * total for part in (sum_a, sum_b))
-    return of_a * divide(to_a, sum_a), of_b * divide(to_b, sum_b)
+    return of_a.mul_(divide(to_a, sum_a)), of_b.mul_(divide(to_b, sum_b))
 
 
 def matmul(relevance: Tensor, a: Tensor, b: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
     """Half to each factor of ``product = a @ b``."""
-    share = divide(relevance, product)
-    return a * (share @ b.transpose(-2, -1)) / 2, b * (a.transpose(-2, -1) @ share) / 2
+    share = divide(relevance, product).div_(2)
+    return (share @ b.transpose(-2, -1)).mul_(a), (a.transpose(-2, -1) @ share).mul_(b)
 
 
 def clone(values: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """What comes back to values that went two ways."""
-    return values * (divide(one, values) + divide(other, values))
+    return divide(one + other, values).mul_(values)
 
 
 def mean(relevance: Tensor, tokens: Tensor) -> Tensor:
