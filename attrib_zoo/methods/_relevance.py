@@ -5,7 +5,6 @@ Relevance has a leading axis of M targets: ``(M, N, T, D)`` where values are ``(
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 _LEAST = 1e-9
