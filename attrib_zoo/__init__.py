@@ -2,6 +2,7 @@
 
 from attrib_zoo.methods.generic_attention import GenericAttention as GenericAttention
 from attrib_zoo.methods.gradcam import GradCAM as GradCAM
+from attrib_zoo.methods.iia import IIA as IIA
 from attrib_zoo.methods.rollout import AttentionRollout as AttentionRollout
 from attrib_zoo.methods.transformer_lrp import TransformerLRP as TransformerLRP
 from attrib_zoo.methods.ttame import TTAME as TTAME
