@@ -8,7 +8,7 @@ import torch
 from oracles import explicit_vit
 from torch import Tensor, nn
 
-from attrib_zoo import AttentionRollout, GenericAttention
+from attrib_zoo import IIA, AttentionRollout, GenericAttention, TransformerLRP
 from attrib_zoo.backbone.attention import attend, find_attention
 from attrib_zoo.backbone.capture import frozen
 from attrib_zoo.errors import OptionError, UnsupportedModelError
@@ -168,6 +168,17 @@ def test_a_head_of_zeros_has_a_rollout():
     assert float(AttentionRollout(model).attribute(cases.images()).std()) > 0
 
 
+@pytest.mark.parametrize("cls", [GenericAttention, TransformerLRP, IIA])
+def test_a_head_of_zeros_gives_zeros_and_one_warning(cls):
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(32, 8, 2, 2, 24, 48, num_classes=5).eval()
+    with pytest.warns(UserWarning, match="the map is exactly zero") as told:
+        assert not cls(model).attribute(cases.images()).any()
+    assert len(told) == 1
+    assert told[0].filename == __file__
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -195,6 +206,12 @@ def xcit():
     return Xcit(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
 
 
+def parallel():
+    from timm.models.vision_transformer import ParallelThingsBlock
+
+    return vit(block_fn=ParallelThingsBlock)
+
+
 REFUSED = {
     "a CNN": (cases.resnet, 32, "ResNet, which has none .* use GradCAM"),
     "Swin": (cases.swin, 16, r"'layers\.0\.blocks\.0\.attn' \(WindowAttention\).* use GradCAM"),
@@ -205,6 +222,11 @@ REFUSED = {
     "attention that pools": (lambda: cases.vit(global_pool="map"), 32, r"'attn_pool' \(AttentionPoolLatent\)"),
     "two attentions subtracted": (lambda: vit(attn_layer="diff", num_heads=2), 32, r"'blocks\.2\.attn' \(DiffAtt"),
     "a norm of the context": (lambda: vit(scale_attn_norm=True), 32, r"'blocks\.2\.attn' \(Attention\)"),
+    "two attentions side by side": (
+        parallel,
+        32,
+        r"'blocks\.0\.attns\.1\.attn' .* it stands beside 'blocks\.0\.attns\.0",
+    ),
     "a mean head": (lambda: vit(global_pool="avg"), 32, "reads 16 of 17 tokens; pass mean_pooling=True"),
 }
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -111,6 +112,9 @@ def find_attention(
         heads_of(call.module, call.name, inputs.dtype)
         if grid != grids[0]:
             raise refuse(call.name, call.module, "it sees other tokens than the blocks before it")
+    for before, call in pairwise(calls):
+        if _stage(before) is _stage(call) is not trace.root:
+            raise refuse(call.name, call.module, f"it stands beside {before.name!r}, not behind it")
     h, w = grids[0].hw or (0, 0)
     everything = Grid("tokens", hw=(1, grids[0].prefix + h * w))
     taps = tuple(Tap(c.name, everything, c.outputs[0].shape[-1], c.outputs[0].element) for c in calls)
@@ -130,6 +134,13 @@ def _attending(call: Call) -> Iterator[Call]:
             yield child
         else:
             yield from _attending(child)
+
+
+def _stage(call: Call) -> Call:
+    """The smallest call around an attention that everything passes through: its block."""
+    while call.parent is not None and not call.cut:
+        call = call.parent
+    return call
 
 
 def _grid(call: Call, trace: Trace) -> Grid:
@@ -200,6 +211,7 @@ class Attended:
     _modules: tuple[nn.Module, ...]
     _names: tuple[str, ...]
     _tokens: tuple[Tensor, ...]
+    _mixed: tuple[Tensor | None, ...]  # (N, T, 3 H d) queries, keys and values, where a module of theirs put them out
     _found: tuple[Tensor, ...]  # (N, T, D) outputs of the modules
     _gradients: tuple[Tensor, ...] | None
     _factor: Tensor | None
@@ -222,7 +234,7 @@ class Attended:
         with precise(tokens), torch.no_grad():
             heads = heads_of(module, name, tokens.dtype)
             tokens = tokens.to(heads.weight.dtype)
-            q, k, v = heads.split(tokens)
+            q, k, v = heads.split(tokens, self._mixed[place])
             values = heads.attend(q, k)
             if place == len(self) - 1 and self._factor is not None:
                 values = values * self._factor
@@ -259,14 +271,21 @@ def attend(
     bare = unwrap(model)
     modules = tuple(find(bare, tap.name) for tap in found.taps)
     tokens: dict[nn.Module, Tensor] = {}
+    mixed: dict[nn.Module | None, Tensor] = {}
 
     def remember(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         tokens[module] = _first(given, named).detach().clone()
+
+    def remember_mixed(module: nn.Module, _: Any, output: Tensor) -> None:
+        mixed[module] = output.detach().clone()
 
     factor = None if last is None else last.view(-1, 1, 1, 1)
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_pre_hook(remember, with_kwargs=True).remove)
+            qkv = module._modules.get("qkv")
+            if isinstance(qkv, nn.Linear):
+                stack.callback(qkv.register_forward_hook(remember_mixed).remove)
         if factor is not None:
             hook = _holding(found.taps[-1], factor)
             stack.callback(modules[-1].register_forward_hook(hook, with_kwargs=True).remove)
@@ -282,7 +301,8 @@ def attend(
     outside = [_tokens_of(map_).detach() for map_ in maps]
     inside = tuple(tokens[module] for module in modules)
     names = tuple(tap.name for tap in found.taps)
-    return Attended(outputs.detach(), others, modules, names, inside, tuple(outside), gradients, factor)
+    between = tuple(mixed.get(module._modules.get("qkv")) for module in modules)
+    return Attended(outputs.detach(), others, modules, names, inside, between, tuple(outside), gradients, factor)
 
 
 def _gradients(scores: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -51,9 +51,11 @@ class Heads:
     scale: float
     norms: tuple[nn.Module | None, nn.Module | None]
 
-    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens ``(N, T, D)`` to queries, keys and values ``(N, H, T, d)``."""
-        q, k, v = (self.apart(part) for part in F.linear(tokens, self.weight, self.bias).chunk(3, -1))
+    def split(self, tokens: Tensor, mixed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens ``(N, T, D)`` to queries, keys and values ``(N, H, T, d)``; ``mixed`` are all three, where known."""
+        if mixed is None:
+            mixed = F.linear(tokens, self.weight, self.bias)
+        q, k, v = (self.apart(part) for part in mixed.to(tokens.dtype).chunk(3, -1))
         return _normed(self.norms[0], q), _normed(self.norms[1], k), v
 
     def attend(self, q: Tensor, k: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -61,6 +62,18 @@ class AttentionMethod(Attribution):
                 "mean_pooling=True for the mean over them, which goes beyond the paper, or use GradCAM or TTAME"
             )
         return found
+
+
+def not_zero(maps: Tensor, who: str) -> Tensor:
+    """The maps; called by ``_maps``, it warns once where gradients left nothing of them."""
+    if not bool(maps.any()):
+        warnings.warn(
+            f"{who}: the map is exactly zero, since the score does not change with the attention of these images; "
+            "is the head of the model untrained?",
+            UserWarning,
+            stacklevel=6,  # the caller of attribute
+        )
+    return maps
 
 
 def attend_to(model: nn.Module, found: Attentions, inputs: Tensor, args: Sequence[Any], query: TargetQuery) -> Attended:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from attrib_zoo.methods._attention import AttentionMethod, attend_to, positive, with_identity
+from attrib_zoo.methods._attention import AttentionMethod, attend_to, not_zero, positive, with_identity
 from attrib_zoo.targets import TargetQuery
 
 if TYPE_CHECKING:
@@ -62,4 +62,5 @@ class GenericAttention(AttentionMethod, _GradientAttribution):
         found = self._attention(inputs, args)
         attended = attend_to(self.model, found, inputs, args, query)
         shares = (positive(block.gradients(), block.values) for block in attended.matrices())
-        return found.follow(with_identity(share, normalise=False) for share in shares).transpose(0, 1)
+        maps = found.follow(with_identity(share, normalise=False) for share in shares)
+        return not_zero(maps.transpose(0, 1), self.get_name())

@@ -17,7 +17,7 @@ from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.backbone.replay import replay
 from attrib_zoo.errors import OptionError
 from attrib_zoo.masking import ChunkSize
-from attrib_zoo.methods._attention import AttentionMethod, positive, with_identity
+from attrib_zoo.methods._attention import AttentionMethod, not_zero, positive, with_identity
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class IIA(AttentionMethod, _GradientAttribution):
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         kind = "vit" if is_transformer(self.model) else "cnn"
         path = _Path(self, inputs, query, args, self.n_steps or _STEPS[kind], show_progress)
-        return self._rollout(path) if kind == "vit" else self._sum(path)
+        return not_zero(self._rollout(path) if kind == "vit" else self._sum(path), self.get_name())
 
     # ------------------------------------------------------------------ convolutional networks
 

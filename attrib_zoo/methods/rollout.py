@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.attention import attend
-from attrib_zoo.methods._attention import AttentionMethod, attend_to, positive, with_identity
+from attrib_zoo.methods._attention import AttentionMethod, attend_to, not_zero, positive, with_identity
 from attrib_zoo.targets import TargetQuery
 
 
@@ -72,7 +72,8 @@ class AttentionRollout(AttentionMethod):
         if self.gradient:
             attended = attend_to(self.model, found, inputs, args, query)
             shares = (positive(block.gradients(), block.values) for block in attended.matrices())
-            return found.follow(with_identity(share, normalise=True) for share in shares).transpose(0, 1)
+            maps = found.follow(with_identity(share, normalise=True) for share in shares)
+            return not_zero(maps.transpose(0, 1), self.get_name())
         attended = attend(self.model, found, inputs, args)
         count = query.resolve(attended.outputs).count
         means = (block.values.mean(-3) for block in attended.matrices())

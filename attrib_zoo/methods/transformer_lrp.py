@@ -15,7 +15,7 @@ from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.prenorm import Block, PreNorm, Values, take_apart
 from attrib_zoo.errors import OptionError, UnsupportedModelError
 from attrib_zoo.methods import _relevance as rules
-from attrib_zoo.methods._attention import AttentionMethod, positive, with_identity
+from attrib_zoo.methods._attention import AttentionMethod, not_zero, positive, with_identity
 from attrib_zoo.targets import TargetQuery
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class TransformerLRP(AttentionMethod, _GradientAttribution):
                 beside=values.scores,
             )
         with precise(inputs):
-            return found.follow(self._steps(found, parts, values, attended)).transpose(0, 1)
+            maps = found.follow(self._steps(found, parts, values, attended))
+        return not_zero(maps.transpose(0, 1), self.get_name())
 
     def _apart(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Attentions, PreNorm]:
         """Where the model attends and how it is built, for inputs of this shape; found once per shape."""
