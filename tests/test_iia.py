@@ -51,6 +51,30 @@ def test_maps_of_cnns_are_those_of_plain_loops(build, layer, size, mode):
     assert_close(explainer.attribute_many(inputs, [[3, 0], [1, 2]])[:, 0], found)
 
 
+@pytest.mark.parametrize(
+    ("build", "layers", "size"),
+    [(lambda: cases.lively(DeepHead()), ["stages.0", "stages.1"], 16), (cases.resnet, ["layer2", "layer3"], 32)],
+    ids=["deep head", "resnet"],
+)
+def test_maps_of_three_paths_are_those_of_plain_loops(build, layers, size):
+    model, inputs = build().double(), images(size)
+    explainer = IIA(model, layers, n_steps=2, mode="triple", upsample=False, chunk_size=2)
+    with cases.untouched(model, inputs):
+        found = explainer.attribute(inputs, target=TARGETS)
+    for n, target in enumerate(TARGETS):
+        assert_close(found[n, 0], explicit_iia.triple(model, *layers, inputs[n], target, 2))
+    assert_close(explainer.attribute_many(inputs, [[3, 0], [1, 2]])[:, 0], found)
+
+
+def test_three_paths_take_the_last_two_stages():
+    model, inputs = cases.resnet(), cases.images(1, size=64)
+    options = {"mode": "triple", "n_steps": 1}
+    named = IIA(model, ["layer3", "layer4"], **options).attribute(inputs)
+    assert torch.equal(IIA(model, **options).attribute(inputs), named)
+    with pytest.raises(OptionError, match="layers: must be 2 for IIA with mode='triple', got 1"):
+        IIA(model, "layer4", **options).attribute(inputs)
+
+
 def test_the_closed_forms_behind_a_mean_and_one_linear_layer():
     """There the gradient is a constant: a sum of CAMs, and (n + 1) / 2 times the same over what rises."""
     model, inputs, n = cases.resnet().double(), images(64), 4
@@ -169,7 +193,7 @@ def test_windows_are_refused():
 
 
 def test_cnns_take_one_layer():
-    with pytest.raises(OptionError, match="layers: must be one layer for IIA, got 2"):
+    with pytest.raises(OptionError, match="layers: must be 1 for IIA with mode='double', got 2"):
         IIA(cases.resnet(), ["layer3", "layer4"]).attribute(cases.images())
 
 
@@ -178,7 +202,7 @@ def test_cnns_take_one_layer():
     [
         ({"n_steps": 0}, "n_steps: must be a positive integer"),
         ({"n_steps": 2.0}, "n_steps: must be a positive integer"),
-        ({"mode": "triple"}, "mode: must be one of 'double', 'released', got 'triple'"),
+        ({"mode": "single"}, "mode: must be one of 'double', 'released', 'triple', got 'single'"),
         ({"score": "odds"}, "score: must be one of"),
         ({"chunk_size": 0}, "chunk_size: must be a positive integer"),
     ],

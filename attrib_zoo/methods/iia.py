@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import check_choice
 from attrib_zoo.backbone.attention import attend
-from attrib_zoo.backbone.capture import forward, run_with_graph, select_args
+from attrib_zoo.backbone.capture import forward, listening, run_with_graph, select_args
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.kind import is_transformer
-from attrib_zoo.backbone.replay import replay
+from attrib_zoo.backbone.replay import Replay, replay
 from attrib_zoo.errors import OptionError
 from attrib_zoo.masking import ChunkSize
 from attrib_zoo.methods._attention import AttentionMethod, not_zero, positive, with_identity
@@ -47,16 +47,20 @@ class IIA(AttentionMethod, _GradientAttribution):
               \frac{\partial S_c}{\partial A_l^{(h)}}\Big), \qquad
               M = \prod_l \mathrm{rownorm}(I + C_l)
 
+    ``mode="triple"`` puts a path over the layer before between the two: its maps rise from their minimum over the n + 1
+    outer points, the layer's own maps that come of it are interpolated as above, and the positive parts of gradient
+    times ReLU(a) are summed over all three paths.
+
     Which of the two a model is, is told from its weights. Transformers are explained as they are, with fused
     attention; the matrices are computed again and checked, and a model that they do not explain is refused.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
-        layers: the one layer of a CNN that is interpolated, by default its last stage; ``None`` for a transformer,
-            where every attention block is read.
+        layers: the one layer of a CNN that is interpolated, by default its last stage (``"triple"``: two layers, the
+            last two stages); ``None`` for a transformer, where every attention block is read.
         n_steps: n, the number of intervals of each path; ``None`` for 10 on a CNN and 5 on a transformer.
         mode: for CNNs. ``"double"``: both paths. ``"released"``: the outer path only, the sum over i of gradient times
-            ReLU(A), which is what the authors' code computes.
+            ReLU(A), which is what the authors' code computes. ``"triple"``: a third path between them, see below.
         score: what is differentiated: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         mean_pooling: also explain transformers whose head averages tokens: the mean over their rows.
         chunk_size: images in one pass; ``None`` begins with 32 and halves where memory runs out.
@@ -77,9 +81,9 @@ class IIA(AttentionMethod, _GradientAttribution):
     Deviations:
         The inner baseline b is this library's reading of the method; in the authors' code it equals A, so that only
         ``"released"`` is left of both paths. Maps are enlarged bilinearly, theirs bicubically, and stay raw. The
-        model's own decision is explained by default, theirs is the label. The integral over a third path
-        (two layers) is not offered. Averaged tokens are not in the paper; where the head reads several class tokens
-        the map is the mean of their rows.
+        model's own decision is explained by default, theirs is the label. ``"triple"`` needs a later layer that all
+        of the earlier one's influence passes through. Averaged tokens are not in the paper; where the head reads
+        several class tokens the map is the mean of their rows.
     """
 
     family: ClassVar[str] = "path"
@@ -106,12 +110,14 @@ class IIA(AttentionMethod, _GradientAttribution):
             raise OptionError(f"n_steps: must be a positive integer, or None for the paper's, got {n_steps!r}")
         ChunkSize(chunk_size)
         self.n_steps = n_steps
-        self.mode = check_choice("mode", mode, ("double", "released"))
+        self.mode = check_choice("mode", mode, ("double", "released", "triple"))
         self.score = check_choice("score", score, SCORES)
         self.chunk_size = chunk_size
 
     def _layer_rule(self) -> tuple[str, int] | None:
-        return None if is_transformer(self.model) else self.default_layers
+        if is_transformer(self.model):
+            return None
+        return ("outputs", 2) if self.mode == "triple" else self.default_layers
 
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         kind = "vit" if is_transformer(self.model) else "cnn"
@@ -122,8 +128,15 @@ class IIA(AttentionMethod, _GradientAttribution):
 
     def _sum(self, path: _Path) -> Tensor:
         taps = self.taps(path.inputs, path.args)
-        if len(taps) != 1:
-            raise OptionError(f"layers: must be one layer for {type(self).__name__}, got {len(taps)}; name the last")
+        count = 2 if self.mode == "triple" else 1
+        if len(taps) != count:
+            raise OptionError(
+                f"layers: must be {count} for {type(self).__name__} with mode={self.mode!r}, got {len(taps)}; "
+                "name the last stage" + ("s" if count > 1 else "")
+            )
+        if self.mode == "triple":
+            with path.progress(len(path.inputs) * (path.n + 1)) as advance:
+                return torch.stack([self._triple(path, taps, image, advance) for image in range(len(path.inputs))])
         one_chunk = self._double if self.mode == "double" else self._released
         total: list[Tensor] = []
 
@@ -156,16 +169,12 @@ class IIA(AttentionMethod, _GradientAttribution):
             span = again.maps - low
             found = []
             for point in range(len(images)):
-                image = images[point : point + 1]
                 parts: list[Tensor] = []
 
-                def work(part: slice, point: int = point, image: Tensor = image, parts: list[Tensor] = parts) -> None:
-                    shares = torch.arange(part.start + 1, part.stop + 1).to(span).view(-1, 1, 1, 1) / path.n
-                    inner = (low[point] + shares * span[point]).requires_grad_()
-                    rows = torch.full((len(inner),), point)
-                    with torch.enable_grad():
-                        scores = path.target.rows(image.expand(len(inner))).select(again(inner, rows), self.score)
-                        gradients = path.gradients(scores, inner)
+                def work(part: slice, point: int = point, parts: list[Tensor] = parts) -> None:
+                    shares = path.shares(part, span, first=1)
+                    inner = low[point] + shares * span[point]
+                    gradients = self._gradients(path, again, inner, point, int(images[point]))
                     risen = _precise(shares * span[point])
                     parts.append(torch.stack([(g * risen).sum((0, 1)) for g in gradients]))
 
@@ -173,6 +182,59 @@ class IIA(AttentionMethod, _GradientAttribution):
                     pass
                 found.append(torch.stack(parts).sum(0))
         return torch.stack(found)
+
+    def _triple(self, path: _Path, taps: Sequence[Tap], image: int, advance: Callable[[int], None]) -> Tensor:
+        """The sum over all three paths for one image, ``(T, h, w)``."""
+        steps = torch.arange(path.n + 1)
+        images = torch.full_like(steps, image)
+        points, args = path.points(images, steps), path.args_of(images)
+        with (
+            replay(self.model, points, args, taps[0]) as from_earlier,
+            replay(self.model, points, args, taps[1]) as from_later,
+        ):
+            low = from_earlier.maps.amin(0)
+            parts: list[Tensor] = []
+            for point in range(len(points)):
+                span = from_earlier.maps[point] - low
+                for later in self._later_maps(path, taps[1], from_earlier, low, span, point):
+                    bottom = later.amin((1, 2), keepdim=True)
+                    rise = later - bottom
+
+                    def work(part: slice, point: int = point, bottom: Tensor = bottom, rise: Tensor = rise) -> None:
+                        inner = bottom + path.shares(part, rise, first=0) * rise
+                        gradients = self._gradients(path, from_later, inner, point, image)
+                        active = _precise(inner).relu()
+                        parts.append(torch.stack([(g * active).relu().sum((0, 1)) for g in gradients]))
+
+                    for _ in path.chunk.ranges(path.n + 1, work):
+                        pass
+                advance(1)
+        return torch.stack(parts).sum(0)
+
+    def _later_maps(
+        self, path: _Path, later: Tap, again: Replay, low: Tensor, span: Tensor, point: int
+    ) -> Iterator[Tensor]:
+        """What the later layer puts out along the path over the earlier one, one ``(D, h, w)`` after the other."""
+        found: list[Tensor] = []
+
+        def work(part: slice) -> None:
+            seen: list[Tensor] = []
+            inner = low + path.shares(part, span, first=0) * span
+            with listening(self.model, [later], lambda _, output: seen.append(later.grid.to_map(output).clone())):
+                again(inner, torch.full((len(inner),), point))
+            found.extend(seen[-1])
+
+        for _ in path.chunk.ranges(path.n + 1, work):
+            pass
+        yield from found
+
+    def _gradients(self, path: _Path, again: Replay, maps: Tensor, point: int, image: int) -> list[Tensor]:
+        """Gradients of the image's T scores at maps ``(M, D, h, w)`` that stand in for the layer's at one point."""
+        maps.requires_grad_()
+        rows = torch.full((len(maps),), point)
+        with torch.enable_grad():
+            scores = path.target.rows(torch.full_like(rows, image)).select(again(maps, rows), self.score)
+            return path.gradients(scores, maps)
 
     # ------------------------------------------------------------------ transformers
 
@@ -230,6 +292,11 @@ class _Path:
         """The forward arguments of M points."""
         return select_args(self.args, images, len(self.inputs))
 
+    def shares(self, part: slice, like: Tensor, *, first: int) -> Tensor:
+        """``j / n`` for a part of an inner path that begins at j = ``first``, ``(M, 1, 1, 1)``."""
+        steps = torch.arange(part.start + first, part.stop + first)
+        return steps.to(like).view(-1, 1, 1, 1) / self.n
+
     def gradients(self, scores: Tensor, maps: Tensor) -> list[Tensor]:
         """Of T scores ``(M, T)`` with respect to maps, one ``(M, D, h, w)`` for each."""
         count = scores.shape[1]
@@ -239,22 +306,21 @@ class _Path:
 
     def walk(self, total: int, work: Callable[[Tensor], None]) -> None:
         """Call ``work`` on chunks of ``range(total)``."""
-        with _progress(total, self._label) as advance:
+        with self.progress(total) as advance:
             for count in self.chunk.ranges(total, lambda part: work(torch.arange(part.start, part.stop))):
                 advance(count)
+
+    @contextmanager
+    def progress(self, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar to tell how many points were done; none unless it was asked for."""
+        if not self._label:
+            yield lambda _: None
+            return
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total, desc=self._label, unit="point", leave=False, mininterval=0.5) as bar:
+            yield lambda count: bar.update(count) and None
 
 
 def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-@contextmanager
-def _progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar to tell how many steps were done; none without a label."""
-    if not label:
-        yield lambda _: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=label, unit="point", leave=False, mininterval=0.5) as bar:
-        yield lambda count: bar.update(count) and None

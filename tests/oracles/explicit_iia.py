@@ -46,6 +46,28 @@ def double(model: nn.Module, layer: str, image: Tensor, target: int, n: int) -> 
     return total
 
 
+def triple(model: nn.Module, earlier: str, later: str, image: Tensor, target: int, n: int) -> Tensor:
+    outer = [gradient_at(model, earlier, image * i / n, None, target)[0] for i in range(n + 1)]
+    lowest = torch.stack(outer).min(0).values
+    total = 0
+    for i in range(n + 1):
+        for j in range(n + 1):
+            middle = lowest + (outer[i] - lowest) * j / n
+            held: list[Tensor] = []
+            twin = cases.out_of_place(model)
+            twin.get_submodule(earlier).register_forward_hook(lambda _, __, ___, middle=middle: middle[None].clone())
+            twin.get_submodule(later).register_forward_hook(lambda _, __, out, held=held: held.append(out.clone()))
+            with torch.no_grad():
+                twin(image[None])
+            maps = held[0][0]
+            low = torch.stack([channel.min() for channel in maps])[:, None, None].expand_as(maps)
+            for k in range(n + 1):
+                inner = low + (maps - low) * k / n
+                _, gradient = gradient_at(model, later, image, inner[None], target)
+                total = total + (gradient * inner.clamp(min=0)).clamp(min=0).sum(0)
+    return total
+
+
 def transformer(model: nn.Module, image: Tensor, target: int, n: int) -> Tensor:
     """The product of all blocks' factors, ``(T, T)``."""
     means: list[Tensor] = []
