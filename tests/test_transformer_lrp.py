@@ -71,6 +71,14 @@ def test_division_by_nothing_gives_nothing():
     assert torch.allclose(found[2:], torch.tensor([0.5, -0.5], dtype=torch.float64))
 
 
+def test_autocast_does_not_reach_the_rules():
+    model, images = vit(), cases.images()
+    wanted = TransformerLRP(model).attribute(images, target=TARGETS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = TransformerLRP(model).attribute(images, target=TARGETS)
+    assert_close(found, wanted, 1e-5)
+
+
 # ---------------------------------------------------------------------- what is refused
 
 

@@ -68,7 +68,8 @@ class TransformerLRP(AttentionMethod, _GradientAttribution):
         Sums are balanced for each image; the authors' code balances over the batch and gives one map for it. LayerScale
         and norms of queries and keys, not in the paper, pass relevance on as LayerNorm does. Distilled DeiT gives half
         the relevance to each head, and the map is the mean of the two tokens' rows. Averaged tokens are not in the
-        paper. Computed in float32 or better, whatever the model's precision.
+        paper. Computed in float32 or better, whatever the model's precision; shares of sums that nearly cancel amplify
+        rounding, so that a model in half precision can get another map than in float32.
     """
 
     family: ClassVar[str] = "relevance propagation"
@@ -95,16 +96,16 @@ class TransformerLRP(AttentionMethod, _GradientAttribution):
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         found, parts = self._apart(inputs, args)
         values = Values()
-        with values.listening(self.model, parts):
-            attended = attend(
-                self.model,
-                found,
-                inputs,
-                args,
-                lambda outputs: query.resolve(outputs.detach()).select(outputs),
-                beside=values.scores,
-            )
-        with precise(inputs):
+        with precise(inputs):  # shares of sums that nearly cancel do not survive autocast
+            with values.listening(self.model, parts):
+                attended = attend(
+                    self.model,
+                    found,
+                    inputs,
+                    args,
+                    lambda outputs: query.resolve(outputs.detach()).select(outputs),
+                    beside=values.scores,
+                )
             maps = found.follow(self._steps(found, parts, values, attended))
         return not_zero(maps.transpose(0, 1), self.get_name())
 
