@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_choice
+from attrib_zoo.attribution import check_at_least, check_choice
 from attrib_zoo.backbone.capture import forward
 from attrib_zoo.backbone.layers import Tap, is_attention
 from attrib_zoo.errors import OptionError
@@ -136,10 +136,10 @@ class TTAME(TrainableAttribution):
         super().__init__(model, layers, upsample=upsample)
         self.recipe = check_choice("recipe", recipe, tuple(_RECIPES))
         defaults = _RECIPES[recipe]
-        self.lambda_ce = _at_least("lambda_ce", lambda_ce, 0)
-        self.lambda_tv = _at_least("lambda_tv", lambda_tv, 0)
-        self.lambda_variation = _at_least("lambda_variation", lambda_variation, 0)
-        self.area_power = _at_least("area_power", area_power, 1e-6)
+        self.lambda_ce = check_at_least("lambda_ce", lambda_ce, 0)
+        self.lambda_tv = check_at_least("lambda_tv", lambda_tv, 0)
+        self.lambda_variation = check_at_least("lambda_variation", lambda_variation, 0)
+        self.area_power = check_at_least("area_power", area_power, 1e-6)
         given: dict[str, Any] = {
             "variation": variation,
             "border_penalty": border_penalty,
@@ -148,8 +148,8 @@ class TTAME(TrainableAttribution):
         }
         chosen = {name: defaults[name] if value is None else value for name, value in given.items()}
         self.variation = check_choice("variation", chosen["variation"], ("mean", "sum"))
-        self.border_penalty = _at_least("border_penalty", chosen["border_penalty"], 0)
-        self.area_offset = _at_least("area_offset", chosen["area_offset"], 0)
+        self.border_penalty = check_at_least("border_penalty", chosen["border_penalty"], 0)
+        self.area_offset = check_at_least("area_offset", chosen["area_offset"], 0)
         self.psi = check_choice("psi", chosen["psi"], ("auto", "random", "batch", "own"))
         self.num_layers = check_choice("num_layers", num_layers, (1, 2, 3))
         self.skip = bool(skip)
@@ -270,12 +270,6 @@ def extra_classes(classes: Tensor, count: int, psi: str, generator: torch.Genera
     drawn = torch.rand(batch, count - 1, generator=generator).topk(others, dim=1).indices.to(classes.device)
     drawn = drawn + (drawn >= classes.unsqueeze(1)).long()  # step over the own class
     return torch.cat([classes.unsqueeze(1), drawn], dim=1), first
-
-
-def _at_least(name: str, value: float, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise OptionError(f"{name}: must be a number of at least {least:g}, got {value!r}")
-    return float(value)
 
 
 def _per_channel(name: str, values: Sequence[float] | None) -> list[float] | None:
