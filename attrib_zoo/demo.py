@@ -31,7 +31,7 @@ from attrib_zoo.visualize import write_picture
 PICTURE = "demo.png"
 _MEASURES = {
     "asked": ("energy of the map", "on the asked object"),
-    "other": ("energy of the map", "on the other object"),
+    "other": ("energy of the map", "on the other object, ideally 0"),
     "hits": ("brightest pixel", "is on the asked object"),
     "kept": ("confidence kept by", "the brightest 15 % alone"),
 }
@@ -101,12 +101,12 @@ class DemoResult:
             f"Two objects in each scene, asked about each in turn: {self.maps} maps per method, of scenes",
             f"that were in no training. The classifier names both objects in {self.accuracy:.0%} of them.",
             "",
-            " " * 48 + "  ".join(f"{name:>{width}}" for name, width in zip(self.methods, widths, strict=True)),
+            " " * 50 + "  ".join(f"{name:>{width}}" for name, width in zip(self.methods, widths, strict=True)),
         ]
         for name, label in _MEASURES.items():
             values = [getattr(measured, name) for measured in self.methods.values()]
             cells = [f"{value:.1%}" for value in values]
-            lines.append(f"{' '.join(label):48}" + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
+            lines.append(f"{' '.join(label):50}" + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
         spent = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in self.seconds.items())
         return "\n".join([*lines, "", f"time: {spent}"])
 

@@ -253,9 +253,8 @@ class FittedAttribution(Attribution):
         from attrib_zoo import __version__
 
         fitted = self._ready()
-        history = {f"history/{k}": torch.tensor(v, dtype=torch.float64) for k, v in fitted.history.steps.items()}
         return Checkpoint(
-            {**fitted.tensors(), **history},
+            {**fitted.tensors(), **fitted.history.tensors()},
             {
                 "method": type(self).__name__,
                 "library": __version__,

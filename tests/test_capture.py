@@ -420,6 +420,37 @@ class TestFrozen:
         model, inputs = cases.resnet().train(), cases.images(2)
         compare(model, inputs, [tap("layer4")], plain=cases.resnet())
 
+    def test_what_a_module_caches_in_eval_mode_is_dropped(self):
+        """LeViT's attention does this: a cache of a parameter, dropped by ``train``."""
+
+        class Caching(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.bias = nn.Parameter(torch.zeros(()))
+                self.cache: dict[str, Tensor] = {}
+
+            def train(self, mode: bool = True) -> nn.Module:
+                super().train(mode)
+                if mode:
+                    self.cache = {}
+                return self
+
+            def forward(self, x: Tensor) -> Tensor:
+                if self.training:
+                    return x + self.bias
+                if not self.cache:
+                    self.cache["bias"] = self.bias.detach().clone()
+                return x + self.cache["bias"]
+
+        model = nn.Sequential(Caching(), nn.Dropout()).train()
+        model[1].eval()
+        for value in (1.0, 2.0):
+            with torch.no_grad():
+                model[0].bias.fill_(value)
+            with frozen(model):
+                assert model(torch.zeros(1)) == value
+        assert [m.training for m in model.modules()] == [True, True, False]
+
 
 def test_select_args():
     rows = torch.tensor([1, 1, 0])

@@ -730,20 +730,23 @@ def test_after_a_short_fit_the_brightest_pixels_lie_on_the_object_asked_for(lear
         assert inside.mean() > 2 * beside.mean()
 
 
-def test_another_head_or_another_last_layer_gives_another_map(learned):
-    """The sanity check of Fig. 17: what was learned is in the map."""
+def test_another_head_or_another_network_gives_another_map(learned):
+    """The sanity check of Fig. 17: what was learned, by the head and by the model, is in the map."""
     fitted, untrained, fresh = learned
     images = fresh.inputs[:16]
     before = fitted.attribute(images, 1)[:, 0].flatten(1)
     model = synthetic.trained("cnn", size=16)
     other = TTAME(model)
     other._fitted = fitted._fitted
+    generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        model.stages[2][2][0].weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(4))
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.normal_(0, float(module.weight.std()), generator=generator)
     for changed in (untrained, other):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             after = changed.attribute(images, 1)[:, 0].flatten(1)
         ranks = [torch.stack([row.argsort().argsort() for row in heat]).double() for heat in (before, after)]
         correlation = [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*ranks, strict=True)]
-        assert sum(correlation) / len(correlation) < 0.8
+        assert sum(correlation) / len(correlation) < 0.5

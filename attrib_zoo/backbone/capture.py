@@ -28,7 +28,8 @@ __all__ = ["call_model", "forward", "frozen", "run", "run_with_graph", "select_a
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Every module in eval mode and all compiled code eager (it fires no hooks), for the length of the block.
 
-    The training flags are restored module by module, also after an error.
+    The training flags are restored module by module, also after an error. Modules in training mode that have a
+    ``train`` of their own are called on it before: it may drop what they cached in eval mode (LeViT's biases).
     """
     bare = unwrap(model)
     modules = list(bare.modules())
@@ -36,12 +37,15 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     settings += [(m, "_compiled_call_impl", None) for m in modules if m._compiled_call_impl is not None]
     settings += [(m, "forward", unwrap(m).__call__) for m in modules if "_orig_mod" in m._modules]
     before = [(module, name, getattr(module, name)) for module, name, _ in settings]
+    caching = [m for m in modules if m.training and type(m).train is not nn.Module.train]
     try:
         with _eager():
             for module, name, value in settings:
                 setattr(module, name, value)
             yield bare
     finally:
+        for module in caching:
+            module.train()
         for module, name, value in before:
             setattr(module, name, value)
 

@@ -70,8 +70,7 @@ class State:
             self.mark()
         generator, loader, order = self._boundary  # type: ignore[misc]  # set by mark
         named = {f"optimizer/{k}": v for k, v in tensors.items()}
-        named |= {**loader, "generator": generator}
-        named |= {f"history/{k}": torch.tensor(v, dtype=torch.float64) for k, v in self.history.steps.items()}
+        named |= {**loader, "generator": generator, **self.history.tensors()}
         cycle = {k: v for k, v in self.cycle.state_dict().items() if isinstance(v, (int, float, str, bool, list))}
         facts = {
             "step": self.step,
@@ -79,8 +78,7 @@ class State:
             "optimizer": optimizer,
             "cycle": cycle,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "validation": self.history.validation,
-            "messages": self.history.messages,
+            **self.history.facts(),
         }
         return Checkpoint(named, facts)
 
@@ -93,8 +91,7 @@ class State:
         if self.scaler is not None and facts["scaler"] is not None:
             self.scaler.load_state_dict(facts["scaler"])
         self.step = facts["step"]
-        steps = {k: v.tolist() for k, v in saved.part("history").items()}
-        self.history = History(steps, facts["validation"], facts["messages"])
+        self.history = History.read(saved.tensors, facts)
 
 
 def autocast(precision: str | None, device: torch.device) -> AbstractContextManager[Any]:

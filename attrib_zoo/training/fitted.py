@@ -64,8 +64,7 @@ class Fitted:
             "steps": self.steps,
             "backbone": self.backbone,
             "decisions": self.decisions,
-            "messages": self.history.messages,
-            "validation": self.history.validation,
+            **self.history.facts(),
         }
 
     @classmethod
@@ -81,9 +80,7 @@ class Fitted:
             counts=saved.tensors["class_counts"],
             schedule=Schedule(**facts["schedule"]),
             steps=facts["steps"],
-            history=History(
-                {k: v.tolist() for k, v in saved.part("history").items()}, facts["validation"], facts["messages"]
-            ),
+            history=History.read(saved.tensors, facts),
             backbone=facts["backbone"],
             decisions=facts["decisions"],
         )

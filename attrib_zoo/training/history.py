@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass
@@ -24,6 +29,20 @@ class History:
 
     def __getitem__(self, name: str) -> list[float]:
         return self.steps[name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The numbers to write, one tensor per quantity."""
+        return {f"history/{k}": torch.tensor(v, dtype=torch.float64) for k, v in self.steps.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """The JSON-ready rest; the file does not keep the order of its tensors, so their names stand here in order."""
+        return {"quantities": list(self.steps), "validation": self.validation, "messages": self.messages}
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> History:
+        """Inverse of :meth:`tensors` and :meth:`facts`."""
+        steps = {k: tensors[f"history/{k}"].tolist() for k in facts["quantities"]}
+        return cls(steps, facts["validation"], facts["messages"])
 
     def add(self, values: dict[str, float]) -> None:
         """Append one step."""
