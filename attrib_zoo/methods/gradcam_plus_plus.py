@@ -37,9 +37,9 @@ class GradCAMPlusPlus(GradientCAM):
 
     Example:
         >>> import torch
-        >>> from torchvision.models import squeezenet1_1
+        >>> from torchvision.models import resnet18
         >>> from attrib_zoo import GradCAMPlusPlus
-        >>> model = squeezenet1_1(weights=None)
+        >>> model = resnet18(weights=None)
         >>> GradCAMPlusPlus(model).attribute(torch.rand(1, 3, 64, 64), target=3).shape
         torch.Size([1, 3, 64, 64])
 

@@ -39,10 +39,10 @@ class LayerCAM(GradientCAM):
 
     Example:
         >>> import torch
-        >>> from torchvision.models import squeezenet1_1
+        >>> from torchvision.models import resnet18
         >>> from attrib_zoo import LayerCAM
-        >>> model = squeezenet1_1(weights=None)
-        >>> LayerCAM(model, ["features.4", "features.12"]).attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        >>> model = resnet18(weights=None)
+        >>> LayerCAM(model, ["layer2", "layer4"]).attribute(torch.rand(1, 3, 64, 64), target=3).shape
         torch.Size([1, 3, 64, 64])
 
     References:

@@ -39,9 +39,9 @@ class XGradCAM(GradientCAM):
 
     Example:
         >>> import torch
-        >>> from torchvision.models import squeezenet1_1
+        >>> from torchvision.models import resnet18
         >>> from attrib_zoo import XGradCAM
-        >>> model = squeezenet1_1(weights=None)
+        >>> model = resnet18(weights=None)
         >>> XGradCAM(model).attribute(torch.rand(1, 3, 64, 64), target=3).shape
         torch.Size([1, 3, 64, 64])
 
