@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -66,6 +66,8 @@ class Attribution(_CaptumAttribution, ABC):
         needs_fit: the method must be trained before use.
         default_layers: ``(rule, count)`` used when ``layers=None``; see ``backbone.layers.resolve``. ``None``:
             the method reads no layers.
+        cheap_options: options that make a call of a long method short, at the price of a coarse map; the contract suite
+            builds objects with them.
     """
 
     family: ClassVar[str] = ""
@@ -76,6 +78,7 @@ class Attribution(_CaptumAttribution, ABC):
     needs_fit: ClassVar[bool] = False
     default_layers: ClassVar[tuple[str, int] | None] = ("outputs", 1)
     multiplies_by_inputs: ClassVar[bool] = False
+    cheap_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, model: nn.Module, layers: Any = None, *, upsample: bool = True) -> None:
         unwrap(model)  # says early what cannot be explained

@@ -64,6 +64,34 @@ def black(mean: Sequence[float], std: Sequence[float], like: Tensor | None = Non
     return ratio.to(torch.get_default_dtype()) if like is None else ratio.to(like)
 
 
+def blur(images: Tensor, sigma: float) -> Tensor:
+    """A Gaussian blur of ``(N, C, H, W)`` images, cut off at 3 deviations; the border is mirrored as often as needed.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        sigma: the deviation in pixels; 0 changes nothing.
+    """
+    if sigma <= 0:
+        return images
+    for axis in (2, 3):
+        images = torch.tensordot(_gaussian(images.shape[axis], sigma, images), images, dims=([1], [axis])).movedim(
+            0, axis
+        )
+    return images
+
+
+def _gaussian(length: int, sigma: float, like: Tensor) -> Tensor:
+    """``(length, length)``: the blur of a row of pixels whose borders are mirrors (... 1 0 | 0 1 ...)."""
+    reach = max(1, math.ceil(3 * sigma))
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    kernel = (-0.5 * (offsets / sigma).square()).exp()
+    at = (torch.arange(length).unsqueeze(1) + offsets.long()).remainder(2 * length)
+    source = torch.minimum(at, 2 * length - 1 - at)
+    matrix = torch.zeros(length, length, dtype=torch.float64)
+    matrix.scatter_add_(1, source, (kernel / kernel.sum()).expand(length, -1).contiguous())
+    return matrix.to(like)
+
+
 def channel_stats(model: nn.Module, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation that the model's inputs were standardised with.
 

@@ -18,6 +18,7 @@ from attrib_zoo.masking import (
     ChunkSize,
     black,
     blend,
+    blur,
     channel_stats,
     is_out_of_memory,
     min_max,
@@ -256,3 +257,29 @@ def test_a_chunk_size_that_is_no_positive_integer_is_refused(size):
 def test_the_automatic_size():
     assert ChunkSize().value == 32
     assert ChunkSize(7).value == 7
+
+
+# ---------------------------------------------------------------------- blurring
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.4, 1.0, 3.7]), zoo.SEEDS)
+def test_blur_is_a_gaussian_over_an_endlessly_mirrored_image(height, width, sigma, seed):
+    images = zoo.normal(2, 3, height, width, seed=seed)
+    reach = max(1, -int(-3 * sigma // 1))
+    powers = torch.tensor([[i * i + j * j for j in range(-reach, reach + 1)] for i in range(-reach, reach + 1)])
+    kernel = (-0.5 * powers.double() / sigma**2).exp()
+
+    def mirrored(size):
+        tile = [*range(size), *reversed(range(size))]
+        return [tile[i % len(tile)] for i in range(-reach, size + reach)]
+
+    padded = images[:, :, mirrored(height)][:, :, :, mirrored(width)]
+    wanted = nn.functional.conv2d(padded.flatten(0, 1)[:, None], (kernel / kernel.sum())[None, None]).view_as(images)
+    close(blur(images, sigma), wanted)
+    assert blur(images, 0) is images
+
+
+def test_blur_keeps_a_colour_and_the_type():
+    colour = torch.full((1, 3, 6, 7), 0.3, dtype=torch.float16)
+    assert blur(colour, 2.0).dtype == torch.float16
+    torch.testing.assert_close(blur(colour, 2.0), colour, rtol=1e-3, atol=0)

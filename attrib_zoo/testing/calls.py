@@ -215,14 +215,19 @@ class _OneOutput(nn.Module):
 
 @check("cnn", "vit")
 def single_output(case: Case) -> None:
-    """A model with one value per image, (N,) or (N, 1), is explained by that value."""
+    """A model with one value per image, (N,) or (N, 1), is explained by that value.
+
+    A method whose scores are probabilities has the same map if it is asked for logits instead.
+    """
     vector, column = (
         case.ready(_OneOutput(case.model, column=column)).attribute(case.inputs) for column in (False, True)
     )
     expect(bool(vector.any()), "the maps are all zero")
     same(column, vector, "the output (N, 1) against (N,)", 1e-6)
-    if not case.fits(case.explainer):  # what one learns depends on the outputs that there are
-        wanted = case.explainer.attribute(case.inputs, target=1)
+    agnostic = getattr(case.explainer, "class_agnostic", False)
+    if not (agnostic or case.fits(case.explainer)):  # these depend on all the outputs that there are
+        scores = {name: "logit" for name, p in case.parameters().items() if name == "score" or p.default == "softmax"}
+        wanted = case.ready(case.model, **scores).attribute(case.inputs, target=1)
         same(vector, wanted, "the only output against target 1 of the whole model", 1e-6)
 
 

@@ -51,10 +51,16 @@ def _others(default: Any) -> list[Any]:
     return []
 
 
+def _needs_layers(case: Case) -> None:
+    case.needs("layers")
+    if getattr(case.explainer, "default_layers", ()) is None:
+        raise Inapplicable(f"{type(case.explainer).__name__} reads no layers")
+
+
 @check("cnn", "vit")
 def layers(case: Case) -> None:
     """A layer may be named or given as a module; an unknown name is answered with the closest ones."""
-    case.needs("layers")
+    _needs_layers(case)
     name = case.model.explained
     ask = {"target": case.targets}
     by_name = case.ready(case.model, layers=name).attribute(case.inputs, **ask)
@@ -80,7 +86,7 @@ def layers(case: Case) -> None:
 @check("cnn")
 def in_place_followers(case: Case) -> None:
     """A layer followed by an in-place activation is explained as if that worked on a copy."""
-    case.needs("layers")
+    _needs_layers(case)
     careful = copy.deepcopy(case.model)
     for module in careful.modules():
         if isinstance(module, nn.ReLU):

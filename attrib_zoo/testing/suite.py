@@ -91,10 +91,10 @@ class Case:
         return other
 
     def build(self, model: nn.Module, **options: Any) -> Any:
-        """A new object, not fitted."""
+        """A new object, not fitted; of a long method one with the class's ``cheap_options``."""
         if options:
             self.needs(*options)
-        return self.factory(model, **options)
+        return self.factory(model, **{**_cheap(self.factory), **options})
 
     def ready(self, model: nn.Module, **options: Any) -> Any:
         """A new object; one with a ``fit`` is fitted on the bench's two batches first."""
@@ -240,6 +240,13 @@ def _line(error: Exception, body: Callable[[Case], None]) -> str:
 
 def _inner(factory: Factory) -> Any:
     return factory.func if isinstance(factory, functools.partial) else factory
+
+
+def _cheap(factory: Factory) -> dict[str, Any]:
+    """The class's ``cheap_options`` that a partial has not fixed; none of a callable that is no class."""
+    options: Mapping[str, Any] = getattr(_inner(factory), "cheap_options", {})
+    fixed = factory.keywords if isinstance(factory, functools.partial) else {}
+    return {name: value for name, value in options.items() if name not in fixed}
 
 
 def _subject(factory: Factory) -> str:
