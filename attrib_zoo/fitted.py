@@ -245,7 +245,10 @@ class FittedAttribution(Attribution):
                 raise BackboneMismatchError(message + " (strict_backbone=False loads it all the same)")
             warnings.warn(message, UserWarning, stacklevel=2)
         network = explainer._network(facts["channels"], facts["num_classes"], torch.Generator())
-        explainer._fitted = Fitted.read(saved, network)
+        try:
+            explainer._fitted = Fitted.read(saved, network)
+        except KeyError as missing:
+            raise CheckpointError(f"path: {path} is incomplete, {missing} is not in it; fit again") from missing
         explainer._complete(network)
         return explainer
 

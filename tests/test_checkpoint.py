@@ -79,6 +79,15 @@ def test_what_is_loaded_is_what_was_saved(explainer, saved):
     equal(TTAME.load(loaded.save(saved.with_name("again.safetensors")), explainer.model), explainer)
 
 
+@pytest.mark.parametrize("fact", ["quantities", "schedule", "steps"])
+def test_a_file_that_lacks_a_fact(explainer, saved, fact):
+    found = read(saved)
+    del found.facts[fact]
+    write(saved, found)
+    with pytest.raises(CheckpointError, match=f"incomplete, '{fact}' is not in it; fit again"):
+        TTAME.load(saved, explainer.model)
+
+
 def test_a_loaded_explainer_can_be_fitted_again(explainer, saved):
     model = explainer.model
     again, new = TTAME.load(saved, model), TTAME(model, ["stages.0", "stages.2"], **explainer.options())
