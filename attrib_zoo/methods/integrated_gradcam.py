@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +59,7 @@ class IntegratedGradCAM(GradientCAM):
 
     paper: ClassVar[str] = "Sattarzadeh et al., ICASSP 2021"
     cost: ClassVar[str] = "(2 + n)F + nB behind the layer, n = 50"
+    cheap_options: ClassVar[Mapping[str, Any]] = {"n_steps": 4}
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class IntegratedGradCAM(GradientCAM):
 
         def add(rows: Tensor, numbers: Tensor) -> None:
             at = rows.to(inputs.device)
-            shares = ((numbers + (self.rule == "right")) / self.n_steps).to(inputs).view(-1, 1, 1, 1)
+            shares = ((numbers + (self.rule == "right")).double() / self.n_steps).to(inputs).view(-1, 1, 1, 1)
             here = target.rows(rows)
             points = torch.lerp(start[at], inputs[at], shares)
             extra = select_args(args, rows, len(inputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +63,7 @@ class SmoothGradCAMPlusPlus(GradientCAM):
     paper: ClassVar[str] = "Omeiza et al., arXiv 2019"
     cost: ClassVar[str] = "(1 + n)(F + B behind the layer), n = 25"
     nonnegative: ClassVar[bool] = True
+    cheap_options: ClassVar[Mapping[str, Any]] = {"n_samples": 3}
 
     def __init__(
         self,
