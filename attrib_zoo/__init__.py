@@ -1,6 +1,7 @@
 """Which image regions made the model decide? Attribution methods for image classifiers, beside Captum."""
 
 from attrib_zoo.methods.cam import CAM as CAM
+from attrib_zoo.methods.fullgrad import FullGrad as FullGrad
 from attrib_zoo.methods.gradcam import GradCAM as GradCAM
 from attrib_zoo.methods.gradcam_plus_plus import GradCAMPlusPlus as GradCAMPlusPlus
 from attrib_zoo.methods.hirescam import HiResCAM as HiResCAM

@@ -91,7 +91,10 @@ def test_constructors_have_one_shape(cls):
         assert option.kind is option.KEYWORD_ONLY, f"{option.name} must be keyword-only, and no **kwargs"
         assert option.default is not option.empty, f"{option.name} needs a default, the paper's"
         assert option.annotation is not option.empty
-    assert "upsample" in {option.name for option in options}
+    told = "at the resolution of the image" in " ".join(cls.__doc__.split())
+    assert ("upsample" in {option.name for option in options}) != told, (
+        "upsample=False, or say that there is no such map"
+    )
 
 
 @each
