@@ -54,13 +54,6 @@ def progress_bar(total: int, name: str | None) -> Iterator[Callable[[int], objec
         yield bar.update
 
 
-def check_count(name: str, value: int) -> int:
-    """``value`` if it is a positive integer, else an :class:`OptionError`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"{name}: must be a positive integer, got {value!r}")
-    return value
-
-
 def check_seed(seed: int) -> int:
     """``seed`` if it is an integer, else an error."""
     if isinstance(seed, bool) or not isinstance(seed, int):

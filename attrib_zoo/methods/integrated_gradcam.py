@@ -12,8 +12,9 @@ from attrib_zoo.attribution import check_choice
 from attrib_zoo.backbone.capture import run, select_args
 from attrib_zoo.masking import ChunkSize
 from attrib_zoo.methods._cam import GradientCAM, check_gradients, differentiate
-from attrib_zoo.methods._copies import baseline_images, check_baseline, check_count, each_chunk
+from attrib_zoo.methods._copies import baseline_images, check_baseline, each_chunk
 from attrib_zoo.targets import TargetQuery
+from attrib_zoo.training.data import check_count
 
 
 class IntegratedGradCAM(GradientCAM):
@@ -76,7 +77,8 @@ class IntegratedGradCAM(GradientCAM):
         upsample: bool = True,
     ) -> None:
         super().__init__(model, layers, relu=relu, score=score, upsample=upsample)
-        self.n_steps = check_count("n_steps", n_steps)
+        check_count("n_steps", n_steps)
+        self.n_steps = n_steps
         self.baseline = check_baseline(baseline)
         self.subtract_baseline = bool(subtract_baseline)
         self.rule = check_choice("rule", rule, ("right", "left"))
