@@ -297,3 +297,10 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     if value not in choices:
         raise OptionError(f"{name}: must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def check_at_least(name: str, value: Any, least: float) -> float:
+    """``value`` as a float if it is a number of at least ``least``, else an :class:`OptionError`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise OptionError(f"{name}: must be a number of at least {least:g}, got {value!r}")
+    return float(value)

@@ -1,8 +1,10 @@
-"""Pieces of error messages."""
+"""Pieces of error messages, and warnings."""
 
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 
 
@@ -25,3 +27,11 @@ def reason(error: BaseException) -> str:
     inner = getattr(error, "reason", None) or error
     text = str(getattr(inner, "strerror", None) or inner).strip() or type(error).__name__
     return text.splitlines()[0].split(". ")[0].rstrip(".")[:200]
+
+
+def warn(message: str) -> None:
+    """A ``UserWarning`` that points at the line outside this library from which it was called."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == "attrib_zoo":
+        level += 1
+    warnings.warn(message, UserWarning, stacklevel=level + 1)

@@ -15,6 +15,7 @@ from captum.attr import Attribution, LayerGradCam, PerturbationAttribution
 from contract_samples import SmallCAM, SmallMasks, SmallTrained, transparent
 from torch import Tensor, nn
 
+from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.testing import CHECKS, ContractError, Inapplicable, check_attribution
 
 FAULTS = []
@@ -601,6 +602,11 @@ class KeepsEveryResult(SmallCAM):
         return super().finish(heat, images)
 
 
+@caught_by(no_warning="expected one warning of negative features")
+class SilentAboutNegativeFeatures(SmallCAM):
+    nonnegative = True
+
+
 @caught_by(no_warning="look out")
 class Warns(SmallCAM):
     def explain(self, images, target, args):
@@ -1068,6 +1074,43 @@ class ForTransformers(SmallCAM):
     def __init__(self, model, layers=None, *, upsample=True):
         super().__init__(model, layers, upsample=upsample)
         assert not isinstance(model, nn.Module) or any(isinstance(m, nn.LayerNorm) for m in model.modules())
+
+
+class Picky(SmallCAM):
+    """Refuses the channels-last model, and explains the other convolutional one."""
+
+    models = ("cnn",)
+    refused: tuple[str, ...] = ("nhwc",)
+
+    def explain(self, images, target, args):
+        if getattr(self.forward_func, "layout", None) in self.refused:
+            raise UnsupportedModelError("no such features")
+        return super().explain(images, target, args)
+
+
+class TooPicky(Picky):
+    refused = ("nchw", "nhwc")
+
+
+def test_a_class_may_refuse_one_bench_of_a_kind_but_not_all():
+    CHECKS["input_shape"](Picky)
+    with pytest.raises(ContractError, match=r"on cnn: .* no such features"):
+        CHECKS["input_shape"](TooPicky)
+
+
+class Warned(SmallCAM):
+    """Says where features are negative."""
+
+    nonnegative = True
+
+    def cam(self, activation, gradient):
+        if activation.sum((2, 3)).amin() < 0:
+            warnings.warn("negative features", stacklevel=2)
+        return super().cam(activation, gradient)
+
+
+def test_a_formula_for_nonnegative_features_says_so():
+    CHECKS["no_warning"](Warned)
 
 
 def test_what_a_class_says_of_itself_is_respected():

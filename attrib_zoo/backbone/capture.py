@@ -21,7 +21,17 @@ from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs
 
-__all__ = ["call_model", "check_weights", "forward", "frozen", "run", "run_with_graph", "select_args", "unwrap"]
+__all__ = [
+    "call_model",
+    "check_weights",
+    "forward",
+    "frozen",
+    "run",
+    "run_from_inputs",
+    "run_with_graph",
+    "select_args",
+    "unwrap",
+]
 
 
 @contextmanager
@@ -165,6 +175,46 @@ def run_with_graph(
             )
         with torch.enable_grad(), _plain_checkpointing(bare):
             yield outputs, [maps[position] for position in range(len(taps))]
+
+
+@contextmanager
+def run_from_inputs(
+    model: nn.Module, inputs: Tensor, args: Sequence[Any], names: Sequence[str]
+) -> Iterator[tuple[Tensor, Tensor, list[tuple[str, Tensor]]]]:
+    """One pass whose graph starts at the images; gradients are enabled inside the block.
+
+    Yields:
+        The outputs ``(N, ...)``, the images ``(N, C, H, W)`` in the graph, and for each call of each named module, in
+        the order of execution, its name and what it put out, in the graph and as it was before anything behind it
+        worked in place.
+
+    Raises:
+        LayerError: the outputs do not depend on the images.
+    """
+    bare = unwrap(model)
+    check_weights(bare)
+    seen: list[tuple[str, Tensor]] = []
+
+    def keep_as(name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            seen.append((name, output))
+            return output.clone()
+
+        return hook
+
+    with torch.inference_mode(False), torch.enable_grad():
+        images = _ordinary(inputs.detach()).clone().requires_grad_()
+        with ExitStack() as stack:
+            for name in names:
+                stack.callback(find(bare, name).register_forward_hook(keep_as(name)).remove)
+            outputs = forward(bare, images.clone(), args)
+        if not outputs.requires_grad:
+            raise LayerError(
+                f"model: no gradient path from the images to the outputs of {type(bare).__name__}; a no_grad block "
+                "lies between: take it out, or use a method that needs no gradient"
+            )
+        with _plain_checkpointing(bare):
+            yield outputs, images, seen
 
 
 @contextmanager

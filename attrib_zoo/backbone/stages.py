@@ -81,7 +81,7 @@ class Stages:
         runs: dict[tuple[int, int], list[Item]] = {}
         for unit in self.units:
             runs.setdefault(unit.output.hw, []).append(unit)
-        pooled = bool(self.units) and not any(unit.weighted for unit in runs[self.units[-1].output.hw])
+        pooled = self._pooled()
         ends = [run[0] if pooled and not run[0].weighted else run[-1] for run in runs.values()]
         below = [end for end in ends if end.output.hw != self._trace.size]
         return sorted(below or ends, key=lambda item: item.place)
@@ -89,6 +89,15 @@ class Stages:
     def unpooled(self) -> list[Item]:
         """The last unit with weights of each grid, also at the size of the image."""
         return sorted({unit.output.hw: unit for unit in self.units if unit.weighted}.values(), key=lambda u: u.place)
+
+    def fine(self) -> list[Item]:
+        """The stage ends; where these are poolings without weights, every unit with weights instead."""
+        return [unit for unit in self.units if unit.weighted] if self._pooled() else self.ends()
+
+    def _pooled(self) -> bool:
+        """Whether no unit of the last grid has weights: the network ends in a pooling."""
+        last = self.units[-1].output.hw if self.units else None
+        return last is not None and not any(unit.weighted for unit in self.units if unit.output.hw == last)
 
     def blocks(self) -> list[Item]:
         """What a negative index counts in: the stage ends, or all units of a network without stages."""

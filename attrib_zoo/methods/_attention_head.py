@@ -66,6 +66,7 @@ class AttentionHead(nn.Module):
         skip: see :class:`FeatureBranch`.
         batch_norm: see :class:`FeatureBranch`.
         activation: see :class:`FeatureBranch`.
+        branches: ``False`` leaves the feature branches out: with one layer, the attention mechanism of L-CAM.
         generator: draws the initial weights (PyTorch's default distributions).
     """
 
@@ -77,11 +78,13 @@ class AttentionHead(nn.Module):
         skip: bool = True,
         batch_norm: bool = True,
         activation: str = "relu",
+        branches: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {"skip": skip, "batch_norm": batch_norm, "activation": activation}
-        self.branches = nn.ModuleList(FeatureBranch(c, **options) for c in channels)
+        self.channels = tuple(channels)
+        self.branches = nn.ModuleList(FeatureBranch(c, **options) for c in channels if branches)
         self.fuser = _empty_conv(sum(channels), num_classes)
         self.common: nn.Parameter | None = None  # (ΣC + 1,): see share_rows
         self.scale: Tensor | None
@@ -100,7 +103,9 @@ class AttentionHead(nn.Module):
         Returns:
             ``(N, M, h, w)``, with h and w the largest h_i and w_i.
         """
-        attended = [branch(x) for branch, x in zip(self.branches, features, strict=True)]
+        attended = list(features)
+        if self.branches:
+            attended = [branch(x) for branch, x in zip(self.branches, features, strict=True)]
         size = tuple(max(x.shape[axis] for x in features) for axis in (-2, -1))
         if rows is None:
             return self._all(attended, size)
@@ -110,7 +115,7 @@ class AttentionHead(nn.Module):
         parts = []
         for start in range(0, len(rows), limit):
             some = slice(start, start + limit)
-            inputs = (rows[some], size, *(x[some] for x in attended))
+            inputs: tuple[Any, ...] = (rows[some], size, *(x[some] for x in attended))
             parts.append(
                 checkpoint(self._selected, *inputs, use_reentrant=False, preserve_rng_state=False)
                 if torch.is_grad_enabled()
@@ -155,8 +160,7 @@ class AttentionHead(nn.Module):
         Args:
             reach: for each layer, the sum over channels of its branch's absolute activations at a location.
         """
-        sizes = [branch.conv.in_channels for branch in self._each()]
-        scale = [1 / max(a, 1e-12) for a, size in zip(reach, sizes, strict=True) for _ in range(size)]
+        scale = [1 / max(a, 1e-12) for a, size in zip(reach, self.channels, strict=True) for _ in range(size)]
         nn.init.zeros_(self.fuser.weight)
         nn.init.zeros_(self._bias)
         self.scale = self.fuser.weight.new_tensor(scale)
@@ -164,7 +168,7 @@ class AttentionHead(nn.Module):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         if prefix + "common" in state and self.common is None:
-            self.share_rows([1.0] * len(self.branches))
+            self.share_rows([1.0] * len(self.channels))
         super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
@@ -182,7 +186,8 @@ class AttentionHead(nn.Module):
 
         With batch statistics, as in training.
         """
-        return [float(b.batch_view(x).abs().sum(1).mean()) for b, x in zip(self._each(), features, strict=True)]
+        views = [b.batch_view(x) for b, x in zip(self._each(), features, strict=True)] if self.branches else features
+        return [float(view.abs().sum(1).mean()) for view in views]
 
     def _each(self) -> list[FeatureBranch]:
         return [branch for branch in self.branches if isinstance(branch, FeatureBranch)]

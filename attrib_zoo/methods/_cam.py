@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,7 +13,8 @@ from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers import Tap
 from attrib_zoo.errors import LayerError
 from attrib_zoo.masking import upsample
-from attrib_zoo.targets import SCORES, TargetQuery
+from attrib_zoo.targets import SCORES, Target, TargetQuery
+from attrib_zoo.wording import warn
 
 if TYPE_CHECKING:
 
@@ -31,7 +31,8 @@ class GradientCAM(Attribution, _GradientAttribution):
     """Base of the class activation maps that weigh a layer's feature maps by the score's gradient.
 
     Subclasses fill :meth:`weights` (one weight per feature map) or, where the weight varies over space,
-    :meth:`combine`. Tokens, NHWC layers, batches and several targets are handled here.
+    :meth:`combine`; those with a rule of their own for several layers fill :meth:`fuse`. Tokens, NHWC layers, batches
+    and several targets are handled here.
 
     Args:
         model: see :class:`Attribution`.
@@ -39,11 +40,16 @@ class GradientCAM(Attribution, _GradientAttribution):
         relu: keep positive evidence only.
         score: what is differentiated: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: see :class:`Attribution`.
+
+    Attributes:
+        nonnegative: the formula divides by sums of feature maps and is derived for features behind a ReLU; where a
+            map sums to less than nothing, a call warns.
     """
 
     family: ClassVar[str] = "gradient CAM"
     cost: ClassVar[str] = "1F + 1B behind the layer"
     default_layers: ClassVar[tuple[str, int] | None] = ("gradient", 1)
+    nonnegative: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -58,7 +64,6 @@ class GradientCAM(Attribution, _GradientAttribution):
         self.relu = bool(relu)
         self.score = check_choice("score", score, SCORES)
 
-    @abstractmethod
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """The weight of each feature map.
 
@@ -69,36 +74,84 @@ class GradientCAM(Attribution, _GradientAttribution):
         Returns:
             ``(M, D)``.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must fill weights, or combine")
 
     def combine(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """The map before the ReLU, ``(M, h, w)``: the weighted sum of the feature maps."""
         return torch.einsum("md,mdhw->mhw", self.weights(activations, gradients), activations)
 
+    def fuse(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """One map from those of several layers, the first layer first: the mean of the upsampled ones.
+
+        Args:
+            maps: ``(N, T, h_i, w_i)`` for each layer, two or more.
+            size: what to enlarge them to: the images' size or, with ``upsample=False``, the largest map's.
+
+        Returns:
+            ``(N, T, h, w)``.
+        """
+        return torch.stack([upsample(heat, size) for heat in maps]).mean(0)
+
+    def check_features(self, activations: Sequence[Tensor], taps: Sequence[Tap]) -> None:
+        """Refuse or warn where the formula does not fit what the layers ``(N, D, h, w)`` put out."""
+        if self.nonnegative:
+            warn_negative(activations, taps, type(self).__name__)
+
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         taps = self.taps(inputs, args)
-        with run_with_graph(self.model, inputs, args, taps) as (outputs, maps):
-            target = query.resolve(outputs.detach())
-            gradients = _gradients(target.select(outputs, self.score), maps, taps)
-        _check_gradients(gradients, taps, type(self).__name__)
-        size = inputs.shape[-2:] if self.upsample else torch.Size(max(m.shape[i] for m in maps) for i in (-2, -1))
-        found = []
-        for activation, gradient in zip(maps, gradients, strict=True):
-            heat = self._one_layer(activation.detach(), gradient)
-            found.append(heat if len(maps) == 1 else upsample(heat, size))
-        return found[0] if len(found) == 1 else torch.stack(found).mean(0)
+        maps, gradients, _ = differentiate(self.model, inputs, args, taps, query.resolve, self.score)
+        check_gradients(gradients, taps, type(self).__name__)
+        self.check_features(maps, taps)
+        return self._fused([self._one_layer(a, g) for a, g in zip(maps, gradients, strict=True)], inputs)
+
+    def _fused(self, found: Sequence[Tensor], inputs: Tensor) -> Tensor:
+        """The layers' maps ``(N, T, h_i, w_i)`` as one."""
+        if len(found) == 1:
+            return found[0]
+        size = inputs.shape[-2:] if self.upsample else [max(heat.shape[i] for heat in found) for i in (-2, -1)]
+        return self.fuse(found, size)
 
     def _one_layer(self, activation: Tensor, gradient: Tensor) -> Tensor:
         """``(N, D, h, w)`` activations and ``(T, N, D, h, w)`` gradients to ``(N, T, h, w)`` maps."""
-        dtype = torch.promote_types(activation.dtype, torch.float32)
         count = len(gradient)
-        activation = activation.to(dtype).expand(count, *activation.shape).flatten(0, 1)
-        heat = self.combine(activation, gradient.to(dtype).flatten(0, 1))
+        heat = self.combine(activation.expand(count, *activation.shape).flatten(0, 1), gradient.flatten(0, 1))
         heat = heat.relu() if self.relu else heat
         return heat.view(count, -1, *heat.shape[1:]).transpose(0, 1)
 
 
-def _gradients(scores: Tensor, maps: list[Tensor], taps: tuple[Tap, ...]) -> list[Tensor]:
+def differentiate(
+    model: nn.Module,
+    inputs: Tensor,
+    args: Sequence[Any],
+    taps: Sequence[Tap],
+    resolve: Callable[[Tensor], Target],
+    score: str,
+) -> tuple[list[Tensor], list[Tensor], Target]:
+    """One forward pass, and one backward pass to the layers.
+
+    Args:
+        model: the frozen model.
+        inputs: ``(N, C, H, W)``.
+        args: the model's further arguments.
+        taps: the layers.
+        resolve: the targets, given the outputs.
+        score: what is differentiated; one of :data:`~attrib_zoo.targets.SCORES`.
+
+    Returns:
+        For each layer the activations ``(N, D, h, w)`` and the gradients ``(T, N, D, h, w)``, in float32 or better,
+        and the targets.
+    """
+    with run_with_graph(model, inputs, args, taps) as (outputs, maps):
+        target = resolve(outputs.detach())
+        gradients = _gradients(target.select(outputs, score), maps, taps)
+    return [_wide(m.detach()) for m in maps], [_wide(g) for g in gradients], target
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _gradients(scores: Tensor, maps: list[Tensor], taps: Sequence[Tap]) -> list[Tensor]:
     """Gradients ``(T, N, D, h, w)`` of the scores ``(N, T)``; summing over the batch is exact in eval mode."""
     count = scores.shape[1]
     if count == 1:
@@ -137,7 +190,7 @@ def _connected(gradient: Tensor | None, tap: Tap) -> Tensor:
     return gradient
 
 
-def _check_gradients(gradients: list[Tensor], taps: tuple[Tap, ...], who: str) -> None:
+def check_gradients(gradients: Sequence[Tensor], taps: Sequence[Tap], who: str) -> None:
     """Exactly zero gradients: an error where the layer is the reason, one warning otherwise."""
     dead = [tap for gradient, tap in zip(gradients, taps, strict=True) if not bool(gradient.any())]
     for tap in dead:
@@ -148,9 +201,18 @@ def _check_gradients(gradients: list[Tensor], taps: tuple[Tap, ...], who: str) -
                 "layers=None"
             )
     if dead:
-        warnings.warn(
+        warn(
             f"{who}: the gradient at {', '.join(repr(tap.name) for tap in dead)} is exactly zero, so the map is "
             "zero; the score does not change with this layer for these images",
-            UserWarning,
-            stacklevel=6,  # the caller of attribute
+        )
+
+
+def warn_negative(activations: Sequence[Tensor], taps: Sequence[Tap], who: str) -> None:
+    """One warning where a living feature map has no positive sum."""
+    sums = [(a.sum(dim=(-2, -1)) <= 0) & a.ne(0).any(-1).any(-1) for a in activations]
+    signed = [tap for found, tap in zip(sums, taps, strict=True) if bool(found.any())]
+    if signed:
+        warn(
+            f"{who}: derived for features that are nowhere negative, but {', '.join(repr(tap.name) for tap in signed)} "
+            "has feature maps with a negative sum; name a layer behind a ReLU, or use HiResCAM or LayerCAM",
         )

@@ -8,25 +8,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_choice
+from attrib_zoo.attribution import check_at_least, check_choice
 from attrib_zoo.backbone.capture import forward
-from attrib_zoo.backbone.layers import Tap, is_attention
-from attrib_zoo.errors import OptionError
+from attrib_zoo.backbone.layers import Tap
 from attrib_zoo.fitted import attend
-from attrib_zoo.masking import black, blend, channel_stats, upsample
+from attrib_zoo.masking import blend, upsample
 from attrib_zoo.methods._attention_head import ACTIVATIONS, AttentionHead
+from attrib_zoo.methods._masking import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
-from attrib_zoo.training.schedule import Schedule
+from attrib_zoo.training.schedule import LOGIT_STEP, LONG, Schedule
 
-_MASKINGS = ("auto", "raw", "standardized")
 _RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"variation": "mean", "border_penalty": 0.0, "area_offset": 0.0, "psi": "auto"},
     "released": {"variation": "sum", "border_penalty": 0.3, "area_offset": 5e-4, "psi": "batch"},
 }
-_LONG = 20_000  # steps from which "auto" takes the paper's schedule
-_LOGIT_STEP = 0.1  # how far one layer's part of a logit may move in one optimiser step of the short schedule
 _BRANCH_LR = 1e-3
 _IMAGES_PER_CLASS = 100  # with fewer in a short fit, classes that are not the image's own cost more than they teach
 
@@ -136,10 +133,10 @@ class TTAME(TrainableAttribution):
         super().__init__(model, layers, upsample=upsample)
         self.recipe = check_choice("recipe", recipe, tuple(_RECIPES))
         defaults = _RECIPES[recipe]
-        self.lambda_ce = _at_least("lambda_ce", lambda_ce, 0)
-        self.lambda_tv = _at_least("lambda_tv", lambda_tv, 0)
-        self.lambda_variation = _at_least("lambda_variation", lambda_variation, 0)
-        self.area_power = _at_least("area_power", area_power, 1e-6)
+        self.lambda_ce = check_at_least("lambda_ce", lambda_ce, 0)
+        self.lambda_tv = check_at_least("lambda_tv", lambda_tv, 0)
+        self.lambda_variation = check_at_least("lambda_variation", lambda_variation, 0)
+        self.area_power = check_at_least("area_power", area_power, 1e-6)
         given: dict[str, Any] = {
             "variation": variation,
             "border_penalty": border_penalty,
@@ -148,20 +145,15 @@ class TTAME(TrainableAttribution):
         }
         chosen = {name: defaults[name] if value is None else value for name, value in given.items()}
         self.variation = check_choice("variation", chosen["variation"], ("mean", "sum"))
-        self.border_penalty = _at_least("border_penalty", chosen["border_penalty"], 0)
-        self.area_offset = _at_least("area_offset", chosen["area_offset"], 0)
+        self.border_penalty = check_at_least("border_penalty", chosen["border_penalty"], 0)
+        self.area_offset = check_at_least("area_offset", chosen["area_offset"], 0)
         self.psi = check_choice("psi", chosen["psi"], ("auto", "random", "batch", "own"))
         self.num_layers = check_choice("num_layers", num_layers, (1, 2, 3))
         self.skip = bool(skip)
         self.batch_norm = bool(batch_norm)
         self.branch_activation = check_choice("branch_activation", branch_activation, ACTIVATIONS)
-        self.masking = check_choice("masking", masking, _MASKINGS)
-        self.mean = _per_channel("mean", mean)
-        self.std = _per_channel("std", std)
-        if (self.mean is None) != (self.std is None):
-            raise OptionError("mean, std: must be given both or neither; the other would be guessed")
-        if self.std is not None and min(self.std) <= 0:
-            raise OptionError(f"std: must be positive, got {self.std}")
+        self.masking = check_choice("masking", masking, MASKINGS)
+        self.mean, self.std = check_statistics(mean, std)
 
     def _layer_rule(self) -> tuple[str, int]:
         return ("norms" if self.recipe == "released" else "outputs"), self.num_layers
@@ -184,30 +176,20 @@ class TTAME(TrainableAttribution):
     def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         if self.recipe == "released":
             return Schedule("released", "sgd", 1e-3, weight_decay=5e-4)
-        if asked == "paper" or (asked == "auto" and steps >= _LONG):
+        if asked == "paper" or (asked == "auto" and steps >= LONG):
             return Schedule("paper", "sgd", 1e-3, weight_decay=5e-4)
         network.share_rows(network.reach(features))  # type: ignore[operator]  # an AttentionHead
-        return Schedule("short", "adam", _LOGIT_STEP, branch_lr=_BRANCH_LR)
+        return Schedule("short", "adam", LOGIT_STEP, branch_lr=_BRANCH_LR)
 
     def _decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
-        rule = self.masking
-        if rule == "auto":
-            attends = any(is_attention(self.model, tap) for tap in taps)
-            rule = "standardized" if attends else "raw"
-        mean, std = channel_stats(self.model, images.shape[1])
-        if self.mean is not None and self.std is not None:
-            mean, std = tuple(self.mean), tuple(self.std)
-        if len(mean) != images.shape[1] or len(std) != images.shape[1]:
-            raise OptionError(
-                f"mean, std: must have one value for each of the {images.shape[1]} channels, got {mean} and {std}"
-            )
+        masking = decide_masking(self.model, taps, images, self.masking, self.mean, self.std)
         psi = self.psi
         if psi == "auto":
             few = schedule.name == "short" and steps * len(images) < _IMAGES_PER_CLASS * num_classes
             psi = "own" if few else "random"
-        return {"masking": rule, "psi": psi, "mean": list(mean), "std": list(std)}
+        return {**masking, "psi": psi}
 
     def _terms(self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> Terms:
         clean, features = self._features(images, args)
@@ -243,8 +225,7 @@ class TTAME(TrainableAttribution):
 
     def _baseline(self, images: Tensor) -> Tensor | float:
         """What is seen where the mask is 0: black (Eq. 13) or the mean colour (Eq. 14)."""
-        decided = self._ready().decisions
-        return black(decided["mean"], decided["std"], images) if decided["masking"] == "raw" else 0.0
+        return hidden(self._ready().decisions, images)
 
 
 def extra_classes(classes: Tensor, count: int, psi: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -270,18 +251,3 @@ def extra_classes(classes: Tensor, count: int, psi: str, generator: torch.Genera
     drawn = torch.rand(batch, count - 1, generator=generator).topk(others, dim=1).indices.to(classes.device)
     drawn = drawn + (drawn >= classes.unsqueeze(1)).long()  # step over the own class
     return torch.cat([classes.unsqueeze(1), drawn], dim=1), first
-
-
-def _at_least(name: str, value: float, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise OptionError(f"{name}: must be a number of at least {least:g}, got {value!r}")
-    return float(value)
-
-
-def _per_channel(name: str, values: Sequence[float] | None) -> list[float] | None:
-    if values is None:
-        return None
-    try:
-        return [float(v) for v in values]
-    except (TypeError, ValueError):
-        raise OptionError(f"{name}: must be a number for each channel, got {values!r}") from None

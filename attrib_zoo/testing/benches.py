@@ -29,7 +29,7 @@ class PlannedError(RuntimeError):
 
 
 class Fuse:
-    """Lets a bench model fail on demand: at its n-th forward, in its backward, or above a number of rows."""
+    """Lets a bench model fail on demand: from its n-th forward on, in its backward, or above a number of rows."""
 
     def __init__(self) -> None:
         self.forward_in = 0
@@ -43,6 +43,7 @@ class Fuse:
         if self.forward_in:
             self.forward_in -= 1
             if not self.forward_in:
+                self.forward_in = 1  # until somebody sets it to 0: a second try fails too
                 raise PlannedError("planned failure in forward")
         if self.in_backward:
             out: Tensor = _FailingBackward.apply(features)

@@ -268,14 +268,35 @@ def bad_inputs(case: Case) -> None:
 
 @check(*_ALL)
 def no_warning(case: Case) -> None:
-    """An ordinary call gives no warning."""
+    """An ordinary call gives no warning.
+
+    A class with ``nonnegative = True``, whose formula is derived for features behind a ReLU, gives one that says so
+    where feature maps have negative sums.
+    """
     explainer = case.explainer
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        case.build(case.model)
-        explainer.attribute(case.inputs, target=case.targets)
-        explainer.attribute(case.inputs)
-    expect(not caught, f"expected no warning, got {caught[0].message}" if caught else "")
+    signed = getattr(explainer, "nonnegative", False) and _has_negative_sums(case)
+    for target in (case.targets, None):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            case.build(case.model)
+            explainer.attribute(case.inputs, target=target)
+        said = [str(warning.message) for warning in caught]
+        if signed:
+            expect(len(said) == 1 and "negative" in said[0], f"expected one warning of negative features, got {said}")
+        else:
+            expect(not said, f"expected no warning, got {said}")
+
+
+def _has_negative_sums(case: Case) -> bool:
+    """Whether some feature map of the explained layer sums to less than nothing."""
+    model = case.model
+    seen: list[Tensor] = []
+    hook = model.get_submodule(model.explained).register_forward_hook(lambda _, __, out: seen.append(out.clone()))
+    with hook, torch.no_grad():
+        model(case.inputs)
+    axes = {"nchw": (2, 3), "nhwc": (1, 2), "tokens": (1,)}[model.layout]
+    features = seen[0][:, model.prefix :] if model.layout == "tokens" else seen[0]
+    return bool((features.sum(axes) < 0).any())
 
 
 @check(*_ALL)

@@ -7,12 +7,14 @@ import inspect
 import traceback
 import unittest
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.testing.benches import MODELS, BenchModel, bench, seeded
 from attrib_zoo.testing.state import Snapshot
 
@@ -252,11 +254,38 @@ def _subject(factory: Factory) -> str:
 
 
 def _supported(factory: Factory) -> list[str]:
-    """The benches whose kind of model the class supports; all, if it does not say."""
+    """The benches that the class explains: those of the kinds of model that it supports; all, if it does not say.
+
+    A class may refuse one bench of a kind by :class:`~attrib_zoo.errors.UnsupportedModelError`, where its mathematics
+    needs more than the kind promises, such as features behind a ReLU; not all of a kind.
+    """
     kinds: Collection[str] | None = getattr(_inner(factory), "models", None)
     if kinds is None:
         kinds = getattr(factory(bench("cnn").model), "models", ("cnn", "vit"))
-    return [name for name, (kind, _) in MODELS.items() if kind in kinds]
+    names = [name for name, (kind, _) in MODELS.items() if kind in kinds]
+    accepted = [name for name in names if not _refuses(factory, name)]
+    missing = {MODELS[name][0] for name in names} - {MODELS[name][0] for name in accepted}
+    return names if missing else accepted
+
+
+_answers: weakref.WeakKeyDictionary[Factory, dict[str, bool]] = weakref.WeakKeyDictionary()
+
+
+def _refuses(factory: Factory, name: str) -> bool:
+    """Whether it answers an ordinary call on the bench with an UnsupportedModelError; asked once."""
+    known = _answers.setdefault(factory, {})
+    if name not in known:
+        case = Case(factory, name)
+        try:
+            with seeded(_SEED), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                case.build(case.model).attribute(case.inputs, target=case.targets)
+        except UnsupportedModelError:
+            known[name] = True
+        except Exception:  # the checks will say it better
+            known[name] = False
+        known.setdefault(name, False)
+    return known[name]
 
 
 def check_attribution(factory: Factory, *, skip: Collection[str] = ()) -> dict[str, str]:

@@ -19,6 +19,7 @@ from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from attrib_zoo.training.data import Batches
 from attrib_zoo.training.history import History
+from attrib_zoo.training.schedule import Falling
 
 PRECISIONS = (None, "bf16-mixed", "fp16-mixed")
 
@@ -41,7 +42,7 @@ class State:
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    cycle: torch.optim.lr_scheduler.OneCycleLR
+    cycle: torch.optim.lr_scheduler.OneCycleLR | Falling
     generator: torch.Generator
     batches: Batches
     counts: Tensor

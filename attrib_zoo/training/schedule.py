@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,19 +13,27 @@ from torch import nn
 from attrib_zoo.errors import OptionError
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+LONG = 20_000  # steps from which "auto" takes a paper's own schedule
+LOGIT_STEP = 0.1  # how far one layer's part of a logit may move in one optimiser step of the short schedule
+
 _NAMED = ("sgd", "adam", "adamw")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """An optimiser and a one-cycle learning rate (cosine, stepped after every batch).
+    """An optimiser and a learning rate: one cycle (cosine, stepped after every batch), or falling by epochs.
 
     Attributes:
         name: ``"paper"``, ``"short"`` or ``"released"``.
         optimizer: ``"sgd"`` (Nesterov), ``"adam"``, ``"adamw"`` or ``"custom"``.
-        lr: the maximal learning rate of the cycle.
-        weight_decay: on weights, batch normalisation's included; never on biases.
+        lr: the maximal learning rate of the cycle, or the one of the first epoch.
+        weight_decay: on weights, batch normalisation's included; never on biases unless ``decay_biases``.
         branch_lr: the maximal learning rate of the feature branches, where it is another one.
+        epochs: in how many equal parts, the epochs of the paper, a fit is divided; 0 for the one cycle.
+        factor: by which the learning rate changes from one of these to the next.
+        drops: how many times it does.
+        bias_scale: the learning rate of biases, as a multiple.
+        decay_biases: the weight decay is for biases too.
     """
 
     name: str
@@ -32,6 +41,11 @@ class Schedule:
     lr: float
     weight_decay: float = 0.0
     branch_lr: float | None = None
+    epochs: int = 0
+    factor: float = 1.0
+    drops: int = 0
+    bias_scale: float = 1.0
+    decay_biases: bool = False
 
     def facts(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -40,19 +54,22 @@ class Schedule:
 
 def build(
     network: nn.Module, schedule: Schedule, steps: int, custom: OptimizerFactory | None
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
-    """The optimiser over the network's parameters and its one-cycle schedule of exactly ``steps`` steps."""
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR | Falling]:
+    """The optimiser over the network's parameters and its learning rate over exactly ``steps`` steps."""
     branch_lr = schedule.lr if schedule.branch_lr is None else schedule.branch_lr
     groups: list[dict[str, Any]] = []
     for lr, in_branch in ((schedule.lr, False), (branch_lr, True)):
-        for decay, is_bias in ((schedule.weight_decay, False), (0.0, True)):
+        bias_decay = schedule.weight_decay if schedule.decay_biases else 0.0
+        for decay, is_bias in ((schedule.weight_decay, False), (bias_decay, True)):
             members = [
                 parameter
                 for name, parameter in network.named_parameters()
                 if name.startswith("branches") is in_branch and name.endswith("bias") is is_bias
             ]
             if members:
-                groups.append({"params": members, "weight_decay": decay, "lr": lr})
+                groups.append(
+                    {"params": members, "weight_decay": decay, "lr": lr * schedule.bias_scale if is_bias else lr}
+                )
     optimizer: torch.optim.Optimizer
     if custom is not None:
         optimizer = custom(groups)
@@ -61,6 +78,9 @@ def build(
     else:
         kind = torch.optim.Adam if schedule.optimizer == "adam" else torch.optim.AdamW
         optimizer = kind(groups, lr=schedule.lr)
+    if schedule.epochs:
+        period = max(1, math.ceil(steps / schedule.epochs))
+        return optimizer, Falling(optimizer, schedule.factor, period, schedule.drops, steps)
     cycles_momentum = "momentum" in optimizer.defaults or "betas" in optimizer.defaults
     cycle = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -75,6 +95,20 @@ def build(
         final_div_factor=1e4,
     )
     return optimizer, cycle
+
+
+class Falling(torch.optim.lr_scheduler.LRScheduler):
+    """A learning rate that changes by a factor every ``period`` steps, ``drops`` times at most."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, factor: float, period: int, drops: int, total_steps: int
+    ) -> None:
+        self.factor, self.period, self.drops, self.total_steps = factor, period, drops, total_steps
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        """The learning rates of the groups at this step."""
+        return [lr * self.factor ** min(self.last_epoch // self.period, self.drops) for lr in self.base_lrs]
 
 
 def check_optimizer(optimizer: str | OptimizerFactory | None) -> tuple[str | None, OptimizerFactory | None]:

@@ -1,0 +1,87 @@
+"""Gradient CAMs over many copies of an image: points on a path, or noisy samples, in chunks that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.errors import OptionError
+from attrib_zoo.masking import ChunkSize, black, channel_stats
+
+BASELINES = ("black", "mean")
+
+
+def each_chunk(
+    images: int,
+    copies: int,
+    work: Callable[[Tensor, Tensor], None],
+    *,
+    chunk_size: int | None,
+    progress: str | None,
+) -> None:
+    """Call ``work(rows, numbers)`` until each image has had each copy; chunks cross the borders of images.
+
+    Args:
+        images: N.
+        copies: how many of each image.
+        work: takes the images ``(M,)`` and the numbers of the copies ``(M,)``; it must not add to a result before
+            all that needs memory is done, since it is called again with fewer where memory runs out.
+        chunk_size: M at most; ``None`` finds it.
+        progress: what a progress bar is called, or ``None``.
+    """
+
+    def some(part: slice) -> None:
+        pairs = torch.arange(part.start, part.stop)
+        work(pairs % images, pairs // images)
+
+    with progress_bar(images * copies, progress) as advance:
+        for done in ChunkSize(chunk_size).ranges(images * copies, some):
+            advance(done)
+
+
+@contextmanager
+def progress_bar(total: int, name: str | None) -> Iterator[Callable[[int], object]]:
+    """A bar of so many images, or nothing where it has no name."""
+    if name is None:
+        yield lambda _: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=name, unit="image", leave=False) as bar:
+        yield bar.update
+
+
+def check_seed(seed: int) -> int:
+    """``seed`` if it is an integer, else an error."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise OptionError(f"seed: must be an integer, got {seed!r}")
+    return seed
+
+
+def check_baseline(value: str | float | Tensor) -> str | float | Tensor:
+    """``value`` if it can be an image where nothing is seen, else an :class:`OptionError`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number or isinstance(value, Tensor) or (isinstance(value, str) and value in BASELINES)):
+        raise OptionError(f"baseline: must be 'black', 'mean', a number or a tensor of images, got {value!r}")
+    return value
+
+
+def baseline_images(baseline: str | float | Tensor, model: nn.Module, inputs: Tensor) -> Tensor:
+    """The baseline of each image, ``(N, C, H, W)``, standardised as the inputs are."""
+    if isinstance(baseline, str):
+        return (
+            black(*channel_stats(model, inputs.shape[1]), inputs).expand_as(inputs)
+            if baseline == "black"
+            else (torch.zeros_like(inputs))
+        )
+    if not isinstance(baseline, Tensor):
+        return torch.full_like(inputs, baseline)
+    try:
+        return baseline.to(inputs).expand_as(inputs)
+    except RuntimeError:
+        raise OptionError(
+            f"baseline: must have the shape of one image or of all {tuple(inputs.shape)}, got {tuple(baseline.shape)}"
+        ) from None

@@ -1,0 +1,161 @@
+"""FullGrad (Srinivas and Fleuret, NeurIPS 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attrib_zoo.attribution import Attribution
+from attrib_zoo.backbone.capture import run_from_inputs
+from attrib_zoo.backbone.kind import attends
+from attrib_zoo.backbone.module import find
+from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.masking import min_max
+from attrib_zoo.targets import TargetQuery
+from attrib_zoo.wording import warn
+
+if TYPE_CHECKING:
+
+    class _GradientAttribution:
+        pass
+
+else:
+    from captum.attr import GradientAttribution as _GradientAttribution
+
+_CONVOLUTION = nn.modules.conv._ConvNd
+_OWN_STATISTICS = (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+class FullGrad(Attribution, _GradientAttribution):
+    r"""What the pixels and the biases of all layers contribute to the target's score, which is their sum.
+
+    A network of convolutions, batch normalisations, linear layers and ReLUs is its gradient times its inputs plus its
+    gradients times its biases (Eq. 3 of the paper), and the map gathers both kinds of terms:
+
+    .. math:: M = \sum_c \psi\Big(x \odot \frac{\partial S}{\partial x}\Big)_c + \sum_l \sum_k
+              \mathrm{up}\Big(\psi\Big(b_l \odot \frac{\partial S}{\partial z_l}\Big)\Big)_k
+
+    with S the target's logit, x the image ``(C, H, W)``, z_l the outputs ``(D, h, w)`` of each layer that has a bias
+    b_l, and ψ the absolute value scaled to [0, 1] over all channels and places of an image. The bias of a convolution
+    is its own; that of a batch normalisation in use is β − μγ/√(σ² + ε). Biases of linear layers have no place and
+    stay out.
+
+    The map is at the resolution of the image, and the method reads all layers. Activations other than ReLU have
+    implicit biases that are missing here: a call warns where the terms do not add up to the score. Layers that
+    normalise by the statistics of the image itself have no constant bias, so models with these or with self-attention
+    are refused.
+
+    Args:
+        model: see :class:`~attrib_zoo.attribution.Attribution`.
+        layers: not used; FullGrad reads every layer with a bias.
+        align_corners: how maps are enlarged; ``True`` as in the authors' program.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from attrib_zoo import FullGrad
+        >>> model = resnet18(weights=None)
+        >>> FullGrad(model).attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 3, 64, 64])
+
+    References:
+        S. Srinivas, F. Fleuret: Full-Gradient Representation for Neural Network Visualization. NeurIPS 2019.
+
+    Deviations:
+        Maps are enlarged without aligned corners. No small constant in ψ; a constant map becomes zero.
+    """
+
+    family: ClassVar[str] = "gradient"
+    paper: ClassVar[str] = "Srinivas and Fleuret, NeurIPS 2019"
+    models: ClassVar[tuple[str, ...]] = ("cnn",)
+    cost: ClassVar[str] = "1F + 1B"
+    default_layers: ClassVar[tuple[str, int] | None] = None
+
+    def __init__(self, model: nn.Module, layers: Any = None, *, align_corners: bool = False) -> None:
+        super().__init__(model)
+        if layers is not None:
+            raise OptionError(f"layers: must be None, for FullGrad reads every layer, got {layers!r}; leave it out")
+        self.align_corners = bool(align_corners)
+
+    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        self._check_model()
+        biases = dict(_biases(self.model))
+        linear = {name: isinstance(find(self.model, name), nn.Linear) for name in biases}
+        found = []
+        with run_from_inputs(self.model, inputs, args, list(biases)) as (outputs, images, calls):
+            target = query.resolve(outputs.detach())
+            scores = target.select(outputs)
+            reached = [images, *(output for _, output in calls)]
+            factors = [images, *(_along(biases[name], output, last=linear[name]) for name, output in calls)]
+            spatial = [True, *(not linear[name] and output.ndim == 4 for name, output in calls)]
+            for t in range(target.count):
+                more = t + 1 < target.count
+                slopes = torch.autograd.grad(scores[:, t].sum(), reached, retain_graph=more, allow_unused=True)
+                terms = [None if g is None else _wide(f) * _wide(g) for f, g in zip(factors, slopes, strict=True)]
+                self._check_sum(scores[:, t].detach(), [term for term in terms if term is not None])
+                shown = [term for term, place in zip(terms, spatial, strict=True) if place and term is not None]
+                found.append(self._gathered(shown, inputs))
+        return torch.stack(found, 1)
+
+    def _gathered(self, terms: list[Tensor], inputs: Tensor) -> Tensor:
+        """``(N, H, W)`` from the terms ``(N, D, h, w)``; channels are added first, as enlarging is linear."""
+        heat = torch.zeros(len(inputs), 1, *inputs.shape[-2:], dtype=terms[0].dtype, device=inputs.device)
+        for term in terms:
+            scaled = min_max(term.abs().flatten(2).unsqueeze(1)).view_as(term).sum(1, keepdim=True)
+            heat += F.interpolate(scaled, size=inputs.shape[-2:], mode="bilinear", align_corners=self.align_corners)
+        return heat[:, 0]
+
+    def _check_sum(self, scores: Tensor, terms: list[Tensor]) -> None:
+        """Warn where the terms are not the score."""
+        sums = torch.stack([term.flatten(1).sum(1) for term in terms])
+        size = sums.abs().sum(0) + scores.abs()
+        tolerance = max(1e-3, 16 * torch.finfo(scores.dtype).eps)
+        off = (sums.sum(0) - scores).abs()
+        if bool((off > tolerance * size).any()):
+            warn(
+                f"FullGrad: the terms must add up to the score, but up to {float((off / size).max()):.0%} is missing; "
+                f"{type(self.model).__name__} has implicit biases (activations other than ReLU, or operations that "
+                "are no modules), which are not in the map"
+            )
+
+    def _check_model(self) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, _OWN_STATISTICS) or attends(module):
+                raise UnsupportedModelError(
+                    "FullGrad: needs a network whose layers have constant biases (convolutions, batch "
+                    f"normalisations, ReLUs), got {type(module).__name__} at {name!r}; use HiResCAM or LayerCAM"
+                )
+
+
+def _biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The layers with a bias, and the bias ``(D,)`` that they add."""
+    for name, module in model.named_modules():
+        if isinstance(module, (_CONVOLUTION, nn.Linear)):
+            if module.bias is not None:
+                yield name, _wide(module.bias)
+        elif isinstance(getattr(module, "running_var", None), Tensor):
+            inner = [child for child, part in module.named_children() if isinstance(part, nn.Identity)]
+            if inner or not any(module.children()):  # some activate too; the identity before that sees the sum
+                yield ".".join([name, *inner[:1]]), _shift(module)
+
+
+def _shift(norm: nn.Module) -> Tensor:
+    """What a batch normalisation adds: β − μγ/√(σ² + ε)."""
+    values = {name: getattr(norm, name) for name in ("running_mean", "running_var", "weight", "bias")}
+    mean, variance, scale, bias = (None if v is None else _wide(v) for v in values.values())
+    slope = (variance + norm.eps).rsqrt()  # type: ignore[operator]
+    slope = slope if scale is None else slope * scale
+    return -mean * slope if bias is None else bias - mean * slope  # type: ignore[operator]
+
+
+def _along(bias: Tensor, output: Tensor, *, last: bool) -> Tensor:
+    """The bias ``(D,)`` along the second or the last axis of an output."""
+    return bias if last else bias.view(-1, *[1] * (output.ndim - 2))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,62 @@
+"""HiResCAM (Draelos and Carin, 2020)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from attrib_zoo.methods._cam import GradientCAM
+
+
+class HiResCAM(GradientCAM):
+    r"""Where the features add to the target's score, cell by cell, without averaging the gradient.
+
+    .. math:: M_{i,j} = \sum_k \frac{\partial S_c}{\partial A_{k,i,j}} A_{k,i,j}
+
+    with A the D feature maps of the layer, ``(N, D, h, w)``, and S_c the target's logit. Where everything behind the
+    layer is linear, the map is exact: its sum over space is the logit without its bias. Grad-CAM spreads a gradient
+    that varies over space to places that did not count; this map does not. Both agree behind global average pooling.
+
+    The default layer is that of :class:`~attrib_zoo.GradCAM`. The map works on the signed features of vision
+    transformers too.
+
+    Args:
+        model: see :class:`~attrib_zoo.attribution.Attribution`.
+        layers: see :class:`~attrib_zoo.attribution.Attribution`; several layers give the mean of their maps.
+        relu: ``True`` keeps positive evidence only; the paper needs no ReLU.
+        score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
+        upsample: ``False`` returns ``(N, 1, h, w)``.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> from attrib_zoo import HiResCAM
+        >>> model = resnet18(weights=None)
+        >>> HiResCAM(model).attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 3, 64, 64])
+
+    References:
+        R. L. Draelos, L. Carin: Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural
+        networks. arXiv:2011.08891, 2020.
+
+    Deviations:
+        None from the formula. The paper has CNNs only. The map is raw.
+    """
+
+    paper: ClassVar[str] = "Draelos and Carin, arXiv 2020"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Any = None,
+        *,
+        relu: bool = False,
+        score: str = "logit",
+        upsample: bool = True,
+    ) -> None:
+        super().__init__(model, layers, relu=relu, score=score, upsample=upsample)
+
+    def combine(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """Gradient times activation, summed over the feature maps."""
+        return (gradients * activations).sum(1)

@@ -1,0 +1,347 @@
+"""L-CAM-Fm and L-CAM-Img: a trained attention mechanism on the last feature maps (Gkartzonika et al., 2022)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.attribution import check_at_least, check_choice
+from attrib_zoo.backbone.capture import forward
+from attrib_zoo.backbone.layers import Tap, is_attention
+from attrib_zoo.backbone.module import find
+from attrib_zoo.backbone.replay import replay
+from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.fitted import attend, head_dtype
+from attrib_zoo.masking import blend
+from attrib_zoo.masking import upsample as enlarge
+from attrib_zoo.methods._attention_head import AttentionHead
+from attrib_zoo.methods._masking import MASKINGS, check_statistics, decide_masking, hidden
+from attrib_zoo.trainable import TrainableAttribution
+from attrib_zoo.training.fit import Terms
+from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
+from attrib_zoo.training.schedule import LOGIT_STEP, LONG, Schedule
+
+_RECIPES = ("paper", "released")
+_BORDER, _OFFSET = 0.3, 5e-4  # of the released loss
+
+
+class _LCAM(TrainableAttribution):
+    """What the two share: the attention mechanism (Eq. 2, 3), the loss (Eq. 6-8) and the schedules."""
+
+    family: ClassVar[str] = "trained"
+    paper: ClassVar[str] = "Gkartzonika et al., ECCV Workshops 2022"
+    default_epochs: ClassVar[int] = 25
+    default_layers: ClassVar[tuple[str, int] | None] = ("gradient", 1)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Any = None,
+        *,
+        recipe: str,
+        ce_only: bool,
+        after_pool: bool,
+        lambda_tv: float,
+        lambda_av: float,
+        lambda_ce: float,
+        area_power: float,
+        upsample: bool,
+    ) -> None:
+        super().__init__(model, layers, upsample=upsample)
+        if layers is not None and after_pool:
+            raise OptionError("after_pool: must be left out where layers are given; name the pooling itself in layers")
+        self.recipe = check_choice("recipe", recipe, _RECIPES)
+        self.ce_only = bool(ce_only)
+        self.after_pool = bool(after_pool)
+        self.lambda_tv = check_at_least("lambda_tv", lambda_tv, 0)
+        self.lambda_av = check_at_least("lambda_av", lambda_av, 0)
+        self.lambda_ce = check_at_least("lambda_ce", lambda_ce, 0)
+        self.area_power = check_at_least("area_power", area_power, 1e-6)
+
+    @abstractmethod
+    def _see(
+        self, images: Tensor, args: tuple[Any, ...], network: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Clean outputs, decisions, attention maps ``(N, M, h, w)``, own masks ``(N, 1, h, w)``, masked outputs."""
+        raise NotImplementedError
+
+    def _layer_rule(self) -> tuple[str, int]:
+        return ("outputs" if self.after_pool else "gradient"), 1
+
+    def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
+        taps = super()._resolve(inputs, args)
+        who = type(self).__name__
+        if len(taps) != 1:
+            raise OptionError(f"layers: {who} reads one layer, got {len(taps)}; name one, or use TTAME")
+        if self.after_pool and not isinstance(find(self.model, taps[0].name), nn.MaxPool2d):
+            raise UnsupportedModelError(
+                f"after_pool: needs a model whose last convolution is followed by a max-pooling, such as VGG; "
+                f"{type(self.model).__name__} ends in {taps[0].name!r}: leave it out, or name a layer"
+            )
+        return taps
+
+    # ------------------------------------------------------------------ training
+
+    def _network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
+        return AttentionHead(channels, num_classes, branches=False, generator=generator)
+
+    def _complete(self, network: nn.Module) -> None:
+        network.fold()  # type: ignore[operator]  # an AttentionHead
+
+    def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
+        falling: dict[str, Any] = {"weight_decay": 5e-4, "decay_biases": True, "factor": 0.95}
+        if self.recipe == "released":
+            return Schedule("released", "sgd", 1e-4, epochs=26, drops=12, bias_scale=2.0, **falling)
+        if asked == "paper" or (asked == "auto" and steps >= LONG):
+            return Schedule("paper", "sgd", 1e-4, epochs=25, drops=25, **falling)
+        network.share_rows(network.reach(features))  # type: ignore[operator]  # an AttentionHead
+        return Schedule("short", "adam", LOGIT_STEP)
+
+    def _attend(self, network: nn.Module, features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """The maps of Ψ before the sigmoid, ``(N, M, h, w)``, and the masks of the own classes ``(N, 1, h, w)``."""
+        batch = len(classes)
+        released = self.recipe == "released"
+        rows = classes.expand(batch, batch) if released else classes.unsqueeze(1)
+        own = torch.arange(batch, device=classes.device) if released else torch.zeros_like(classes)
+        maps = attend(network, [features], rows)
+        return maps, maps[torch.arange(batch, device=own.device), own].unsqueeze(1).sigmoid()
+
+    def _terms(self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> Terms:
+        clean, classes, maps, mask, masked = self._see(images, args, network)
+        offset = _OFFSET if self.recipe == "released" else 0.0
+        parts = {
+            "ce": cross_entropy(masked, classes).mean(),
+            "area": area(maps, self.area_power, offset).mean(),
+            "variation": self._variation(maps.sigmoid()).mean(),
+        }
+        everything = self._loss(
+            cross_entropy(clean, classes).mean(),
+            (1 + offset) ** self.area_power,
+            self._variation(torch.ones_like(maps[:1])).mean(),
+        )
+        loss = self._loss(parts["ce"], parts["area"], parts["variation"])
+        return Terms(loss, {**parts, "mask": mask.mean(), "everything": everything}, classes)
+
+    def _loss(self, ce: Tensor, area_term: Tensor | float, variation_term: Tensor) -> Tensor:
+        """Eq. 6, or the cross-entropy alone."""
+        if self.ce_only:
+            return ce
+        return self.lambda_tv * variation_term + self.lambda_av * area_term + self.lambda_ce * ce
+
+    def _variation(self, masks: Tensor) -> Tensor:
+        """Eq. 8 for each image: the plain sum; released: over all maps of the batch, with the border, halved."""
+        if self.recipe == "released":
+            return variation(masks, total=True, border=_BORDER)
+        return 2 * variation(masks, total=True)
+
+    def _baseline(self, images: Tensor) -> Tensor | float:
+        """What is seen where a mask is 0."""
+        return hidden(self._ready().decisions, images)
+
+
+class LCAMFm(_LCAM):
+    r"""Which regions of the last feature maps let the model keep its decision; trained once, one pass for a map.
+
+    One 1x1 convolution turns the last convolutional features A, ``(N, C, h, w)``, into a map per class (Eq. 2, 3), and
+    while :meth:`fit` runs, the map of the model's own decision y masks the features (Eq. 4), of which the rest of the
+    frozen network makes new logits u:
+
+    .. math:: L^{(y)} = \sum_k w^{(y)}_k A_k + b^{(y)}, \qquad A_k \leftarrow A_k \odot \sigma(L^{(y)})
+
+    .. math:: \lambda_1 \mathrm{TV}(S) + \lambda_2 \mathrm{AV}(S) + \lambda_3 \mathrm{CE}(y, u), \quad
+              \mathrm{AV} = \frac{1}{hw} \sum s_{p,q}^{\lambda_4}, \quad
+              \mathrm{TV} = \sum (s_{p,q} - s_{p,q+1})^2 + (s_{p,q} - s_{p+1,q})^2
+
+    with :math:`S = \sigma(L^{(y)})` (Eq. 6-8). The images run through the frozen network once per step, then only what
+    lies behind the layer. For explaining, the map is scaled to [0, 1] over space, then enlarged (Eq. 9).
+
+    Args:
+        model: see :class:`~attrib_zoo.attribution.Attribution`; must return ``(N, K)`` logits or one value per image.
+        layers: the layer to read; ``None`` for the last convolutional one (VGG-16: after its ReLU; ResNet: the last
+            stage).
+        recipe: ``"paper"``: the equations above; ``"released"``: what the authors' code does where it differs: maps
+            of all decisions of the batch in AV and TV, an offset of 5e-4 in AV, the border in TV, TV over twice the
+            batch size, and a learning rate that falls in the first 12 of 26 epochs only, double for biases.
+        ce_only: the paper's ablation (*): the cross-entropy alone.
+        after_pool: the layer after the last max-pooling instead (†), in networks that have one there.
+        lambda_tv: λ1.
+        lambda_av: λ2.
+        lambda_ce: λ3.
+        area_power: λ4.
+        upsample: ``False`` returns ``(N, 1, h, w)``.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import squeezenet1_1
+        >>> from attrib_zoo import LCAMFm
+        >>> model = squeezenet1_1(weights=None)
+        >>> loader = [torch.randn(4, 3, 64, 64) for _ in range(30)]
+        >>> explainer = LCAMFm(model).fit(loader, max_steps=30, show_progress=False)
+        >>> explainer.maps(loader[0]).shape
+        torch.Size([4, 1000, 3, 3])
+
+    References:
+        I. Gkartzonika, N. Gkalelis, V. Mezaris: Learning Visual Explanations for DCNN-Based Image Classifiers Using an
+        Attention Mechanism. ECCV Workshops, 2022.
+
+    Deviations:
+        The schedule: below 20 000 steps ``fit`` uses one that trains in few (Adam; the convolution starts at zero, as
+        a common row plus a row per class). The paper's own is SGD at 1e-4, with the factor 0.95 after each of 25
+        epochs; in a shorter fit the 25 changes lie closer. It has 0.75 and 7 epochs for VGG-16, and says nothing of
+        momentum and weight decay: 0.9 (Nesterov) and 5e-4 here. Vision transformers are refused, as a class token
+        does not read the last patch tokens. Validation shows masked images, since the maps are for images.
+    """
+
+    models: ClassVar[tuple[str, ...]] = ("cnn",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Any = None,
+        *,
+        recipe: str = "paper",
+        ce_only: bool = False,
+        after_pool: bool = False,
+        lambda_tv: float = 0.01,
+        lambda_av: float = 2.0,
+        lambda_ce: float = 1.5,
+        area_power: float = 0.3,
+        upsample: bool = True,
+    ) -> None:
+        super().__init__(
+            model,
+            layers,
+            recipe=recipe,
+            ce_only=ce_only,
+            after_pool=after_pool,
+            lambda_tv=lambda_tv,
+            lambda_av=lambda_av,
+            lambda_ce=lambda_ce,
+            area_power=area_power,
+            upsample=upsample,
+        )
+
+    def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
+        taps = super()._resolve(inputs, args)
+        if is_attention(self.model, taps[0]):
+            raise UnsupportedModelError(
+                f"LCAMFm: masks the feature maps of a convolutional network, got {taps[0].name!r} of "
+                f"{type(self.model).__name__}, a part of a transformer; use LCAMImg or TTAME"
+            )
+        return taps
+
+    def _decide(
+        self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
+    ) -> dict[str, Any]:
+        return decide_masking(self.model, taps, images, "raw", None, None)
+
+    def _see(
+        self, images: Tensor, args: tuple[Any, ...], network: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        with replay(self.model, images, args, self.taps(images, args)[0]) as again:
+            classes = two_logits(again.outputs).argmax(1)
+            maps, mask = self._attend(network, again.maps.to(head_dtype(again.maps)), classes)
+            masked = again(again.maps * mask.to(again.maps.dtype), torch.arange(len(images)))
+        return again.outputs, classes, maps, mask, masked
+
+
+class LCAMImg(_LCAM):
+    r"""Which regions of the image let the model keep its decision; trained once, one pass for a map.
+
+    One 1x1 convolution turns the last convolutional features A, ``(N, C, h, w)``, into a map per class (Eq. 2, 3), and
+    while :meth:`fit` runs, the enlarged map of the model's own decision y masks the image (Eq. 5), which the frozen
+    network sees again, giving the logits u:
+
+    .. math:: L^{(y)} = \sum_k w^{(y)}_k A_k + b^{(y)}, \qquad X_c \leftarrow X_c \odot \theta(\sigma(L^{(y)}))
+
+    .. math:: \lambda_1 \mathrm{TV}(S) + \lambda_2 \mathrm{AV}(S) + \lambda_3 \mathrm{CE}(y, u), \quad
+              \mathrm{AV} = \frac{1}{hw} \sum s_{p,q}^{\lambda_4}, \quad
+              \mathrm{TV} = \sum (s_{p,q} - s_{p,q+1})^2 + (s_{p,q} - s_{p+1,q})^2
+
+    with :math:`S = \sigma(L^{(y)})` (Eq. 6-8). For explaining, the map is scaled to [0, 1] over space, then enlarged
+    (Eq. 9).
+
+    Args:
+        model: see :class:`~attrib_zoo.attribution.Attribution`; must return ``(N, K)`` logits or one value per image.
+        layers: the layer to read; ``None`` for the last convolutional one (VGG-16: after its ReLU; ResNet: the last
+            stage), or the last block of a transformer that has a gradient.
+        recipe: ``"paper"`` or ``"released"``; see :class:`LCAMFm`.
+        ce_only: the paper's ablation (*): the cross-entropy alone.
+        after_pool: the layer after the last max-pooling instead (†), in networks that have one there.
+        lambda_tv: λ1.
+        lambda_av: λ2.
+        lambda_ce: λ3.
+        area_power: λ4.
+        masking: what a mask of 0 shows: ``"raw"``: black; ``"standardized"``: the mean colour; ``"auto"``:
+            standardised for transformers.
+        mean: of the standardisation, per channel; ``None`` for the model's own configuration, else ImageNet's.
+        std: as ``mean``.
+        upsample: ``False`` returns ``(N, 1, h, w)``.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import squeezenet1_1
+        >>> from attrib_zoo import LCAMImg
+        >>> model = squeezenet1_1(weights=None)
+        >>> loader = [torch.randn(4, 3, 64, 64) for _ in range(30)]
+        >>> explainer = LCAMImg(model).fit(loader, max_steps=30, show_progress=False)
+        >>> explainer.maps(loader[0]).shape
+        torch.Size([4, 1000, 3, 3])
+
+    References:
+        I. Gkartzonika, N. Gkalelis, V. Mezaris: Learning Visual Explanations for DCNN-Based Image Classifiers Using an
+        Attention Mechanism. ECCV Workshops, 2022.
+
+    Deviations:
+        The schedule, as in :class:`LCAMFm`. The paper has CNNs only; on transformers the layer's patch tokens are read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Any = None,
+        *,
+        recipe: str = "paper",
+        ce_only: bool = False,
+        after_pool: bool = False,
+        lambda_tv: float = 0.01,
+        lambda_av: float = 2.0,
+        lambda_ce: float = 1.5,
+        area_power: float = 0.3,
+        masking: str = "auto",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        upsample: bool = True,
+    ) -> None:
+        super().__init__(
+            model,
+            layers,
+            recipe=recipe,
+            ce_only=ce_only,
+            after_pool=after_pool,
+            lambda_tv=lambda_tv,
+            lambda_av=lambda_av,
+            lambda_ce=lambda_ce,
+            area_power=area_power,
+            upsample=upsample,
+        )
+        self.masking = check_choice("masking", masking, MASKINGS)
+        self.mean, self.std = check_statistics(mean, std)
+
+    def _decide(
+        self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
+    ) -> dict[str, Any]:
+        return decide_masking(self.model, taps, images, self.masking, self.mean, self.std)
+
+    def _see(
+        self, images: Tensor, args: tuple[Any, ...], network: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        clean, (features,) = self._features(images, args)
+        classes = two_logits(clean).argmax(1)
+        maps, mask = self._attend(network, features, classes)
+        shown = blend(images, enlarge(mask, images.shape[-2:]).to(images.dtype), self._baseline(images))
+        return clean, classes, maps, mask, forward(self.model, shown, args)
