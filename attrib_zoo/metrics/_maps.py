@@ -16,6 +16,8 @@ TIES = ("threshold", "random", "stable")
 Seed = int | Sequence[int] | Tensor
 """Of random orders and noise: one int per image, or an int, to which image i of the batch adds i."""
 
+_OTHER = 0x2545F491  # a generator reads the low 32 bits of its seed
+
 
 def read_maps(attributions: Tensor, batch: int) -> Tensor:
     """One map per image, ``(N, 1, h, w)``, in float32 or better.
@@ -66,8 +68,11 @@ def uniform(seed: Seed, shape: Sequence[int]) -> Tensor:
 
 
 def normal(seed: Seed, shape: Sequence[int]) -> Tensor:
-    """Standard normal random numbers ``(N, ...)`` on the CPU, each image from its own seed."""
-    makers = [torch.Generator().manual_seed(value) for value in seeds_of(seed, shape[0])]
+    """Standard normal random numbers ``(N, ...)`` on the CPU, each image from its own seed.
+
+    They are independent of :func:`uniform` of the same seed: noise must not know the order of equal values.
+    """
+    makers = [torch.Generator().manual_seed(value ^ _OTHER) for value in seeds_of(seed, shape[0])]
     return torch.stack([torch.randn(*shape[1:], generator=maker) for maker in makers])
 
 
