@@ -20,3 +20,11 @@ from attrib_zoo.metrics.localization import miou as miou
 from attrib_zoo.metrics.localization import pointing_game as pointing_game
 from attrib_zoo.metrics.road import road as road
 from attrib_zoo.metrics.road import road_curve as road_curve
+from attrib_zoo.metrics.sanity import Randomization as Randomization
+from attrib_zoo.metrics.sanity import model_randomization as model_randomization
+from attrib_zoo.metrics.sanity import randomization_order as randomization_order
+from attrib_zoo.metrics.sanity import repeatability as repeatability
+from attrib_zoo.metrics.similarity import hog_similarity as hog_similarity
+from attrib_zoo.metrics.similarity import spearman as spearman
+from attrib_zoo.metrics.similarity import spearman_absolute as spearman_absolute
+from attrib_zoo.metrics.similarity import ssim as ssim
