@@ -262,6 +262,7 @@ def test_what_cannot_be_randomised(data: synthetic.Scenes) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TTAME. class")  # a random head decides for few classes
 def test_a_trained_explainer_sees_the_head_only_when_it_is_fitted_afresh() -> None:
     model, data = synthetic.trained("cnn"), synthetic.scenes(12, seed=4)
     loader = synthetic.scenes(256, seed=1).loader()

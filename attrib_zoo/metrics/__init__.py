@@ -20,6 +20,8 @@ from attrib_zoo.metrics.localization import miou as miou
 from attrib_zoo.metrics.localization import pointing_game as pointing_game
 from attrib_zoo.metrics.road import road as road
 from attrib_zoo.metrics.road import road_curve as road_curve
+from attrib_zoo.metrics.robustness import infidelity as infidelity
+from attrib_zoo.metrics.robustness import sensitivity_max as sensitivity_max
 from attrib_zoo.metrics.sanity import Randomization as Randomization
 from attrib_zoo.metrics.sanity import model_randomization as model_randomization
 from attrib_zoo.metrics.sanity import randomization_order as randomization_order

@@ -71,7 +71,8 @@ def model_randomization(
         inputs: ``(N, C, H, W)``.
         explain: Makes the explainer for a model, see this module's description; called with ``seed`` each time.
         target: In any of Captum's forms; ``None`` is the model's own decision.
-        refit: ``explain`` fits afresh: measure also the floor, with another seed on the same model.
+        refit: ``explain`` fits afresh: measure also the floor, with another seed on the same model. A randomised
+            model decides for few classes, and an explainer that is trained on decisions learns no others.
         layers: Names of layers (or of blocks, whose layers are randomised together), the head first. ``None`` is
             every layer with weights, against the order in which they run.
         similarities: Name -> function of two batches of maps; all of ``metrics.similarity`` when ``None``.
