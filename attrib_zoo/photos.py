@@ -112,6 +112,8 @@ class Photos(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
+        if not -len(self.paths) <= index < len(self.paths):
+            raise IndexError(f"photographs are numbered 0..{len(self.paths) - 1}, got {index}")  # ends iteration
         for i in range(len(self.paths)):
             path = self.paths[(index + i) % len(self.paths)]
             try:

@@ -90,7 +90,8 @@ def sheet(loaded: models.LoadedModel, explainers: dict[str, Attribution], photos
         f"{loaded.class_name(int(t))} {100 * float(p[t]):.0f} %" for t, p in zip(target, confidences, strict=True)
     ]
     columns = {name: explainers[name].attribute(images, target) for name in ("Grad-CAM", "T-TAME")}
-    visualize.figure(images, columns, titles=titles, path=path, across=2, mean=loaded.mean, std=loaded.std)
+    picture = visualize.figure(images, columns, titles=titles, across=2, mean=loaded.mean, std=loaded.std)
+    picture.savefig(path, dpi=80, pil_kwargs={"quality": 80})
 
 
 def twelve(loaded: models.LoadedModel, photos: list[Path], seen: Tensor) -> list[Path]:

@@ -82,7 +82,7 @@ def bottleneck() -> nn.Module:
 def vit(**options: Any) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "global_pool": "avg"}
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "global_pool": "avg"}
     return lively(VisionTransformer(num_classes=CLASSES, **{**shape, **options}))
 
 

@@ -121,3 +121,12 @@ def test_folders_are_made_and_tried(tmp_path) -> None:
         writable_folder(tmp_path / "file")
     with pytest.raises(DataError, match=r"cannot write into the folder '.*file/x' \(Not a directory\)"):
         writable_folder(tmp_path / "file" / "x")
+
+
+def test_a_dataset_of_photos_ends(tmp_path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (2, 2), (i, i, i)).save(path)
+    data = Photos(paths, lambda photo: torch.tensor(photo.getpixel((0, 0))[0]))
+    assert [int(value) for value in data] == [0, 1, 2]
+    assert int(data[-1]) == 2
