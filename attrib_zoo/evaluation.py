@@ -37,7 +37,7 @@ def evaluate(options: Any) -> str:
         path=folder / RESULTS,
     )
     formats = {"table.md": table.to_markdown(), "table.csv": table.to_csv(), "table.json": table.to_json()}
-    formats["table.tex"] = table.to_latex()
+    formats |= {"table.tex": table.to_latex(), "differences.md": table.differences()}
     for name, text in formats.items():
         (folder / name).write_text(text + "\n", encoding="utf-8")
     table.plot().savefig(folder / "plots.png")
@@ -53,10 +53,7 @@ def evaluate(options: Any) -> str:
         class_name=loaded.class_name,
     )
     files = ", ".join([REPORT, *formats, "plots.png", RESULTS])
-    parts = [table.to_text()]
-    if len(table.methods) > 1:
-        parts.append(f"differences on the same images; * where 0 is outside the interval\n{table.differences()}")
-    return "\n\n".join([*parts, f"{folder}/: {files}"])
+    return f"{table.to_text()}\n\n{folder}/: {files}"
 
 
 def layers(options: Any) -> str:

@@ -78,6 +78,7 @@ class Measure:
         percent: whether tables print 100 times the mean.
         needs: ``"region"`` or ``"others"`` where the data must say what is true.
         points: where on the horizontal axis a curve's values stand.
+        area: the number of a curve is the area under it instead of its mean.
     """
 
     name: str
@@ -86,6 +87,13 @@ class Measure:
     percent: bool = True
     needs: str | None = None
     points: tuple[float, ...] = ()
+    area: bool = False
+
+    def number(self, found: Tensor) -> Tensor:
+        """One number per image, ``(N,)``."""
+        if found.ndim == 1:
+            return found
+        return torch.trapezoid(found, dx=1 / (found.shape[1] - 1)) if self.area else found.mean(1)
 
     @property
     def arrow(self) -> str:
@@ -128,6 +136,8 @@ def _where(function: Function, *, others: bool = False, ranked: bool = True) -> 
 
 _TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 _KEEPS = (1.0, 0.5, 0.15)
+_STEPS = 32
+_GRID = tuple(i / _STEPS for i in range(_STEPS + 1))
 
 FAMILIES: dict[str, tuple[Measure, ...]] = {
     "ad": tuple(Measure(f"AD({keep:.0%})".replace("%", ""), _drop(keep, "soft"), lower=True) for keep in _KEEPS),
@@ -137,6 +147,10 @@ FAMILIES: dict[str, tuple[Measure, ...]] = {
     "road": (
         Measure("ROAD MoRF", _curve(metrics.road_curve, order="morf", fractions=_TENTHS), lower=True, points=_TENTHS),
         Measure("ROAD LeRF", _curve(metrics.road_curve, order="lerf", fractions=_TENTHS), points=_TENTHS),
+    ),
+    "insertion": (Measure("insertion", _curve(metrics.insertion_curve, steps=_STEPS), points=_GRID, area=True),),
+    "deletion": (
+        Measure("deletion", _curve(metrics.deletion_curve, steps=_STEPS), lower=True, points=_GRID, area=True),
     ),
     "ebpg": (Measure("EBPG", _where(metrics.energy_pointing_game, ranked=False), needs="region"),),
     "miou": (Measure("mIoU", _where(metrics.miou), needs="region"),),
@@ -148,7 +162,10 @@ FAMILIES: dict[str, tuple[Measure, ...]] = {
     "sparseness": (Measure("sparseness", lambda asked: asked.ask(metrics.sparseness), percent=False),),
     "variation": (Measure("variation", lambda asked: asked.ask(metrics.total_variation), lower=True, percent=False),),
 }
-"""Family -> its measures; ``metrics="ad,road"`` takes all of a family, ``"AD(50)"`` one."""
+"""Family -> its measures; ``metrics="ad,road"`` takes all of a family, ``"AD(50)"`` one.
+
+Insertion and deletion take 32 steps here; ``metrics.insertion`` has as many as the image has rows, as its paper does.
+"""
 
 Wanted = str | Sequence[str | Measure] | Mapping[str, Function]
 

@@ -134,11 +134,9 @@ class _Run:
             maps = maps.detach()
             _check(maps, inputs, name)
             asked = Question(self.model, explain, inputs, maps, target, clean, seeds, truth, self.masking, self.score)
-            values = {measure.name: measure.compute(asked).detach().double().cpu() for measure in self.measures}
-            rows = [
-                _row(name, start + i, digests[i], int(target[i]), float(clean[i]), values, i)
-                for i in range(len(inputs))
-            ]
+            rows = [Row(name, start + i, d, int(target[i]), float(clean[i])) for i, d in enumerate(digests)]
+            for measure in self.measures:
+                _enter(measure, measure.compute(asked).detach().double().cpu(), rows)
             self.records.add(rows, name, cost)
         self._warm = True
 
@@ -167,13 +165,17 @@ class _Run:
         return found.classes[:, 0], found.select(outputs, self.score)[:, 0], plain
 
 
-def _row(name: str, image: int, digest: int, target: int, clean: float, values: Mapping[str, Tensor], i: int) -> Row:
-    row = Row(name, image, digest, target, clean)
-    for measure, found in values.items():
-        row.values[measure] = float(found[i].mean())
+def _enter(measure: Measure, found: Tensor, rows: list[Row]) -> None:
+    """Write a measure's numbers, ``(N,)`` or ``(N, P)``, into the rows of N images."""
+    numbers = measure.number(found)
+    if numbers.shape != (len(rows),):
+        raise OptionError(
+            f"metrics: {measure.name!r} must give one number per image, ({len(rows)},), got {tuple(numbers.shape)}"
+        )
+    for i, row in enumerate(rows):
+        row.values[measure.name] = float(numbers[i])
         if found.ndim == 2:
-            row.curves[measure] = found[i].tolist()
-    return row
+            row.curves[measure.name] = found[i].tolist()
 
 
 def as_function(name: str, method: Any) -> Explain:

@@ -47,6 +47,12 @@ class Estimate:
             return f"{self.mean:.{digits}f}"
         return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
+    def short(self, digits: int = 2) -> str:
+        """``"44.48 ±4.40"``: the mean and half the width of the interval."""
+        if not self.images or math.isnan(self.low):
+            return self.text(digits)
+        return f"{self.mean:.{digits}f} ±{(self.high - self.low) / 2:.{digits}f}"
+
 
 def estimate(values: Tensor, seed: int = 0) -> Estimate:
     """Mean and percentile interval of 2000 bootstrap resamples of the finite values, ``(N,)``."""
@@ -163,12 +169,25 @@ class Table:
         return lines
 
     def to_text(self) -> str:
-        """Aligned columns."""
+        """For the terminal: a line for each measure, a column for each method; the mean and half its interval."""
         head, rows = self.cells()
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = [head, ["-" * width for width in widths], *rows]
-        body = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([*body, "", *self.notes()])
+        columns = [[name, *row[1:]] for name, row in zip(self.methods, rows, strict=True)]
+        for column, method in zip(columns, self.methods, strict=True):
+            for i, measure in enumerate(self.measures, start=1):
+                column[i] = self.estimate(method, measure.name).short(_digits(measure))
+        columns.insert(0, ["", *head[1:]])
+        widths = [max(map(len, column)) for column in columns]
+        lines = []
+        for i in range(len(head)):
+            first, *rest = (column[i] for column in columns)
+            lines.append(
+                "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+            )
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        notes = [
+            note.replace("[95 % bootstrap interval]", "±half its 95 % bootstrap interval") for note in self.notes()
+        ]
+        return "\n".join([*lines, "", *notes])
 
     def to_markdown(self) -> str:
         """A Markdown table with its notes."""
