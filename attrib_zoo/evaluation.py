@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from attrib_zoo.backbone.layers import describe
@@ -64,16 +65,16 @@ def layers(options: Any) -> str:
         size = (size[0], int(height), int(width or height))
     with torch.no_grad():
         description = describe(model.eval(), torch.zeros(1, *size))
-    return f"{description}\n\n{_takers()}"
+    return f"{description}\n\n{_takers(model)}"
 
 
-def _takers() -> str:
+def _takers(model: nn.Module) -> str:
+    """Which method takes which of the defaults that the table names."""
     by_rule: dict[str, list[str]] = {}
     for cls in methods().values():
-        rule = cls.default_layers
-        name = (
-            "no layers" if rule is None else rule[0] if rule[0] in ("gradient", "stages") else f"{rule[0]} ({rule[1]})"
-        )
+        rule = cls(model)._layer_rule()
+        counted = rule is not None and rule[0] in ("outputs", "norms")
+        name = "no layers" if rule is None else f"{rule[0]} ({rule[1]})" if counted else rule[0]
         by_rule.setdefault(name, []).append(cls.__name__)
     width = max(map(len, by_rule))
     lines = [f"  {rule:{width}}  {', '.join(names)}" for rule, names in sorted(by_rule.items())]
