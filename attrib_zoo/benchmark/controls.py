@@ -33,7 +33,8 @@ def edges(_: int) -> Explain:
         grey = inputs.float().mean(1, keepdim=True)
         across = grey.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
         kernels = torch.stack([across, across.T])[:, None]
-        return F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernels).norm(dim=1, keepdim=True)
+        slopes = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernels)
+        return slopes.square().sum(1, keepdim=True).sqrt()
 
     return explain
 

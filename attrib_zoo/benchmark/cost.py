@@ -124,7 +124,7 @@ class _Held(TorchDispatchMode):
     """Adds up the storages that operations return, as long as they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 

@@ -104,7 +104,7 @@ class Measure:
 def _drop(keep: float, mask: str) -> Callable[[Question], Tensor]:
     def compute(asked: Question) -> Tensor:
         whole, masked = asked.shared(metrics.masked_confidence, keep=keep, mask=mask, seed=tuple(asked.seeds))
-        lost = (whole - masked).clamp(min=0)
+        lost: Tensor = (whole - masked).clamp(min=0)
         return lost / torch.where(lost > 0, whole, torch.ones_like(whole))
 
     return compute
@@ -113,7 +113,8 @@ def _drop(keep: float, mask: str) -> Callable[[Question], Tensor]:
 def _rise(keep: float, mask: str) -> Callable[[Question], Tensor]:
     def compute(asked: Question) -> Tensor:
         whole, masked = asked.shared(metrics.masked_confidence, keep=keep, mask=mask, seed=tuple(asked.seeds))
-        return (masked > whole).to(whole.dtype).masked_fill((whole + masked).isnan(), torch.nan)
+        rose: Tensor = (masked > whole).to(whole.dtype)
+        return rose.masked_fill((whole + masked).isnan(), torch.nan)
 
     return compute
 

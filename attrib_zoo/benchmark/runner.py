@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,8 @@ class _Attribute:
 
     def __call__(self, inputs: Tensor, target: Tensor) -> Tensor:
         found = self.method.attribute(inputs, target=target)
-        return found[0] if isinstance(found, tuple) else found
+        maps: Tensor = found[0] if isinstance(found, tuple) else found
+        return maps
 
 
 def _warm(explain: Explain, inputs: Tensor) -> None:
@@ -272,7 +273,7 @@ def _batches(loader: Iterable[Any], most: int | None, show_progress: bool) -> It
     from tqdm.auto import tqdm
 
     rank, world = distributed.rank(), distributed.world_size()
-    length = len(loader) if hasattr(loader, "__len__") else None
+    length = len(loader) if isinstance(loader, Sized) else None
     start = 0
     hidden = None if show_progress and rank == 0 else True
     for number, batch in enumerate(tqdm(loader, "evaluate", length, unit="batch", disable=hidden, leave=False)):
