@@ -92,7 +92,8 @@ class CAM(GradientCAM):
             raise UnsupportedModelError(
                 "CAM: needs global average pooling and one linear layer, and nothing else, behind the layer; behind "
                 f"{tap.name!r} {type(self.model).__name__} has {listed(self._behind(inputs[:1], one, tap), 6)} "
-                "(functions such as F.relu are not listed); use GradCAM or HiResCAM, which need no such head, or name the layer before the pooling"
+                "(functions such as F.relu are not listed); use GradCAM or HiResCAM, which need no such head, or name "
+                "the layer before the pooling"
             )
 
     def _behind(self, inputs: Tensor, args: Sequence[Any], tap: Tap) -> list[str]:
