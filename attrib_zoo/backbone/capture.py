@@ -21,7 +21,17 @@ from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs
 
-__all__ = ["call_model", "forward", "frozen", "run", "run_from_inputs", "run_with_graph", "select_args", "unwrap"]
+__all__ = [
+    "call_model",
+    "check_weights",
+    "forward",
+    "frozen",
+    "run",
+    "run_from_inputs",
+    "run_with_graph",
+    "select_args",
+    "unwrap",
+]
 
 
 @contextmanager
@@ -132,7 +142,7 @@ def run_with_graph(
         LayerError: a layer never ran, or the outputs do not depend on it.
     """
     bare = unwrap(model)
-    _check_weights(bare)
+    check_weights(bare)
     maps: dict[int, Tensor] = {}
 
     def keep(position: int, activation: Tensor) -> Tensor:
@@ -173,7 +183,7 @@ def run_from_inputs(
         LayerError: the outputs do not depend on the images.
     """
     bare = unwrap(model)
-    _check_weights(bare)
+    check_weights(bare)
     seen: list[tuple[str, Tensor]] = []
 
     def keep_as(name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
@@ -198,7 +208,8 @@ def run_from_inputs(
             yield outputs, images, seen
 
 
-def _check_weights(bare: nn.Module) -> None:
+def check_weights(bare: nn.Module) -> None:
+    """Refuse a model whose weights were made in inference mode, where no gradient can be."""
     if any(tensor.is_inference() for tensor in (*bare.parameters(), *bare.buffers())):
         raise UnsupportedModelError(
             "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
