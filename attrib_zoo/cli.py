@@ -1,4 +1,4 @@
-"""The command line: ``attrib-zoo demo | list | explain | fit``."""
+"""The command line: ``attrib-zoo demo | list | layers | explain | fit | evaluate``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ Which image regions made the model decide? Explains torchvision and timm classif
   attrib-zoo explain photo.jpg --model resnet50            a heat map over your photograph
   attrib-zoo fit --model resnet50 --data images/ --output ttame.safetensors
                                                            train an explainer for your model
+"""
+
+_EVALUATE = """\
+Measure methods on a folder of images, each explained for what the model decides: average drop (ad) and increase
+in confidence (ic), ROAD (road), insertion and deletion ... Two controls stand beside them. Writes one HTML page,
+tables, plots, and per-image results that a second run continues.
+
+  attrib-zoo evaluate --model resnet50 --data photos/ --method gradcam,scorecam --output results/
 """
 
 _EXPLAIN = """\
@@ -65,13 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[Any], str]:
-    from attrib_zoo import commands  # torch and the model libraries: only when there is work to do
+    from attrib_zoo import commands, evaluation  # torch and the model libraries: only when there is work to do
 
     return {
         "demo": commands.demo,
         "list": commands.list_methods,
         "explain": commands.explain,
         "fit": commands.fit,
+        "evaluate": evaluation.evaluate,
+        "layers": evaluation.layers,
     }[name]
 
 
@@ -83,8 +93,10 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND", title="commands")
     commands.add_subcommand("demo", _demo(), help="train, explain and measure on planted evidence; needs no files")
     commands.add_subcommand("list", _list(), help="the methods, what they are for and what they cost")
+    commands.add_subcommand("layers", _layers_of(), help="which layers of a model can be explained")
     commands.add_subcommand("explain", _explain(), help="heat maps over photographs")
     commands.add_subcommand("fit", _fit(), help="train an explainer for a model on a folder of images")
+    commands.add_subcommand("evaluate", _evaluate(), help="measure methods on a folder of images")
     return parser
 
 
@@ -118,13 +130,42 @@ def _list() -> ArgumentParser:
     return parser
 
 
+def _layers_of() -> ArgumentParser:
+    parser = _plain(None, "List the layers of a model that can be explained, and which of them is whose default.")
+    parser.add_argument("model", metavar="MODEL", help="a model of torchvision or else of timm; no weights are loaded")
+    parser.add_argument("--size", metavar="HxW", help="of the images, such as 224 or 160x256 (default: the model's)")
+    _debug(parser)
+    return parser
+
+
+def _evaluate() -> ArgumentParser:
+    parser = _plain(None, _EVALUATE)
+    add = parser.add_argument
+    _model(parser)
+    add("--data", required=True, metavar="FOLDER", help="images to measure on, searched to the bottom")
+    add("--output", required=True, metavar="FOLDER", help="where the results go; a second run continues there")
+    add("--method", metavar="NAME[,NAME]", help="one or more of attrib-zoo list (default: gradcam, or the explainer's)")
+    add("--explainer", metavar="FILE[,FILE]", help="trained explainers, made by attrib-zoo fit for this model")
+    add("--metrics", default="ad,ic,road", metavar="NAME[,NAME]", help="measures (default: ad,ic,road)")
+    add("--masking", default="auto", metavar="NAME", help="raw, standardized or auto: what hidden pixels become")
+    _layers(parser)
+    add("--max-images", type=PositiveInt, metavar="N", help="the first N images only")
+    add("--batch-size", type=PositiveInt, default=16, metavar="N", help="images at once (default: 16)")
+    add("--workers", type=NonNegativeInt, default=0, metavar="N", help="processes that read images (default: 0)")
+    add("--seed", type=NonNegativeInt, default=0, metavar="N", help="of ties, noise and controls (default: 0)")
+    add("--memory", action="store_true", help="on the CPU too, find the memory that each method holds")
+    _config(parser)
+    _debug(parser)
+    return parser
+
+
 def _explain() -> ArgumentParser:
     parser = _plain(None, _EXPLAIN)
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO", help="image files, or folders that are searched to the bottom")
     _model(parser)
     add("--method", metavar="NAME[,NAME]", help="one or more of attrib-zoo list (default: gradcam, or the explainer's)")
-    add("--explainer", metavar="FILE", help="a trained explainer, made by attrib-zoo fit for this model")
+    add("--explainer", metavar="FILE[,FILE]", help="trained explainers, made by attrib-zoo fit for this model")
     add("--target", metavar="CLASS", help="index or name of the class to explain (default: what the model decides)")
     _layers(parser)
     add("--output", default="explanations", metavar="FOLDER", help="where pictures go (default: explanations)")
@@ -194,7 +235,7 @@ def _usage(error: ArgumentError, arguments: Sequence[str]) -> str:
         key, _, rest = text.removeprefix('Parser key "').partition('": ')
         text = f"--{key.rpartition('.')[2].replace('_', '-')}: {rest}"
     command = next((word for word in arguments if not word.startswith("-")), "")
-    known = command if command in ("demo", "list", "explain", "fit") else ""
+    known = command if command in ("demo", "list", "layers", "explain", "fit", "evaluate") else ""
     return f"{text}; see attrib-zoo {known}{' ' * bool(known)}--help"
 
 

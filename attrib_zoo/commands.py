@@ -85,20 +85,20 @@ def explain(options: Any) -> str:
     paths = find_photos(options.photos, leave_out=folder)
     for path in paths:
         open_photo(path)  # whatever cannot be read is found before anything is written
-    loaded = _load(options)
+    loaded = load_model(options)
     target = None if options.target is None else loaded.class_index(options.target)
-    explainers = _explainers(options, loaded)
-    photos = _plan(paths, folder, list(explainers))
+    ready = explainers(options, loaded)
+    photos = _plan(paths, folder, list(ready))
     writable_folder(folder)
 
     rows: list[list[str]] = []
     for start in _progress(range(0, len(photos), options.batch_size)):
-        rows += _explain_batch(photos[start : start + options.batch_size], loaded, explainers, target)
+        rows += _explain_batch(photos[start : start + options.batch_size], loaded, ready, target)
     headers = ["photo", "top-1 class", "confidence"]
     headers += [] if target is None else [f"explained: {loaded.class_name(target)}"]
     size = torch.zeros(1, *loaded.input_size, device=_device_of(loaded))
-    room = max(map(len, explainers))
-    reads = [f"{name:{room}} reads {', '.join(t.name for t in e.taps(size))}" for name, e in explainers.items()]
+    room = max(map(len, ready))
+    reads = [f"{name:{room}} reads {', '.join(t.name for t in e.taps(size))}" for name, e in ready.items()]
     count = sum(len(photo.files) for photo in photos)
     footer = "\n".join([*reads, f"{count} picture{'s' * (count > 1)} in {folder}{os.sep}"])
     return table([*headers, "files"], rows) + "\n\n" + footer
@@ -160,16 +160,18 @@ def _plan(paths: Sequence[Path], folder: Path, names: list[str]) -> list[_Photo]
     return photos
 
 
-def _explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:
-    """The asked methods, ready to explain."""
+def explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:
+    """The methods of ``--method`` and ``--explainer`` by name, ready to explain."""
     names = [name.strip().lower() for name in (options.method or "").split(",") if name.strip()]
     ready: dict[str, Attribution] = {}
-    if options.explainer is not None:
-        kind = checkpoint.read(options.explainer).facts.get("method", "")
-        cls: Any = methods().get(str(kind).lower())
-        if cls is None:
-            raise CheckpointError(f"explainer: '{options.explainer}' is of the method {kind!r}, which is not installed")
-        ready[kind.lower()] = cls.load(options.explainer, loaded.model)
+    cls: Any
+    for file in (options.explainer or "").split(","):
+        if file.strip():
+            kind = str(checkpoint.read(file.strip()).facts.get("method", ""))
+            cls = methods().get(kind.lower())
+            if cls is None:
+                raise CheckpointError(f"explainer: '{file}' is of the method {kind!r}, which is not installed")
+            ready[kind.lower()] = cls.load(file.strip(), loaded.model)
     for name in names or ([] if ready else ["gradcam"]):
         cls = _method(name)
         if name not in ready and cls.needs_fit:
@@ -198,7 +200,7 @@ def fit(options: Any) -> str:
         )
     training = _usable(find_photos([options.data]), options.skip_bad)
     validation = None if options.val is None else _usable(find_photos([options.val]), options.skip_bad)
-    loaded = _load(options)
+    loaded = load_model(options)
     settings = _statistics(loaded) | ({} if options.recipe is None else {"recipe": options.recipe})
     explainer = cls(loaded.model, _layers(options.layers), **_accepted(cls, settings))
     writable_folder(output.parent)
@@ -258,7 +260,8 @@ def _loader(paths: list[Path], loaded: LoadedModel, options: Any, *, shuffle: bo
 # ---------------------------------------------------------------------- shared
 
 
-def _load(options: Any) -> LoadedModel:
+def load_model(options: Any) -> LoadedModel:
+    """The model that ``--model``, ``--weights``, ``--classes`` and ``--device`` name."""
     names = None if options.classes is None else read_class_names(options.classes)
     device = options.device
     if device == "auto":

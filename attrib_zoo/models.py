@@ -129,6 +129,17 @@ def load(
     )
 
 
+def unloaded(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A model by its name with random weights, in eval mode, and the size ``(C, H, W)`` of its images; no download.
+
+    Raises:
+        OptionError: no model of that name.
+    """
+    source = _source(name)
+    model = source.build(None).eval()
+    return model, source.preprocessing(model)[-1]
+
+
 def read_class_names(path: str | os.PathLike[str]) -> list[str]:
     """Read class names: a JSON list, a JSON object of index to name or ``[wnid, name]``, or a text file of lines.
 

@@ -31,9 +31,11 @@ ORDER = (
     "photos",
     "weights",
     "models",
+    "benchmark",
     "testing",
     "demo",
     "commands",
+    "evaluation",
     "cli",
     "__main__",
 )

@@ -13,7 +13,6 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import matplotlib
 import pytest
@@ -84,8 +83,12 @@ def workplace(tmp_path, monkeypatch):
 def run(text: str, where: str) -> None:
     """Run a page's Python blocks in one namespace; compare what they print with what ``<!-- output -->`` announces."""
     page = types.ModuleType("__main__")  # classes of the page can be pickled, as in a script
-    with mock.patch.dict(sys.modules, {"__main__": page}):
+    own = sys.modules["__main__"]
+    sys.modules["__main__"] = page
+    try:
         _run(text, where, vars(page))
+    finally:
+        sys.modules["__main__"] = own
 
 
 def _run(text: str, where: str, namespace: dict[str, object]) -> None:

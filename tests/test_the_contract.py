@@ -716,6 +716,15 @@ class ModuleIgnored(SmallCAM):
         return self.model.get_submodule("stages.1") if isinstance(self.layers, nn.Module) else super().layer()
 
 
+@caught_by(layers="a layer for a method that reads none")
+class LayersForgotten(SmallCAM):
+    def taps(self, inputs):
+        return ()
+
+    def layer(self):
+        return self.model.get_submodule(self.model.explained)
+
+
 @caught_by(in_place_followers="in-place ReLU")
 class NoCloneInTheHook(SmallCAM):
     def run(self, images, args):

@@ -128,6 +128,15 @@ def run(
     return outputs, [maps[position] for position in range(len(taps))]
 
 
+def check_weights(bare: nn.Module) -> None:
+    """Raise where the weights can be part of no graph."""
+    if any(tensor.is_inference() for tensor in (*bare.parameters(), *bare.buffers())):
+        raise UnsupportedModelError(
+            "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
+            "build or load the model outside inference_mode"
+        )
+
+
 @contextmanager
 def run_with_graph(
     model: nn.Module, inputs: Tensor, args: Sequence[Any], taps: Sequence[Tap]
@@ -206,15 +215,6 @@ def run_from_inputs(
             )
         with _plain_checkpointing(bare):
             yield outputs, images, seen
-
-
-def check_weights(bare: nn.Module) -> None:
-    """Refuse a model whose weights were made in inference mode, where no gradient can be."""
-    if any(tensor.is_inference() for tensor in (*bare.parameters(), *bare.buffers())):
-        raise UnsupportedModelError(
-            "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
-            "build or load the model outside inference_mode"
-        )
 
 
 @contextmanager

@@ -28,7 +28,7 @@ __all__ = ["Description", "Grid", "Layer", "Layers", "Tap", "Trace", "describe",
 
 Layers: TypeAlias = Layer | Sequence[Layer] | None
 
-RULES = ("outputs", "norms", "gradient", "stages", "fine")
+RULES = ("outputs", "norms", "gradient", "stages", "unpooled", "fine")
 
 _log = logging.getLogger("attrib_zoo")
 
@@ -60,8 +60,8 @@ def resolve(
         count: how many layers the rule takes; a smaller network gives what it has.
         rule: ``"outputs"``: the last stage ends, or the last blocks of a plain transformer; ``"norms"``: the same, and
             in token blocks their first normalisation layer; ``"gradient"``: the deepest one that the outputs have a
-            gradient to; ``"stages"``: every stage end; ``"fine"``: the same, but where these are poolings, every
-            layer with weights instead.
+            gradient to; ``"stages"``: every stage end; ``"unpooled"``: the same, but what goes into a pooling instead
+            of the pooling; ``"fine"``: the same, but where these are poolings, every layer with weights instead.
         traced: what :func:`look` returned for this model and input size, to save a pass.
 
     Raises:
@@ -110,6 +110,8 @@ def _by_rule(traced: Trace, inputs: Tensor, args: Sequence[Any], count: int, rul
         )
     if rule == "stages":
         return stages.ends()
+    if rule == "unpooled":
+        return stages.unpooled()
     if rule == "fine":
         return stages.fine()
     if rule == "gradient":

@@ -86,6 +86,10 @@ class Stages:
         below = [end for end in ends if end.output.hw != self._trace.size]
         return sorted(below or ends, key=lambda item: item.place)
 
+    def unpooled(self) -> list[Item]:
+        """The last unit with weights of each grid, also at the size of the image."""
+        return sorted({unit.output.hw: unit for unit in self.units if unit.weighted}.values(), key=lambda u: u.place)
+
     def fine(self) -> list[Item]:
         """The stage ends; where these are poolings without weights, every unit with weights instead."""
         return [unit for unit in self.units if unit.weighted] if self._pooled() else self.ends()

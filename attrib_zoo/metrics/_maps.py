@@ -13,6 +13,11 @@ from attrib_zoo.masking import min_max, upsample
 
 TIES = ("threshold", "random", "stable")
 
+Seed = int | Sequence[int] | Tensor
+"""Of random orders and noise: one int per image, or an int, to which image i of the batch adds i."""
+
+_OTHER = 0x2545F491  # a generator reads the low 32 bits of its seed
+
 
 def read_maps(attributions: Tensor, batch: int) -> Tensor:
     """One map per image, ``(N, 1, h, w)``, in float32 or better.
@@ -40,7 +45,62 @@ def finite_rows(maps: Tensor) -> Tensor:
     return maps.isfinite().flatten(1).all(1)
 
 
-def top_pixels(maps: Tensor, keep: float, ties: str, seed: int) -> Tensor:
+def check_ties(ties: str) -> None:
+    """An error for a rule that does not exist."""
+    if ties not in TIES:
+        raise OptionError(f"ties: must be one of {', '.join(TIES)}, got {ties!r}")
+
+
+def seeds_of(seed: Seed, batch: int) -> list[int]:
+    """One seed per image: those that are given, or ``seed``, ``seed + 1``, ..."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return [seed + row for row in range(batch)]
+    found = [int(value) for value in seed] if isinstance(seed, (list, tuple, range, Tensor)) else []
+    if len(found) != batch:
+        raise OptionError(f"seed: must be an int, or one int for each of the {batch} images, got {seed!r}")
+    return found
+
+
+def uniform(seed: Seed, shape: Sequence[int]) -> Tensor:
+    """Uniform random numbers ``(N, ...)`` on the CPU, each image from its own seed."""
+    makers = [torch.Generator().manual_seed(value) for value in seeds_of(seed, shape[0])]
+    return torch.stack([torch.rand(*shape[1:], generator=maker) for maker in makers])
+
+
+def normal(seed: Seed, shape: Sequence[int]) -> Tensor:
+    """Standard normal random numbers ``(N, ...)`` on the CPU, each image from its own seed.
+
+    They are independent of :func:`uniform` of the same seed: noise must not know the order of equal values.
+    """
+    makers = [torch.Generator().manual_seed(value ^ _OTHER) for value in seeds_of(seed, shape[0])]
+    return torch.stack([torch.randn(*shape[1:], generator=maker) for maker in makers])
+
+
+def ranks(maps: Tensor, ties: str, seed: Seed) -> Tensor:
+    """How many pixels come before each pixel, from the highest value down: ``(N, 1, H, W)`` int64.
+
+    Args:
+        maps: ``(N, 1, H, W)``.
+        ties: ``"random"`` and ``"stable"`` give each pixel a rank of its own and take equal values in a random order
+            of each image or in raster order; ``"threshold"`` gives equal values the rank of their first, so that
+            they stay together.
+        seed: Of the random orders: one int per image, or an int, to which image i adds i.
+    """
+    check_ties(ties)
+    values = maps.flatten(1)
+    if ties == "threshold":
+        ascending = values.sort(1).values
+        reached = torch.searchsorted(ascending, values.contiguous(), right=True)
+        return (values.shape[1] - reached).view_as(maps)
+    order = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    if ties == "random":
+        order = uniform(seed, values.shape).argsort(1).to(values.device)
+    ranked = order.gather(1, values.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    places = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    return torch.empty_like(ranked).scatter_(1, ranked, places).view_as(maps)
+
+
+def top_pixels(maps: Tensor, keep: float, ties: str, seed: Seed) -> Tensor:
     """The fraction ``keep`` of the pixels with the highest values, ``(N, 1, H, W)`` bool.
 
     Args:
@@ -48,22 +108,14 @@ def top_pixels(maps: Tensor, keep: float, ties: str, seed: int) -> Tensor:
         keep: Fraction of the pixels, above 0 and at most 1.
         ties: ``"threshold"`` keeps all that reach the linearly interpolated quantile, so equal values stay together
             and more than ``keep`` may remain; ``"random"`` and ``"stable"`` keep exactly ``ceil(keep * H * W)``
-            pixels and take equal values in a random order of each image or in raster order.
-        seed: Of the random orders, one per image; image i of a batch gets the i-th.
+            pixels, see :func:`ranks`.
+        seed: Of the random orders, see :func:`ranks`.
     """
     if not 0 < keep <= 1:
         raise OptionError(f"keep: must be a fraction above 0 and at most 1 (0.15 keeps 15 % of the pixels), got {keep}")
-    if ties not in TIES:
-        raise OptionError(f"ties: must be one of {', '.join(TIES)}, got {ties!r}")
+    check_ties(ties)
     values = maps.flatten(1)
     if ties == "threshold":
         limits = torch.stack([torch.quantile(row, 1 - keep) for row in values])  # row by row: its input is limited
         return (values >= limits[:, None]).view_as(maps)
-    count = math.ceil(keep * values.shape[1] - 1e-9)
-    order = torch.arange(values.shape[1], device=values.device).expand_as(values)
-    if ties == "random":
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.rand(values.shape, generator=generator).argsort(1).to(values.device)
-    ranked = order.gather(1, values.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    kept = torch.zeros_like(values, dtype=torch.bool).scatter(1, ranked[:, :count], True)
-    return kept.view_as(maps)
+    return ranks(maps, ties, seed) < math.ceil(keep * values.shape[1] - 1e-9)

@@ -6,21 +6,29 @@ the model is asked again. ``p`` is the score of the target on the whole image, `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import forward, frozen, select_args
-from attrib_zoo.backbone.kind import is_transformer
-from attrib_zoo.errors import InputError, OptionError
-from attrib_zoo.masking import ChunkSize, black, blend, channel_stats
-from attrib_zoo.metrics._maps import finite_rows, read_maps, scale_maps, top_pixels
-from attrib_zoo.targets import Target, TargetQuery
+from attrib_zoo.backbone.capture import frozen
+from attrib_zoo.errors import OptionError
+from attrib_zoo.masking import blend
+from attrib_zoo.metrics._maps import Seed, finite_rows, read_maps, scale_maps, top_pixels
+from attrib_zoo.metrics._scores import (
+    Masking,
+    Score,
+    as_args,
+    check_inputs,
+    check_masking,
+    check_score,
+    hidden_colour,
+    run_in_chunks,
+    select_scores,
+)
+from attrib_zoo.targets import TargetQuery
 
-Masking = str | Tensor
-Score = str | Callable[[Tensor], Tensor]
+_SISE = {"keep": 0.15, "mask": "binary", "ties": "random"}
 
 
 def average_drop(
@@ -34,7 +42,7 @@ def average_drop(
     masking: Masking = "auto",
     score: Score = "softmax",
     ties: str = "threshold",
-    seed: int = 0,
+    seed: Seed = 0,
     clean: Tensor | None = None,
     chunk_size: int | None = None,
     additional_forward_args: Any = None,
@@ -83,7 +91,7 @@ def increase_in_confidence(
     masking: Masking = "auto",
     score: Score = "softmax",
     ties: str = "threshold",
-    seed: int = 0,
+    seed: Seed = 0,
     clean: Tensor | None = None,
     chunk_size: int | None = None,
     additional_forward_args: Any = None,
@@ -115,6 +123,29 @@ def increase_in_confidence(
     return rose.masked_fill((whole + masked).isnan(), torch.nan)
 
 
+def drop_rate(model: nn.Module, inputs: Tensor, attributions: Tensor, target: Any = None, **options: Any) -> Tensor:
+    """The SISE paper's Drop %: :func:`average_drop` when only the highest 15 % of the pixels are shown, unchanged.
+
+    ``max(0, p - p') / p`` with ``p'`` the score of the image times a binary mask. The options are those of
+    :func:`masked_confidence`, with ``keep=0.15``, ``mask="binary"`` and ``ties="random"`` instead of its defaults:
+    of a map that is zero almost everywhere, exactly 15 % of the pixels are shown too.
+
+    Returns:
+        ``(N,)``, in 0...1; the paper prints 100 times the mean, lower is better. NaN where the map is not finite.
+    """
+    return average_drop(model, inputs, attributions, target, **{**_SISE, **options})
+
+
+def increase_rate(model: nn.Module, inputs: Tensor, attributions: Tensor, target: Any = None, **options: Any) -> Tensor:
+    """The SISE paper's Increase %: :func:`increase_in_confidence` with the options of :func:`drop_rate`.
+
+    Returns:
+        ``(N,)``, 1 or 0; the paper prints 100 times the mean, higher is better. NaN where the map is not finite.
+        (Its formula sums signs; what its text and its table count are the increases.)
+    """
+    return increase_in_confidence(model, inputs, attributions, target, **{**_SISE, **options})
+
+
 def masked_confidence(
     model: nn.Module,
     inputs: Tensor,
@@ -126,7 +157,7 @@ def masked_confidence(
     masking: Masking = "auto",
     score: Score = "softmax",
     ties: str = "threshold",
-    seed: int = 0,
+    seed: Seed = 0,
     clean: Tensor | None = None,
     chunk_size: int | None = None,
     additional_forward_args: Any = None,
@@ -152,7 +183,8 @@ def masked_confidence(
         score: ``"softmax"``, ``"sigmoid"``, or a function from the outputs ``(N, K)`` to scores of the same shape.
         ties: What happens to equal values at the limit: ``"threshold"`` keeps them all, ``"random"`` and
             ``"stable"`` keep exactly the fraction, in a random order of each image or in raster order.
-        seed: Of the random orders.
+        seed: Of the random orders: one int per image (its number in the data set makes the result independent of
+            batching), or an int, to which image i of the batch adds i.
         clean: ``p``, ``(N,)``, if it is known; the whole images are then not run, and ``target`` must be given.
         chunk_size: Images per forward pass; 32 or fewer as memory allows when ``None``.
         additional_forward_args: As in :meth:`Attribution.attribute`.
@@ -164,32 +196,27 @@ def masked_confidence(
         InputError: The maps do not belong to the images.
         OptionError: An option is outside its range.
     """
-    if not isinstance(inputs, Tensor) or inputs.ndim != 4 or len(inputs) == 0 or not inputs.is_floating_point():
-        got = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise InputError(f"inputs: must be floating-point images (N, C, H, W), N at least 1, got {got}")
+    check_inputs(inputs)
     _check(mask, masking, score, clean, target, len(inputs))
     maps = read_maps(attributions, len(inputs)).to(inputs.device)
     shown = _shown(maps, inputs, keep, mask, ties, seed)
-    args = additional_forward_args
-    args = () if args is None else args if isinstance(args, tuple) else (args,)
+    args = as_args(additional_forward_args)
 
     with frozen(model) as bare, torch.no_grad():
-        hidden = _hidden(bare, masking, inputs)
-        after = _outputs(bare, blend(inputs, shown, hidden), args, chunk_size)
-        before = _outputs(bare, inputs, args, chunk_size) if clean is None else after
+        hidden = hidden_colour(bare, masking, inputs)
+        after = run_in_chunks(bare, blend(inputs, shown, hidden), args, chunk_size)
+        before = run_in_chunks(bare, inputs, args, chunk_size) if clean is None else after
     resolved = TargetQuery(target).resolve(before)
-    masked = _select(resolved, after, score)
-    whole = _select(resolved, before, score) if clean is None else clean.to(masked)
+    masked = select_scores(resolved, after, score)
+    whole = select_scores(resolved, before, score) if clean is None else clean.to(masked)
     return whole, masked.masked_fill(~finite_rows(maps), torch.nan)
 
 
 def _check(mask: str, masking: Masking, score: Score, clean: Tensor | None, target: Any, batch: int) -> None:
     if mask not in ("soft", "binary"):
         raise OptionError(f"mask: must be 'soft' or 'binary', got {mask!r}")
-    if not isinstance(masking, Tensor) and masking not in ("auto", "raw", "standardized"):
-        raise OptionError(f"masking: must be 'auto', 'raw', 'standardized' or a tensor, got {masking!r}")
-    if not callable(score) and score not in ("softmax", "sigmoid"):
-        raise OptionError(f"score: must be 'softmax', 'sigmoid' or a function of the outputs, got {score!r}")
+    check_masking(masking)
+    check_score(score)
     if clean is None:
         return
     if target is None:
@@ -198,36 +225,8 @@ def _check(mask: str, masking: Masking, score: Score, clean: Tensor | None, targ
         raise OptionError(f"clean: must be one score per image ({batch},), got {tuple(clean.shape)}")
 
 
-def _shown(maps: Tensor, inputs: Tensor, keep: float, mask: str, ties: str, seed: int) -> Tensor:
+def _shown(maps: Tensor, inputs: Tensor, keep: float, mask: str, ties: str, seed: Seed) -> Tensor:
     """What is seen of each pixel, ``(N, 1, H, W)`` in 0...1 in the dtype of the inputs."""
     scaled = scale_maps(maps, inputs.shape[-2:])
     kept = top_pixels(scaled, keep, ties, seed)
     return (kept if mask == "binary" else scaled * kept).to(inputs.dtype)
-
-
-def _hidden(model: nn.Module, masking: Masking, inputs: Tensor) -> Tensor | float:
-    """The colour of a pixel that is not seen, in the inputs' space."""
-    if isinstance(masking, Tensor):
-        return masking.to(inputs)
-    if masking == "standardized" or (masking == "auto" and is_transformer(model)):
-        return 0.0
-    return black(*channel_stats(model, inputs.shape[1]), like=inputs)
-
-
-def _outputs(model: nn.Module, images: Tensor, args: tuple[Any, ...], chunk_size: int | None) -> Tensor:
-    found: list[Tensor] = []
-
-    def work(part: slice) -> None:
-        rows = torch.arange(part.start, part.stop, device=images.device)
-        found.append(forward(model, images[part], select_args(args, rows, len(images))))
-
-    for _ in ChunkSize(chunk_size).ranges(len(images), work):
-        pass
-    return torch.cat(found)
-
-
-def _select(target: Target, outputs: Tensor, score: Score) -> Tensor:
-    """The targeted scores, ``(N,)``."""
-    if isinstance(score, str):
-        return target.select(outputs, score)[:, 0]
-    return target.select(score(outputs))[:, 0]

@@ -47,7 +47,7 @@ def _others(default: Any) -> list[Any]:
     if isinstance(default, int):
         return [default + 1]
     if isinstance(default, float):
-        return [default / 2]
+        return [default / 2 or 0.5]
     return []
 
 
@@ -59,10 +59,18 @@ def _needs_layers(case: Case) -> None:
 
 @check("cnn", "vit")
 def layers(case: Case) -> None:
-    """A layer may be named or given as a module; an unknown name is answered with the closest ones."""
+    """A layer may be named or given as a module; an unknown name is answered with the closest ones.
+
+    A method that reads layers of some models only, so that its ``taps`` are none here, must refuse one.
+    """
     _needs_layers(case)
     name = case.model.explained
     ask = {"target": case.targets}
+    taps = getattr(case.explainer, "taps", None)
+    if callable(taps) and not taps(case.inputs):
+        asked = lambda: case.ready(case.model, layers=name).attribute(case.inputs, **ask)  # noqa: E731
+        raises(asked, "layers", "None", what="a layer for a method that reads none")
+        return
     by_name = case.ready(case.model, layers=name).attribute(case.inputs, **ask)
     module = case.model.get_submodule(name)
     explainer = case.ready(case.model, layers=module)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+_Value = TypeVar("_Value")
 
 
 def world_size() -> int:
@@ -46,3 +50,17 @@ def share(network: nn.Module) -> None:
         with torch.no_grad():
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
+
+
+def rank() -> int:
+    """The number of this process; 0 where there is one."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def everyone(value: _Value) -> list[_Value]:
+    """What each process holds, in the order of their numbers, on all of them."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found

@@ -1,0 +1,131 @@
+"""One attention module: its weights, its heads, and whether they explain what it puts out."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attrib_zoo.errors import UnsupportedModelError
+
+_INSTEAD = "use GradCAM, RISE or TTAME, which need no attention matrices"
+_TOLERANCE = 1e-4  # of the largest value; a variant that these formulas do not describe is off by far more
+_ROUNDINGS = 8
+
+
+def precise(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast ended: matrices are computed in the type that their tensors have."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def refuse(name: str, module: nn.Module, reason: str) -> UnsupportedModelError:
+    """The error for a part of a model that cannot be read; raise it."""
+    return UnsupportedModelError(
+        f"model: every attention must be plain self-attention over all tokens, got {name!r} "
+        f"({type(module).__name__}): {reason}; {_INSTEAD}"
+    )
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The weights of one attention module, in the precision that its matrices are computed in.
+
+    Attributes:
+        weight: ``(3 H d, D)``, to queries, keys and values; ``bias`` likewise.
+        out_weight: ``(D, H d)``, from the heads' results; ``out_bias`` likewise.
+        count: H.
+        scale: what dots of queries and keys are multiplied with.
+        norms: what normalises queries and keys, where something does.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    count: int
+    scale: float
+    norms: tuple[nn.Module | None, nn.Module | None]
+
+    def split(self, tokens: Tensor, mixed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens ``(N, T, D)`` to queries, keys and values ``(N, H, T, d)``; ``mixed`` are all three, where known."""
+        if mixed is None:
+            mixed = F.linear(tokens, self.weight, self.bias)
+        q, k, v = (self.apart(part) for part in mixed.to(tokens.dtype).chunk(3, -1))
+        return _normed(self.norms[0], q), _normed(self.norms[1], k), v
+
+    def attend(self, q: Tensor, k: Tensor) -> Tensor:
+        """The attention matrices ``(N, H, T, T)``."""
+        return (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
+
+    def apart(self, tokens: Tensor) -> Tensor:
+        """``(..., T, H d)`` to ``(..., H, T, d)``."""
+        return tokens.reshape(*tokens.shape[:-1], self.count, -1).transpose(-3, -2)
+
+    def together(self, parts: Tensor) -> Tensor:
+        """``(..., H, T, d)`` to ``(..., T, H d)``."""
+        return parts.transpose(-3, -2).flatten(-2)
+
+    def project(self, context: Tensor) -> Tensor:
+        """What the heads found, ``(N, H, T, d)``, to the module's output ``(N, T, D)``."""
+        return F.linear(self.together(context), self.out_weight, self.out_bias)
+
+
+def _normed(norm: nn.Module | None, parts: Tensor) -> Tensor:
+    if norm is None:
+        return parts
+    own = next(norm.parameters(), parts).dtype
+    normed: Tensor = norm(parts.to(own))
+    return normed.to(parts.dtype)
+
+
+def heads_of(module: nn.Module, name: str, dtype: torch.dtype) -> Heads:
+    """Read the weights of an attention module: timm's ``qkv`` and ``proj``, or ``nn.MultiheadAttention``.
+
+    Raises:
+        UnsupportedModelError: it is made of other parts.
+    """
+    norms: tuple[Any, Any] = (None, None)
+    weight: Tensor | None
+    if isinstance(module, nn.MultiheadAttention):
+        weight, bias, out = module.in_proj_weight, module.in_proj_bias, cast(nn.Linear, module.out_proj)
+        if weight is None or module.bias_k is not None or module.add_zero_attn or not module.batch_first:
+            raise refuse(name, module, "only batch_first=True with one in_proj_weight and nothing added is known")
+    else:
+        qkv, out = getattr(module, "qkv", None), cast(nn.Linear, getattr(module, "proj", None))
+        if not (isinstance(qkv, nn.Linear) and isinstance(out, nn.Linear) and hasattr(module, "num_heads")):
+            raise refuse(name, module, "only linear layers qkv and proj, or nn.MultiheadAttention, are known")
+        weight, bias = qkv.weight, qkv.bias
+        norms = (getattr(module, "q_norm", None), getattr(module, "k_norm", None))
+    count = int(cast(int, module.num_heads))
+    if weight.shape[0] % (3 * count) or weight.shape[0] != 3 * out.in_features:
+        raise refuse(name, module, "queries, keys and values must have the same size")
+    scale = getattr(module, "scale", None)
+    if not isinstance(scale, (int, float)):
+        scale = (out.in_features // count) ** -0.5
+    dtype = torch.promote_types(dtype, torch.float32)
+
+    def exact(weights: Tensor | None) -> Any:
+        return None if weights is None else weights.detach().to(dtype)
+
+    return Heads(exact(weight), exact(bias), exact(out.weight), exact(out.bias), count, float(scale), norms)
+
+
+def check(name: str, module: nn.Module, again: Tensor, output: Tensor, tokens: Tensor) -> None:
+    """Refuse a module unless the output computed from its matrices is its own."""
+    if again.shape != output.shape or not close(again, output, tokens):
+        raise refuse(name, module, "its output is not softmax(q k^T * scale) v, projected")
+
+
+def close(again: Tensor, output: Tensor, *others: Tensor) -> bool:
+    """Whether two computations of a tensor agree, as precisely as the types of the tensors involved allow."""
+    step = max(torch.finfo(tensor.dtype).eps for tensor in (output, *others))
+    if output.is_cuda:  # TF32 where the user allows it
+        step = max(step, 2.0**-10)
+    error = float((again.detach() - output.detach()).abs().max())
+    largest = float(output.detach().abs().max())
+    return math.isfinite(error) and error <= max(_TOLERANCE, _ROUNDINGS * step) * largest

@@ -1,0 +1,204 @@
+"""The measures by the names that tables and the command line use; each is a call of ``attrib_zoo.metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo import metrics
+from attrib_zoo.errors import OptionError
+from attrib_zoo.wording import closest
+
+Explain = Callable[[Tensor, Tensor], Tensor]
+Function = Callable[..., Tensor]
+
+
+@dataclass
+class Question:
+    """One batch and one method's maps of it: all that a measure may look at.
+
+    Attributes:
+        model: the classifier.
+        explain: the method, ``(inputs, target) -> maps``; for measures that want maps of other inputs.
+        inputs: ``(N, C, H, W)``.
+        maps: ``(N, C, H, W)`` or ``(N, 1, h, w)``.
+        target: ``(N,)`` class indices.
+        clean: ``(N,)``, the target's score on the whole images.
+        seeds: one int per image, the same whatever the batch.
+        truth: ``masks`` or ``boxes`` of the asked object, and ``other_masks`` or ``other_boxes``, where known.
+        masking: what replaces hidden pixels; see ``metrics.masked_confidence``.
+        score: ``"softmax"`` or ``"sigmoid"``.
+    """
+
+    model: nn.Module
+    explain: Explain
+    inputs: Tensor
+    maps: Tensor
+    target: Tensor
+    clean: Tensor
+    seeds: list[int]
+    truth: dict[str, Tensor] = field(default_factory=dict)
+    masking: str | Tensor = "auto"
+    score: str = "softmax"
+    _cache: dict[Any, Any] = field(default_factory=dict)
+
+    def ask(self, function: Function, **options: Any) -> Tensor:
+        """Call a function of ``attrib_zoo.metrics`` on this batch."""
+        return function(self.model, self.inputs, self.maps, self.target, **options)
+
+    def shared(self, function: Callable[..., Any], **options: Any) -> Any:
+        """The same, once for all measures that want it, with what all model-based measures are told."""
+        key = function, tuple(options.items())
+        if key not in self._cache:
+            told = {"clean": self.clean, "masking": self.masking, "score": self.score}
+            self._cache[key] = self.ask(function, **options, **{k: v for k, v in told.items() if k in _names(function)})
+        return self._cache[key]
+
+    def region(self, *, others: bool = False) -> dict[str, Tensor]:
+        """The true regions as keyword arguments."""
+        return {k: v for k, v in self.truth.items() if others or not k.startswith("other")}
+
+
+def _names(function: Callable[..., Any]) -> Sequence[str]:
+    return function.__code__.co_varnames[: function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A named number per image.
+
+    Attributes:
+        name: as tables print it.
+        compute: from a :class:`Question` to ``(N,)``, or ``(N, P)`` for a curve, whose mean is the number.
+        lower: whether less is better.
+        percent: whether tables print 100 times the mean.
+        needs: ``"region"`` or ``"others"`` where the data must say what is true.
+        points: where on the horizontal axis a curve's values stand.
+        area: the number of a curve is the area under it instead of its mean.
+    """
+
+    name: str
+    compute: Callable[[Question], Tensor]
+    lower: bool = False
+    percent: bool = True
+    needs: str | None = None
+    points: tuple[float, ...] = ()
+    area: bool = False
+
+    def number(self, found: Tensor) -> Tensor:
+        """One number per image, ``(N,)``."""
+        if found.ndim == 1:
+            return found
+        return torch.trapezoid(found, dx=1 / (found.shape[1] - 1)) if self.area else found.mean(1)
+
+    @property
+    def arrow(self) -> str:
+        """Which way is better."""
+        return "↓" if self.lower else "↑"
+
+
+def _drop(keep: float, mask: str) -> Callable[[Question], Tensor]:
+    def compute(asked: Question) -> Tensor:
+        whole, masked = asked.shared(metrics.masked_confidence, keep=keep, mask=mask, seed=tuple(asked.seeds))
+        lost = (whole - masked).clamp(min=0)
+        return lost / torch.where(lost > 0, whole, torch.ones_like(whole))
+
+    return compute
+
+
+def _rise(keep: float, mask: str) -> Callable[[Question], Tensor]:
+    def compute(asked: Question) -> Tensor:
+        whole, masked = asked.shared(metrics.masked_confidence, keep=keep, mask=mask, seed=tuple(asked.seeds))
+        return (masked > whole).to(whole.dtype).masked_fill((whole + masked).isnan(), torch.nan)
+
+    return compute
+
+
+def _curve(function: Function, **options: Any) -> Callable[[Question], Tensor]:
+    def compute(asked: Question) -> Tensor:
+        found: Tensor = asked.shared(function, **options, seed=tuple(asked.seeds))
+        return found
+
+    return compute
+
+
+def _where(function: Function, *, others: bool = False, ranked: bool = True) -> Callable[[Question], Tensor]:
+    def compute(asked: Question) -> Tensor:
+        seeds = {"seed": asked.seeds} if ranked else {}
+        return asked.ask(function, **asked.region(others=others), **seeds)
+
+    return compute
+
+
+_TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 10))
+_KEEPS = (1.0, 0.5, 0.15)
+_STEPS = 32
+_GRID = tuple(i / _STEPS for i in range(_STEPS + 1))
+
+FAMILIES: dict[str, tuple[Measure, ...]] = {
+    "ad": tuple(Measure(f"AD({keep:.0%})".replace("%", ""), _drop(keep, "soft"), lower=True) for keep in _KEEPS),
+    "ic": tuple(Measure(f"IC({keep:.0%})".replace("%", ""), _rise(keep, "soft")) for keep in _KEEPS),
+    "drop": (Measure("Drop%", _drop(0.15, "binary"), lower=True),),
+    "increase": (Measure("Increase%", _rise(0.15, "binary")),),
+    "road": (
+        Measure("ROAD MoRF", _curve(metrics.road_curve, order="morf", fractions=_TENTHS), lower=True, points=_TENTHS),
+        Measure("ROAD LeRF", _curve(metrics.road_curve, order="lerf", fractions=_TENTHS), points=_TENTHS),
+    ),
+    "insertion": (Measure("insertion", _curve(metrics.insertion_curve, steps=_STEPS), points=_GRID, area=True),),
+    "deletion": (
+        Measure("deletion", _curve(metrics.deletion_curve, steps=_STEPS), lower=True, points=_GRID, area=True),
+    ),
+    "ebpg": (Measure("EBPG", _where(metrics.energy_pointing_game, ranked=False), needs="region"),),
+    "miou": (Measure("mIoU", _where(metrics.miou), needs="region"),),
+    "bbox": (Measure("Bbox", _where(metrics.bbox_score), needs="region"),),
+    "pointing": (Measure("pointing game", _where(metrics.pointing_game), needs="region"),),
+    "discrimination": (
+        Measure("discrimination", _where(metrics.class_discrimination, others=True, ranked=False), needs="others"),
+    ),
+    "sparseness": (Measure("sparseness", lambda asked: asked.ask(metrics.sparseness), percent=False),),
+    "variation": (Measure("variation", lambda asked: asked.ask(metrics.total_variation), lower=True, percent=False),),
+}
+"""Family -> its measures; ``metrics="ad,road"`` takes all of a family, ``"AD(50)"`` one.
+
+Insertion and deletion take 32 steps here; ``metrics.insertion`` has as many as the image has rows, as its paper does.
+"""
+
+Wanted = str | Sequence[str | Measure] | Mapping[str, Function]
+
+
+def chosen(wanted: Wanted | None, truth: Sequence[str]) -> list[Measure]:
+    """The measures asked for; ``None`` takes AD, IC, ROAD and whatever the data has regions for.
+
+    Raises:
+        OptionError: no such measure, or one that needs what the data does not say.
+    """
+    if isinstance(wanted, Mapping):
+        return [Measure(name, _custom(function), percent=False) for name, function in wanted.items()]
+    if wanted is None:
+        families = ["ad", "ic", "road", *(["ebpg", "miou", "bbox", "pointing"] if truth else [])]
+        wanted = [*families, *(["discrimination"] if any(key.startswith("other") for key in truth) else [])]
+    names = wanted.split(",") if isinstance(wanted, str) else list(wanted)
+    known = {**{m.name.lower(): (m,) for family in FAMILIES.values() for m in family}, **FAMILIES}
+    found: list[Measure] = []
+    for name in names:
+        if isinstance(name, Measure):
+            found.append(name)
+            continue
+        key = str(name).strip().lower()
+        if key not in known:
+            raise OptionError(f"metrics: no measure {key!r}{closest(key, known)}; there are {', '.join(FAMILIES)}")
+        found += known[key]
+    for measure in found:
+        held = truth if measure.needs == "region" else [key for key in truth if key.startswith("other")]
+        if measure.needs and not held:
+            what = "masks or boxes" if measure.needs == "region" else "other_masks or other_boxes"
+            raise OptionError(f"metrics: {measure.name} needs {what} in the loader's dict batches, got none; add them")
+    return list({measure.name: measure for measure in found}.values())
+
+
+def _custom(function: Function) -> Callable[[Question], Tensor]:
+    return lambda asked: asked.ask(function)

@@ -1,0 +1,291 @@
+"""Methods times measures over a loader, in one pass over the data."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.backbone.capture import forward, frozen, unwrap
+from attrib_zoo.benchmark.controls import CONTROLS
+from attrib_zoo.benchmark.cost import clock, measured, peak_bytes
+from attrib_zoo.benchmark.measures import Explain, Measure, Question, Wanted, chosen
+from attrib_zoo.benchmark.records import Records, Row
+from attrib_zoo.benchmark.table import Table
+from attrib_zoo.errors import DataError, InputError, OptionError
+from attrib_zoo.targets import TargetQuery
+from attrib_zoo.training import distributed
+from attrib_zoo.training.checkpoint import fingerprint
+from attrib_zoo.training.data import images_of
+
+_TRUTH = ("masks", "boxes", "other_masks", "other_boxes")
+
+
+def evaluate(
+    model: nn.Module,
+    methods: Mapping[str, Any],
+    loader: Iterable[Any],
+    metrics: Wanted | None = None,
+    *,
+    controls: bool = True,
+    max_images: int | None = None,
+    masking: str | Tensor = "auto",
+    score: str = "softmax",
+    seed: int = 0,
+    memory: bool = False,
+    path: Any = None,
+    show_progress: bool = True,
+) -> Table:
+    """Measure methods on images: every method and every measure on every image, in one pass over the data.
+
+    Each image's clean scores are computed once and each method's map once for all measures. Every image is explained
+    for the batch's ``target`` if it says one, and for the model's own decision otherwise, as in the papers.
+
+    Args:
+        model: the classifier that the methods explain.
+        methods: name -> method: anything with ``attribute(inputs, target=)``, ours or Captum's, or a function
+            ``(inputs, target) -> maps``, ``(N, C, H, W)`` or ``(N, 1, h, w)``.
+        loader: batches of standardised images: tensors, tuples that start with one, or dicts with the images under
+            ``"image"`` (or ``"inputs"`` ...) and, where known, ``"target"`` ``(N,)``, ``"masks"`` ``(N, H, W)`` or
+            ``"boxes"`` ``(N, M, 4)`` of what is explained, ``"other_masks"`` or ``"other_boxes"`` of other objects.
+            The order must be the same in a run that continues another: no shuffling.
+        metrics: names of families or measures (``"ad,ic,road"``; see ``FAMILIES``), or name -> function
+            ``(model, inputs, attributions, target) -> (N,)``. ``None``: AD, IC, ROAD, and all that the data's regions
+            allow.
+        controls: also measure two maps that no method should fall behind: random numbers, and the edges of the image.
+        max_images: stop after so many.
+        masking: what replaces hidden pixels in AD and IC; see ``metrics.masked_confidence``.
+        score: ``"softmax"``, or ``"sigmoid"`` for multi-label models.
+        seed: of ties, noise and controls; an image's draws depend on its place in the loader alone.
+        memory: on the CPU, explain the first image once more to find the memory that each method holds. On a GPU it
+            is always measured.
+        path: file of per-image results, appended as they come. Where it exists, a second run continues it.
+        show_progress: draw a progress bar.
+
+    Returns:
+        A :class:`Table`. In a ``torch.distributed`` group the batches are shared out, and every process returns the
+        same table.
+
+    Raises:
+        DataError: no images, or a results file of another run or of other images.
+        OptionError: a measure that does not exist or that the data cannot serve.
+        InputError: a method returned maps of another shape than the images.
+    """
+    if not methods:
+        raise OptionError("methods: must name at least one method, got none")
+    explain = {name: as_function(name, method) for name, method in methods.items()}
+    for name, control in CONTROLS.items() if controls else ():
+        explain.setdefault(name, control(seed))
+    run: _Run | None = None
+    for start, batch in _batches(loader, max_images, show_progress):
+        if run is None:
+            asked = chosen(metrics, [key for key in _TRUTH if isinstance(batch, Mapping) and key in batch])
+            setting = _setting(model, methods, asked, masking, score, seed, controls)
+            run = _Run(model, explain, asked, _records(setting, path), masking, score, seed, memory)
+        run.batch(start, batch)
+    if run is None:
+        raise DataError("loader: must yield at least one batch, got none; look at the folder and the batch size")
+    return Table(_gathered(run.records), run.measures)
+
+
+class _Run:
+    """The state of one evaluation."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        explain: Mapping[str, Explain],
+        measures: list[Measure],
+        records: Records,
+        masking: str | Tensor,
+        score: str,
+        seed: int,
+        memory: bool,
+    ) -> None:
+        self.model, self.explain, self.measures, self.records = model, explain, measures, records
+        self.masking, self.score, self.seed, self.memory = masking, score, seed, memory
+        self._warm = False
+
+    def batch(self, start: int, batch: Any) -> None:
+        """Explain and measure a batch; methods that are in the file already are passed over."""
+        images = images_of(batch)
+        digests = [zlib.crc32(image.numpy().tobytes()) for image in images.detach().float().cpu()]
+        missing = [name for name in self.explain if not self._known(name, start, digests)]
+        if not missing:
+            return
+        inputs = images.to(next((p for p in unwrap(self.model).parameters()), images))
+        target, clean, plain = self._clean(inputs, batch.get("target") if isinstance(batch, Mapping) else None)
+        truth = {k: batch[k] for k in _TRUTH if isinstance(batch, Mapping) and k in batch}
+        seeds = [self.seed + start + row for row in range(len(inputs))]
+        for name in missing:
+            explain = self.explain[name]
+            if not self._warm:
+                _warm(explain, inputs)
+            with frozen(self.model) as bare, torch.enable_grad():  # Captum's gradient methods want both
+                maps, cost = measured(partial(explain, inputs, target), bare, len(inputs))
+                if self.memory and cost.peak is None and not self._warm:
+                    cost.peak = peak_bytes(partial(explain, inputs[:1], target[:1]))
+            cost.plain = plain
+            maps = maps.detach()
+            _check(maps, inputs, name)
+            asked = Question(self.model, explain, inputs, maps, target, clean, seeds, truth, self.masking, self.score)
+            rows = [Row(name, start + i, d, int(target[i]), float(clean[i])) for i, d in enumerate(digests)]
+            for measure in self.measures:
+                _enter(measure, measure.compute(asked).detach().double().cpu(), rows)
+            self.records.add(rows, name, cost)
+        self._warm = True
+
+    def _known(self, name: str, start: int, digests: list[int]) -> bool:
+        """Whether the file holds this batch of this method, of the very same images."""
+        rows = [self.records.rows.get((name, start + i)) for i in range(len(digests))]
+        for row, digest in zip(rows, digests, strict=True):
+            if row is not None and row.digest != digest:
+                raise DataError(
+                    f"loader: image {row.image} must be the one of the results file, got another; give the same images "
+                    "in the same order (shuffle=False, no random transforms), or another path"
+                )
+        return all(row is not None for row in rows)
+
+    def _clean(self, inputs: Tensor, wanted: Any) -> tuple[Tensor, Tensor, float]:
+        """Targets, their scores, and the time of a plain pass."""
+        with frozen(self.model) as bare, torch.no_grad():
+            if not self._warm:
+                forward(bare, inputs)
+            start = clock(inputs.device)
+            outputs = forward(bare, inputs)
+            plain = clock(inputs.device) - start
+        found = TargetQuery(wanted).resolve(outputs)
+        if outputs.ndim > 2:
+            raise OptionError(f"model: must return (N, K) scores to be evaluated, got {tuple(outputs.shape)}")
+        return found.classes[:, 0], found.select(outputs, self.score)[:, 0], plain
+
+
+def _enter(measure: Measure, found: Tensor, rows: list[Row]) -> None:
+    """Write a measure's numbers, ``(N,)`` or ``(N, P)``, into the rows of N images."""
+    numbers = measure.number(found)
+    if numbers.shape != (len(rows),):
+        raise OptionError(
+            f"metrics: {measure.name!r} must give one number per image, ({len(rows)},), got {tuple(numbers.shape)}"
+        )
+    for i, row in enumerate(rows):
+        row.values[measure.name] = float(numbers[i])
+        if found.ndim == 2:
+            row.curves[measure.name] = found[i].tolist()
+
+
+def as_function(name: str, method: Any) -> Explain:
+    """A method as ``(inputs, target) -> maps``."""
+    attribute = getattr(method, "attribute", None)
+    if attribute is not None:
+        return _Attribute(method)
+    if not callable(method):
+        raise OptionError(
+            f"methods: {name!r} must have attribute(inputs, target=) or be a function (inputs, target), got "
+            f"{type(method).__name__}"
+        )
+    found: Explain = method
+    return found
+
+
+class _Attribute:
+    """An attribution object as a function."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+
+    def __call__(self, inputs: Tensor, target: Tensor) -> Tensor:
+        found = self.method.attribute(inputs, target=target)
+        return found[0] if isinstance(found, tuple) else found
+
+
+def _warm(explain: Explain, inputs: Tensor) -> None:
+    """Layers are found once per model; that is no part of a map's cost."""
+    taps: Callable[[Tensor], Any] | None = getattr(getattr(explain, "method", None), "taps", None)
+    if taps is not None:
+        with torch.no_grad():
+            taps(inputs)
+
+
+def _check(maps: Tensor, inputs: Tensor, name: str) -> None:
+    if maps.ndim not in (3, 4) or len(maps) != len(inputs):
+        raise InputError(
+            f"methods: {name!r} must return maps (N, C, H, W), (N, 1, h, w) or (N, h, w) for N={len(inputs)} images, "
+            f"got {tuple(maps.shape)}"
+        )
+
+
+def _setting(
+    model: nn.Module,
+    methods: Mapping[str, Any],
+    measures: list[Measure],
+    masking: str | Tensor,
+    score: str,
+    seed: int,
+    controls: bool,
+) -> dict[str, Any]:
+    from attrib_zoo import __version__
+
+    bare = unwrap(model)
+    return {
+        "model": type(bare).__name__,
+        "weights": fingerprint(bare)[:16],
+        "methods": {name: repr(method) if hasattr(method, "options") else name for name, method in methods.items()},
+        "measures": [measure.name for measure in measures],
+        "masking": masking if isinstance(masking, str) else "a tensor",
+        "score": score,
+        "seed": seed,
+        "controls": controls,
+        "attrib_zoo": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _records(setting: Mapping[str, Any], path: Any) -> Records:
+    if path is None:
+        return Records(setting)
+    rank, world = distributed.rank(), distributed.world_size()
+    file = Path(path)
+    own = file if rank == 0 else file.with_name(f"{file.stem}.{rank}{file.suffix}")
+    beside = [other for other in file.parent.glob(f"{file.stem}.*{file.suffix}") if other != own]
+    if own != file and file.exists():
+        beside.append(file)
+    return Records(setting, own, beside if world == 1 else ())
+
+
+def _gathered(records: Records) -> Records:
+    """Everything that all processes found."""
+    if distributed.world_size() == 1:
+        return records
+    whole = Records(records.setting)
+    for part in distributed.everyone(records):
+        whole.merge(part)
+    return whole
+
+
+def _batches(loader: Iterable[Any], most: int | None, show_progress: bool) -> Iterator[tuple[int, Any]]:
+    """The batches of this process, each with the place of its first image."""
+    from tqdm.auto import tqdm
+
+    rank, world = distributed.rank(), distributed.world_size()
+    length = len(loader) if hasattr(loader, "__len__") else None
+    start = 0
+    hidden = None if show_progress and rank == 0 else True
+    for number, batch in enumerate(tqdm(loader, "evaluate", length, unit="batch", disable=hidden, leave=False)):
+        count = len(images_of(batch))
+        kept = count if most is None else min(count, most - start)
+        if kept <= 0:
+            return
+        if number % world == rank:
+            yield start, _rows(batch, kept) if kept < count else batch
+        start += count
+
+
+def _rows(batch: Any, count: int) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: value[:count] for key, value in batch.items()}
+    return images_of(batch)[:count]

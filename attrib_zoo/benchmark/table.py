@@ -1,0 +1,272 @@
+"""The results of an evaluation: means with their intervals, differences between methods, costs; in any format."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attrib_zoo.benchmark.measures import Measure
+from attrib_zoo.benchmark.records import Records
+from attrib_zoo.errors import OptionError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over images with its 95 % bootstrap interval.
+
+    Attributes:
+        mean: the mean; NaN without images.
+        low: the lower end of the interval.
+        high: the upper end.
+        images: how many images have a value; those where the measure means nothing have none.
+    """
+
+    mean: float
+    low: float
+    high: float
+    images: int
+
+    def text(self, digits: int = 2) -> str:
+        """``"44.48 [40.11, 48.90]"``; a dash without images."""
+        if not self.images:
+            return "–"
+        if math.isnan(self.low):
+            return f"{self.mean:.{digits}f}"
+        return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+    def short(self, digits: int = 2) -> str:
+        """``"44.48 ±4.40"``: the mean and half the width of the interval."""
+        if not self.images or math.isnan(self.low):
+            return self.text(digits)
+        return f"{self.mean:.{digits}f} ±{(self.high - self.low) / 2:.{digits}f}"
+
+
+def estimate(values: Tensor, seed: int = 0) -> Estimate:
+    """Mean and percentile interval of 2000 bootstrap resamples of the finite values, ``(N,)``."""
+    kept = values[values.isfinite()].double()
+    if len(kept) == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    if len(kept) == 1:
+        return Estimate(float(kept[0]), math.nan, math.nan, 1)
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.cat(  # in parts: all at once are 2000 N numbers
+        [
+            kept[torch.randint(len(kept), (100, len(kept)), generator=generator)].mean(1)
+            for _ in range(_RESAMPLES // 100)
+        ]
+    )
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(float(kept.mean()), low, high, len(kept))
+
+
+class Table:
+    """What :func:`attrib_zoo.benchmark.evaluate` returns; ``print`` shows it.
+
+    Attributes:
+        records: everything per image: ``records.rows[method, image]``, ``records.costs[method]``, ``records.setting``.
+        measures: the columns.
+    """
+
+    def __init__(self, records: Records, measures: Sequence[Measure]) -> None:
+        self.records = records
+        self.measures = list(measures)
+
+    @property
+    def methods(self) -> list[str]:
+        """The rows, in the order in which they were asked for."""
+        return list(dict.fromkeys(method for method, _ in self.records.rows))
+
+    @property
+    def images(self) -> list[int]:
+        """The places in the loader of all images that any method explained."""
+        return sorted({image for _, image in self.records.rows})
+
+    def values(self, method: str, measure: str) -> Tensor:
+        """One number per image, ``(N,)``, in the order of ``images``; times 100 where tables print percent."""
+        factor = 100.0 if self._measure(measure).percent else 1.0
+        rows = [self.records.rows.get((method, image)) for image in self.images]
+        found = [math.nan if row is None else row.values.get(measure, math.nan) for row in rows]
+        return factor * torch.tensor(found, dtype=torch.float64)
+
+    def curve(self, method: str, measure: str) -> Tensor:
+        """The mean curve of a measure that has one, ``(P,)``."""
+        rows = [row.curves[measure] for (name, _), row in self.records.rows.items() if name == method]
+        return torch.tensor(rows, dtype=torch.float64).nanmean(0)
+
+    def estimate(self, method: str, measure: str) -> Estimate:
+        """Mean and 95 % interval of a method on a measure."""
+        return estimate(self.values(method, measure))
+
+    def difference(self, method: str, other: str, measure: str) -> Estimate:
+        """Mean and 95 % interval of the difference on the same images: ``method - other``.
+
+        An interval that holds 0 says that these images do not tell the two apart.
+        """
+        return estimate(self.values(method, measure) - self.values(other, measure))
+
+    def differences(self, reference: str | None = None) -> str:
+        """Every method minus one of them (the first), as Markdown; ``*`` where 0 is outside the interval."""
+        base = reference or self.methods[0]
+        if base not in self.methods:
+            raise OptionError(f"reference: must be one of {', '.join(self.methods)}, got {base!r}")
+        lines = []
+        for method in self.methods:
+            if method != base:
+                found = [self.difference(method, base, measure.name) for measure in self.measures]
+                clear = [e.images > 1 and (e.low > 0 or e.high < 0) for e in found]
+                digits = [_digits(measure) for measure in self.measures]
+                cells = [e.text(d) + "*" * c for e, d, c in zip(found, digits, clear, strict=True)]
+                lines.append([method, *cells])
+        return _markdown([f"minus {base}", *(f"{m.name} {m.arrow}" for m in self.measures)], lines)
+
+    # ------------------------------------------------------------------ formats
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows as text."""
+        costs = self.records.costs
+        head = ["method", *(f"{measure.name} {measure.arrow}" for measure in self.measures)]
+        head += ["images", "forward", "backward", "x forward", "peak MB"]
+        rows = []
+        for method in self.methods:
+            found = [self.estimate(method, measure.name) for measure in self.measures]
+            row = [method, *(e.text(_digits(m)) for e, m in zip(found, self.measures, strict=True))]
+            row.append(str(max((e.images for e in found), default=0)))
+            cost = costs[method]
+            each = max(cost.images, 1)
+            row += [f"{cost.forward / each:.4g}", f"{cost.backward / each:.4g}", f"{cost.times_forward:.2f}"]
+            rows.append([*row, "–" if cost.peak is None else f"{cost.peak / 1e6:.0f}"])
+        return head, rows
+
+    def notes(self) -> list[str]:
+        """What the reader must know: what was left out, and how it was computed."""
+        setting = self.records.setting
+        lines = [
+            f"{len(self.images)} images; mean [95 % bootstrap interval]; ↑ more is better, ↓ less is better",
+            "forward, backward: samples per image; x forward: time as a multiple of a plain pass of the same images",
+            f"masking {setting['masking']}, score {setting['score']}, seed {setting['seed']}, {setting['model']} "
+            f"{setting['weights']}, attrib_zoo {setting['attrib_zoo']}, torch {setting['torch']}",
+        ]
+        for method in self.methods:
+            for measure in self.measures:
+                lost = int((~self.values(method, measure.name).isfinite()).sum())
+                if lost:
+                    lines.append(
+                        f"{method}, {measure.name}: {lost} images without a value (no region, or no finite map)"
+                    )
+        return lines
+
+    def to_text(self) -> str:
+        """For the terminal: a line for each measure, a column for each method; the mean and half its interval."""
+        head, rows = self.cells()
+        columns = [[name, *row[1:]] for name, row in zip(self.methods, rows, strict=True)]
+        for column, method in zip(columns, self.methods, strict=True):
+            for i, measure in enumerate(self.measures, start=1):
+                column[i] = self.estimate(method, measure.name).short(_digits(measure))
+        columns.insert(0, ["", *head[1:]])
+        widths = [max(map(len, column)) for column in columns]
+        lines = []
+        for i in range(len(head)):
+            first, *rest = (column[i] for column in columns)
+            lines.append(
+                "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+            )
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        notes = [
+            note.replace("[95 % bootstrap interval]", "±half its 95 % bootstrap interval") for note in self.notes()
+        ]
+        return "\n".join([*lines, "", *notes])
+
+    def to_markdown(self) -> str:
+        """A Markdown table with its notes."""
+        return "\n\n".join([_markdown(*self.cells()), "\n".join(f"* {note}" for note in self.notes())])
+
+    def to_latex(self) -> str:
+        """A ``tabular``; needs the package booktabs."""
+        head, rows = self.cells()
+        signs = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "%": r"\%", "_": r"\_", "&": r"\&", "–": "--"}
+
+        def line(cells: Sequence[str]) -> str:
+            return " & ".join("".join(signs.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
+
+        body = [line(head), r"\midrule", *map(line, rows)]
+        return "\n".join(
+            [rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"]
+        )
+
+    def to_csv(self) -> str:
+        """One line per method and measure: mean, low, high, images."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["method", "measure", "mean", "low", "high", "images"])
+        for method in self.methods:
+            for measure in self.measures:
+                e = self.estimate(method, measure.name)
+                writer.writerow([method, measure.name, e.mean, e.low, e.high, e.images])
+        return text.getvalue()
+
+    def to_json(self) -> str:
+        """Setting, means with intervals, and costs."""
+        methods = {
+            method: {
+                "measures": {m.name: _jsonable(vars(self.estimate(method, m.name))) for m in self.measures},
+                "cost": self.records.costs[method].facts(),
+            }
+            for method in self.methods
+        }
+        return json.dumps({"setting": self.records.setting, "methods": methods}, indent=1)
+
+    def to_pandas(self) -> Any:
+        """A DataFrame of per-image values, with columns method, image, target, clean and the measures; needs pandas."""
+        import pandas as pd
+
+        rows = [
+            {"method": row.method, "image": row.image, "target": row.target, "clean": row.clean, **row.values}
+            for row in self.records.rows.values()
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self) -> Figure:
+        """Curves of ROAD, insertion and deletion where measured, and a measure against the cost."""
+        from attrib_zoo.benchmark.plots import plot
+
+        return plot(self)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def __repr__(self) -> str:
+        return f"<Table of {len(self.methods)} methods, {len(self.measures)} measures, {len(self.images)} images>"
+
+    def _measure(self, name: str) -> Measure:
+        for measure in self.measures:
+            if measure.name == name:
+                return measure
+        raise OptionError(f"measure: must be one of {', '.join(m.name for m in self.measures)}, got {name!r}")
+
+
+def _digits(measure: Measure) -> int:
+    return 2 if measure.percent else 4
+
+
+def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in (head, *rows)]
+    rule = "|".join("-" * (width + 2) for width in widths)
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])

@@ -1,0 +1,203 @@
+"""Relevance propagation for transformers (Chefer, Gur and Wolf, CVPR 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.backbone.attention import Attended, Attentions, Matrix, attend, find_attention
+from attrib_zoo.backbone.heads import precise
+from attrib_zoo.backbone.layers import look
+from attrib_zoo.backbone.module import find
+from attrib_zoo.backbone.prenorm import Block, PreNorm, Values, take_apart
+from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.methods import _relevance as rules
+from attrib_zoo.methods._attention import AttentionMethod, not_zero, positive, with_identity
+from attrib_zoo.targets import TargetQuery
+
+if TYPE_CHECKING:
+
+    class _GradientAttribution:
+        pass
+
+else:
+    from captum.attr import GradientAttribution as _GradientAttribution
+
+
+class TransformerLRP(AttentionMethod, _GradientAttribution):
+    r"""Which patches the score's relevance flows back to, through every layer and along attention that matters.
+
+    .. math:: M = (\bar A_L \cdots \bar A_s)_{\mathrm{class}}, \qquad \bar A_l = I + \frac{1}{H} \sum_h \mathrm{ReLU}
+              \Big(\frac{\partial S_c}{\partial A_l^{(h)}} \odot R_{A_l^{(h)}}\Big)
+
+    (Eq. 13 and 14 of the paper), with :math:`A_l^{(h)}` the T x T attention of head h in block l, S_c the target's
+    logit, and R the relevance that reaches it from a one at the target, by the rules of deep Taylor decomposition:
+    positive products only in linear layers, sums and matrix products by share, each image by itself.
+
+    Runs on unmodified timm and torchvision ViTs with fused attention, frozen or not. Attention and the way in which
+    the blocks are built are checked by their numbers; a model that is built otherwise is refused.
+
+    **Patent notice.** Layer-wise relevance propagation is patented: US 12,061,966 and EP 3271863. Whether these
+    patents cover the rules used here is not settled; find out before you use them beyond personal or scientific
+    purposes. :class:`~attrib_zoo.GenericAttention` uses no relevance propagation.
+
+    Args:
+        model: see :class:`~attrib_zoo.attribution.Attribution`.
+        layers: must be ``None``: every attention block is read.
+        start_layer: s, the first block that takes part, counted from 0.
+        row_norm: divide the rows of each factor by their sums.
+        mean_pooling: also explain models whose head averages tokens: relevance is shared among them, and the map is
+            the mean over their rows.
+        upsample: ``False`` returns ``(N, 1, h, w)``.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> from attrib_zoo import TransformerLRP
+        >>> model = VisionTransformer(img_size=64, embed_dim=24, depth=2, num_heads=2)
+        >>> TransformerLRP(model).attribute(torch.rand(2, 3, 64, 64), target=[3, 7]).shape
+        torch.Size([2, 3, 64, 64])
+
+    References:
+        H. Chefer, S. Gur, L. Wolf: Transformer Interpretability Beyond Attention Visualization. CVPR 2021.
+
+    Deviations:
+        Sums are balanced for each image; the authors' code balances over the batch and gives one map for it. LayerScale
+        and norms of queries and keys, not in the paper, pass relevance on as LayerNorm does. Distilled DeiT gives half
+        the relevance to each head, and the map is the mean of the two tokens' rows. Averaged tokens are not in the
+        paper. Computed in float32 or better, whatever the model's precision; shares of sums that nearly cancel amplify
+        rounding, so that a model in half precision can get another map than in float32.
+    """
+
+    family: ClassVar[str] = "relevance propagation"
+    paper: ClassVar[str] = "Chefer et al., CVPR 2021"
+    cost: ClassVar[str] = "1F + 1B + about 4F"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Any = None,
+        *,
+        start_layer: int = 0,
+        row_norm: bool = False,
+        mean_pooling: bool = False,
+        upsample: bool = True,
+    ) -> None:
+        super().__init__(model, layers, mean_pooling=mean_pooling, upsample=upsample)
+        if isinstance(start_layer, bool) or not isinstance(start_layer, int) or start_layer < 0:
+            raise OptionError(f"start_layer: must be 0 or the number of a later block, got {start_layer!r}")
+        self.start_layer = start_layer
+        self.row_norm = bool(row_norm)
+        self._parts: dict[tuple[int, ...], PreNorm] = {}
+
+    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        found, parts = self._apart(inputs, args)
+        values = Values()
+        with precise(inputs):  # shares of sums that nearly cancel do not survive autocast
+            with values.listening(self.model, parts):
+                attended = attend(
+                    self.model,
+                    found,
+                    inputs,
+                    args,
+                    lambda outputs: query.resolve(outputs.detach()).select(outputs),
+                    beside=values.scores,
+                )
+            maps = found.follow(self._steps(found, parts, values, attended))
+        return not_zero(maps.transpose(0, 1), self.get_name())
+
+    def _apart(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Attentions, PreNorm]:
+        """Where the model attends and how it is built, for inputs of this shape; found once per shape."""
+        key = tuple(inputs.shape[1:])
+        if key not in self._parts:
+            trace = look(self.model, inputs, args)
+            self._found[key] = find_attention(self.model, inputs, args, trace)
+            found = self._attention(inputs, args)
+            self._parts[key] = take_apart(trace, found, inputs, args)
+        parts = self._parts[key]
+        if self.start_layer >= len(parts.blocks):
+            raise OptionError(
+                f"start_layer: must be below {len(parts.blocks)}, the number of blocks of "
+                f"{type(self.model).__name__}, got {self.start_layer}"
+            )
+        return self._attention(inputs, args), parts
+
+    def _steps(self, found: Attentions, parts: PreNorm, values: Values, attended: Attended) -> Iterator[Tensor]:
+        """The factors of the product, from the last block to the first that takes part."""
+        relevance: Tensor | None = None
+        numbered = zip(range(len(parts.blocks))[::-1], attended.matrices(), strict=True)
+        for number, matrix in numbered:
+            dtype = matrix.values.dtype
+            if relevance is None:
+                relevance = _from_scores(self.model, found, parts, values, attended.beside, dtype)
+            first = number == self.start_layer
+            relevance, at_matrix = _through_block(self.model, parts.blocks[number], values, matrix, relevance, first)
+            yield with_identity(positive(matrix.gradients(), at_matrix), normalise=self.row_norm)
+            if first:
+                return
+
+
+def _from_scores(
+    model: nn.Module,
+    found: Attentions,
+    parts: PreNorm,
+    values: Values,
+    gradients: tuple[Tensor, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Relevance of the tokens behind the last block, ``(M, N, T, D)``.
+
+    A head begins with the gradient of the score at its output: a one at the target, a half where two heads are
+    averaged.
+    """
+    tokens = values.out_of(parts.tokens, dtype)
+    relevance = tokens.new_zeros(len(gradients[0]), *tokens.shape)
+    for head, gradient in zip(parts.heads, gradients, strict=True):
+        if bool((gradient < 0).any()):
+            raise UnsupportedModelError(
+                f"model: must put out the logits of its linear head {head.linears[-1]!r}, for which a relevance of one "
+                "is defined; something behind it, such as a softmax, mixes the classes: pass the model without it"
+            )
+        share = gradient.to(dtype)
+        for name in reversed(head.linears):
+            share = rules.linear(share, values.into(name, dtype), _weight(model, name, dtype))
+        if head.token is None:
+            read = list(found.read)
+            relevance[:, :, read] += rules.mean(share, tokens[:, read])
+        else:
+            relevance[:, :, head.token] += share
+    return relevance
+
+
+def _through_block(
+    model: nn.Module, block: Block, values: Values, matrix: Matrix, relevance: Tensor, first: bool
+) -> tuple[Tensor, Tensor]:
+    """Relevance of a block's input, ``(M, N, T, D)``, and of its attention matrices, ``(M, N, H, T, T)``.
+
+    In the first block that takes part nothing is asked for below the matrices.
+    """
+    dtype = matrix.values.dtype
+    start, middle = values.into(block.name, dtype), values.into(block.norm, dtype)
+    kept, share = rules.add(relevance, middle, values.out_of(block.last, dtype))
+    for name in reversed(block.linears):
+        share = rules.linear(share, values.into(name, dtype), _weight(model, name, dtype))
+    relevance = rules.clone(middle, kept, share)
+    kept, share = rules.add(relevance, start, values.out_of(block.branch[0], dtype))
+    heads = matrix.heads
+    share = heads.apart(rules.linear(share, heads.together(matrix.context), heads.out_weight))
+    at_matrix, at_v = rules.matmul(share, matrix.values, matrix.v, matrix.context)
+    if first:
+        return relevance, at_matrix
+    keys = matrix.k.transpose(-2, -1)
+    at_q, at_k = rules.matmul(at_matrix, matrix.q, keys, matrix.q @ keys)
+    at_qkv = torch.cat([heads.together(part) for part in (at_q, at_k.transpose(-2, -1), at_v)], -1)
+    share = rules.linear(at_qkv, matrix.tokens, heads.weight)
+    return rules.clone(start, kept, share), at_matrix
+
+
+def _weight(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    weight: Any = find(model, name).weight
+    return weight.detach().to(dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,192 @@
+"""Insertion and deletion: the score as the pixels appear, or disappear, from the most to the least relevant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attrib_zoo.backbone.capture import unwrap
+from attrib_zoo.errors import OptionError
+from attrib_zoo.masking import upsample
+from attrib_zoo.metrics._maps import Seed, finite_rows, ranks, read_maps
+from attrib_zoo.metrics._scores import Score, check_inputs, hidden_colour, score_copies
+
+BASELINES = ("standardized", "raw", "blur")
+
+Baseline = str | Tensor
+
+
+def insertion(model: nn.Module, inputs: Tensor, attributions: Tensor, target: Any = None, **options: Any) -> Tensor:
+    """Area under the score while pixels are put into a blurred image, the most relevant first; higher is better.
+
+    The trapezoidal area under :func:`insertion_curve`, whose fractions run from 0 to 1; all options are that one's.
+
+    Returns:
+        ``(N,)``, in 0...1 for scores in 0...1; NaN where the map is not finite.
+
+    References:
+        Petsiuk et al., RISE: Randomized input sampling for explanation of black-box models, BMVC 2018.
+    """
+    return _area(insertion_curve(model, inputs, attributions, target, **options))
+
+
+def deletion(model: nn.Module, inputs: Tensor, attributions: Tensor, target: Any = None, **options: Any) -> Tensor:
+    """Area under the score while pixels are removed from the image, the most relevant first; lower is better.
+
+    The trapezoidal area under :func:`deletion_curve`, whose fractions run from 0 to 1; all options are that one's.
+
+    Returns:
+        ``(N,)``, in 0...1 for scores in 0...1; NaN where the map is not finite.
+
+    References:
+        Petsiuk et al., RISE: Randomized input sampling for explanation of black-box models, BMVC 2018.
+    """
+    return _area(deletion_curve(model, inputs, attributions, target, **options))
+
+
+def insertion_curve(
+    model: nn.Module,
+    inputs: Tensor,
+    attributions: Tensor,
+    target: Any = None,
+    *,
+    steps: int | None = None,
+    baseline: Baseline = "blur",
+    score: Score = "softmax",
+    ties: str = "random",
+    seed: Seed = 0,
+    chunk_size: int | None = None,
+    additional_forward_args: Any = None,
+) -> Tensor:
+    """The score with the ``k/steps`` most relevant pixels of the image shown, the others replaced; ``k = 0...steps``.
+
+    Args:
+        model: A classifier. It runs in eval mode and is left as it was.
+        inputs: ``(N, C, H, W)``, standardised as the model wants them.
+        attributions: The maps: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)``; smaller
+            ones are enlarged bilinearly.
+        target: In any of Captum's forms; ``None`` is the model's own decision on the whole image.
+        steps: Number of equal steps. ``None`` is the height of the image: RISE's 224 steps of 224 pixels at 224 px.
+        baseline: What stands where the image is not shown: ``"blur"`` the image under a Gaussian (11 px, sigma 5),
+            ``"standardized"`` the mean colour (0), ``"raw"`` black, or a tensor that broadcasts to the inputs.
+        score: ``"softmax"``, ``"sigmoid"``, or a function from the outputs ``(N, K)`` to scores of the same shape.
+        ties: Which of equal values goes first: ``"random"`` and ``"stable"`` change exactly ``k/steps`` of the
+            pixels, in a random order of each image or in raster order; with ``"threshold"`` they go together.
+        seed: Of the random orders: one int per image, or an int, to which image i adds i.
+        chunk_size: Images per forward pass; 32 or fewer as memory allows when ``None``.
+        additional_forward_args: As in :meth:`Attribution.attribute`.
+
+    Returns:
+        ``(N, steps + 1)``; NaN where the map is not finite.
+    """
+    return _curve(
+        model,
+        inputs,
+        attributions,
+        target,
+        True,
+        steps,
+        baseline,
+        ties,
+        seed,
+        score=score,
+        chunk_size=chunk_size,
+        additional_forward_args=additional_forward_args,
+    )
+
+
+def deletion_curve(
+    model: nn.Module,
+    inputs: Tensor,
+    attributions: Tensor,
+    target: Any = None,
+    *,
+    steps: int | None = None,
+    baseline: Baseline = "standardized",
+    score: Score = "softmax",
+    ties: str = "random",
+    seed: Seed = 0,
+    chunk_size: int | None = None,
+    additional_forward_args: Any = None,
+) -> Tensor:
+    """The score with the ``k/steps`` most relevant pixels of the image replaced; ``k = 0...steps``.
+
+    All arguments are those of :func:`insertion_curve`; what replaces pixels is the mean colour, as in RISE.
+
+    Returns:
+        ``(N, steps + 1)``; NaN where the map is not finite.
+    """
+    return _curve(
+        model,
+        inputs,
+        attributions,
+        target,
+        False,
+        steps,
+        baseline,
+        ties,
+        seed,
+        score=score,
+        chunk_size=chunk_size,
+        additional_forward_args=additional_forward_args,
+    )
+
+
+def _curve(
+    model: nn.Module,
+    inputs: Tensor,
+    attributions: Tensor,
+    target: Any,
+    inserting: bool,
+    steps: int | None,
+    baseline: Baseline,
+    ties: str,
+    seed: Seed,
+    **asking: Any,
+) -> Tensor:
+    check_inputs(inputs)
+    size = inputs.shape[-2] * inputs.shape[-1]
+    steps = inputs.shape[-2] if steps is None else steps
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= size:
+        raise OptionError(f"steps: must be an integer from 1 to the number of pixels ({size}), got {steps!r}")
+    maps = read_maps(attributions, len(inputs)).to(inputs.device)
+    order = ranks(upsample(maps.nan_to_num(), inputs.shape[-2:]), ties, seed)
+    counts = torch.tensor([round(k * size / steps) for k in range(steps + 1)], device=inputs.device)
+    other = _replacement(model, baseline, inputs.detach())
+
+    def make(rows: Tensor, places: Tensor) -> Tensor:
+        first = order[rows] < counts[places].view(-1, 1, 1, 1)
+        return torch.where(first == inserting, inputs.detach()[rows], other[rows])
+
+    curve = score_copies(model, inputs, steps + 1, make, target, **asking)
+    return curve.masked_fill(~finite_rows(maps)[:, None], torch.nan)
+
+
+def _replacement(model: nn.Module, baseline: Baseline, inputs: Tensor) -> Tensor:
+    if not isinstance(baseline, Tensor) and baseline not in BASELINES:
+        raise OptionError(f"baseline: must be one of {', '.join(BASELINES)} or a tensor, got {baseline!r}")
+    if isinstance(baseline, str) and baseline == "blur":
+        return blur(inputs)
+    colour = hidden_colour(unwrap(model), baseline, inputs)
+    return torch.as_tensor(colour, dtype=inputs.dtype, device=inputs.device).expand_as(inputs)
+
+
+def blur(images: Tensor, kernel: int = 11, sigma: float = 5.0) -> Tensor:
+    """Images ``(N, C, H, W)`` under a Gaussian of ``kernel`` pixels; at the border over the pixels that there are."""
+    offsets = torch.arange(kernel, device=images.device, dtype=torch.float64) - kernel // 2
+    weights = (-(offsets**2) / (2 * sigma**2)).exp().to(images)
+    out = images
+    for axis in (-2, -1):
+        shape, padding = ((kernel, 1), (kernel // 2, 0)) if axis == -2 else ((1, kernel), (0, kernel // 2))
+        line = weights.view(1, 1, *shape)
+        flat = out.flatten(0, 1)[:, None]
+        there = F.conv2d(torch.ones_like(flat[:1]), line, padding=padding)
+        out = (F.conv2d(flat, line, padding=padding) / there)[:, 0].view_as(images)
+    return out
+
+
+def _area(curve: Tensor) -> Tensor:
+    return torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1), dim=1)
