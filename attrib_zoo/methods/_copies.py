@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attrib_zoo.errors import OptionError
-from attrib_zoo.masking import ChunkSize, black, channel_stats
-
-BASELINES = ("black", "mean")
+from attrib_zoo.masking import ChunkSize
 
 
 def each_chunk(
@@ -59,29 +57,3 @@ def check_seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise OptionError(f"seed: must be an integer, got {seed!r}")
     return seed
-
-
-def check_baseline(value: str | float | Tensor) -> str | float | Tensor:
-    """``value`` if it can be an image where nothing is seen, else an :class:`OptionError`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number or isinstance(value, Tensor) or (isinstance(value, str) and value in BASELINES)):
-        raise OptionError(f"baseline: must be 'black', 'mean', a number or a tensor of images, got {value!r}")
-    return value
-
-
-def baseline_images(baseline: str | float | Tensor, model: nn.Module, inputs: Tensor) -> Tensor:
-    """The baseline of each image, ``(N, C, H, W)``, standardised as the inputs are."""
-    if isinstance(baseline, str):
-        return (
-            black(*channel_stats(model, inputs.shape[1]), inputs).expand_as(inputs)
-            if baseline == "black"
-            else (torch.zeros_like(inputs))
-        )
-    if not isinstance(baseline, Tensor):
-        return torch.full_like(inputs, baseline)
-    try:
-        return baseline.to(inputs).expand_as(inputs)
-    except RuntimeError:
-        raise OptionError(
-            f"baseline: must have the shape of one image or of all {tuple(inputs.shape)}, got {tuple(baseline.shape)}"
-        ) from None

@@ -27,8 +27,8 @@ class CAM(GradientCAM):
     of the one linear layer behind it, ``(K, D)``. The mean of the map is the target's logit without its bias.
 
     Whether a model ends so is found out by feeding the part behind the layer with other features, once per image
-    size: it must answer to their averages only, and linearly. Most residual and densely connected networks pass, under
-    any wrapper; other models are refused, and :class:`~attrib_zoo.GradCAM` is the same where both are defined, up to
+    size: it must answer to their averages only, and linearly. Residual networks and EfficientNets pass, under any
+    wrapper; other models are refused, and :class:`~attrib_zoo.GradCAM` is the same where both are defined, up to
     the factor h·w.
 
     Args:
@@ -91,8 +91,9 @@ class CAM(GradientCAM):
         if float(off) > tolerance * float((outputs - zero).abs().max()):
             raise UnsupportedModelError(
                 "CAM: needs global average pooling and one linear layer, and nothing else, behind the layer; behind "
-                f"{tap.name!r} {type(self.model).__name__} has {listed(self._behind(inputs[:1], one, tap), 6)}; use "
-                "GradCAM or HiResCAM, which need no such head, or name the layer before the pooling"
+                f"{tap.name!r} {type(self.model).__name__} has {listed(self._behind(inputs[:1], one, tap), 6)} "
+                "(functions such as F.relu are not listed); use GradCAM or HiResCAM, which need no such head, or name "
+                "the layer before the pooling"
             )
 
     def _behind(self, inputs: Tensor, args: Sequence[Any], tap: Tap) -> list[str]:

@@ -12,7 +12,8 @@ from attrib_zoo.attribution import check_choice
 from attrib_zoo.backbone.capture import run, select_args
 from attrib_zoo.masking import ChunkSize
 from attrib_zoo.methods._cam import GradientCAM, check_gradients, differentiate
-from attrib_zoo.methods._copies import baseline_images, check_baseline, each_chunk
+from attrib_zoo.methods._copies import each_chunk
+from attrib_zoo.methods._perturbation import Baseline, check_baseline, resolve_baseline
 from attrib_zoo.targets import TargetQuery
 from attrib_zoo.training.data import check_count
 
@@ -31,8 +32,8 @@ class IntegratedGradCAM(GradientCAM):
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: see :class:`~attrib_zoo.attribution.Attribution`; several layers give the mean of their maps.
         n_steps: n, the points on the path.
-        baseline: b: ``"black"``, ``"mean"`` (the mean colour, zero after standardisation), a number, or an image or
-            images ``(C, H, W)`` or ``(N, C, H, W)``, standardised.
+        baseline: b: ``"black"``, ``"mean"`` (0, the mean colour), ``"blur"`` (the image itself, blurred), a number,
+            or a tensor that broadcasts to the inputs.
         subtract_baseline: ``False`` weighs the feature maps themselves instead of their difference to the baseline's.
         rule: ``"right"``: the points above; ``"left"``: from the baseline up to one step before the image.
         chunk_size: how many points go through the model at once; ``None`` finds it. Never changes a map.
@@ -68,7 +69,7 @@ class IntegratedGradCAM(GradientCAM):
         layers: Any = None,
         *,
         n_steps: int = 50,
-        baseline: str | float | Tensor = "black",
+        baseline: Baseline = "black",
         subtract_baseline: bool = True,
         rule: str = "right",
         chunk_size: int | None = None,
@@ -88,7 +89,7 @@ class IntegratedGradCAM(GradientCAM):
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         taps = self.taps(inputs, args)
         target = query.resolve(run(self.model, inputs, args)[0])
-        start = baseline_images(self.baseline, self.model, inputs)
+        start = torch.zeros_like(inputs) + resolve_baseline(self.baseline, self.model, inputs)
         _, origins = run(self.model, start, args, taps)
         totals: list[Tensor] = []
         alive: list[Tensor] = []

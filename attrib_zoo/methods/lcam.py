@@ -176,13 +176,12 @@ class LCAMFm(_LCAM):
 
     Example:
         >>> import torch
-        >>> from torchvision.models import squeezenet1_1
         >>> from attrib_zoo import LCAMFm
-        >>> model = squeezenet1_1(weights=None)
-        >>> loader = [torch.randn(4, 3, 64, 64) for _ in range(30)]
-        >>> explainer = LCAMFm(model).fit(loader, max_steps=30, show_progress=False)
+        >>> from attrib_zoo.synthetic import tiny_cnn
+        >>> loader = [torch.randn(4, 3, 32, 32) for _ in range(40)]
+        >>> explainer = LCAMFm(tiny_cnn()).fit(loader, max_steps=40, show_progress=False)
         >>> explainer.maps(loader[0]).shape
-        torch.Size([4, 1000, 3, 3])
+        torch.Size([4, 6, 8, 8])
 
     References:
         I. Gkartzonika, N. Gkalelis, V. Mezaris: Learning Visual Explanations for DCNN-Based Image Classifiers Using an
@@ -284,13 +283,12 @@ class LCAMImg(_LCAM):
 
     Example:
         >>> import torch
-        >>> from torchvision.models import squeezenet1_1
         >>> from attrib_zoo import LCAMImg
-        >>> model = squeezenet1_1(weights=None)
-        >>> loader = [torch.randn(4, 3, 64, 64) for _ in range(30)]
-        >>> explainer = LCAMImg(model).fit(loader, max_steps=30, show_progress=False)
+        >>> from attrib_zoo.synthetic import tiny_cnn
+        >>> loader = [torch.randn(4, 3, 32, 32) for _ in range(40)]
+        >>> explainer = LCAMImg(tiny_cnn()).fit(loader, max_steps=40, show_progress=False)
         >>> explainer.maps(loader[0]).shape
-        torch.Size([4, 1000, 3, 3])
+        torch.Size([4, 6, 8, 8])
 
     References:
         I. Gkartzonika, N. Gkalelis, V. Mezaris: Learning Visual Explanations for DCNN-Based Image Classifiers Using an

@@ -199,7 +199,10 @@ def test_options():
     model = nets.Mixed()
     for options, words in (
         ({"n_steps": 0}, r"n_steps: must be a positive integer, got 0"),
-        ({"baseline": "white"}, r"baseline: must be 'black', 'mean', a number or a tensor of images, got 'white'"),
+        (
+            {"baseline": "white"},
+            r"baseline: must be 'mean', 'black', 'blur', a finite number .* got 'white'",
+        ),
         ({"rule": "middle"}, r"rule: must be one of 'right', 'left', got 'middle'"),
         ({"chunk_size": 0}, r"chunk_size: must be a positive integer or None, got 0"),
     ):
@@ -213,5 +216,5 @@ def test_options():
         with pytest.raises(OptionError, match=words):
             SmoothGradCAMPlusPlus(model, **options)
     wrong = IntegratedGradCAM(nets.lively(nets.Mixed()), "features", baseline=torch.zeros(3, 9, 9))
-    with pytest.raises(OptionError, match=r"baseline: must have the shape of one image or of all \(2, 3, 8, 8\), got"):
+    with pytest.raises(OptionError, match=r"baseline: must broadcast to the inputs \(2, 3, 8, 8\), got"):
         wrong.attribute(zoo.normal(2, 3, 8, 8), 1)
