@@ -27,6 +27,7 @@ CASES = {
     **{name: (*case, {}) for name, case in ARCHITECTURES.items() if name != "no bias"},
     "two linear layers in the head": (with_representation, 1, [0], {}),
     "later blocks only": (vit, 1, [0], {"start_layer": 1}),
+    "the last block only": (vit, 1, [0], {"start_layer": 2}),
     "rows normalised": (vit, 1, [0], {"row_norm": True}),
 }
 
