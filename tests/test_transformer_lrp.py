@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import engine_cases as cases
 import pytest
 import torch
 from oracles import explicit_lrp
 from test_attention import ARCHITECTURES, TARGETS, assert_close, read_out, sized_images, torchvision_vit, vit
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from attrib_zoo import TransformerLRP
+from attrib_zoo import AttentionRollout, GenericAttention, TransformerLRP
 from attrib_zoo.errors import OptionError, UnsupportedModelError
 from attrib_zoo.methods import _relevance as rules
 
@@ -24,6 +27,7 @@ CASES = {
     **{name: (*case, {}) for name, case in ARCHITECTURES.items() if name != "no bias"},
     "two linear layers in the head": (with_representation, 1, [0], {}),
     "later blocks only": (vit, 1, [0], {"start_layer": 1}),
+    "the last block only": (vit, 1, [0], {"start_layer": 2}),
     "rows normalised": (vit, 1, [0], {"row_norm": True}),
 }
 
@@ -71,6 +75,26 @@ def test_division_by_nothing_gives_nothing():
     assert torch.allclose(found[2:], torch.tensor([0.5, -0.5], dtype=torch.float64))
 
 
+def test_what_a_map_costs_beside_a_forward_pass():
+    """In matrix products, which are counted exactly: ViT-tiny at 224 px."""
+    from timm import create_model
+
+    model, images = create_model("vit_tiny_patch16_224", depth=3, num_classes=5).eval(), cases.images(1, size=224)
+
+    def flops(call: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    explainers = AttentionRollout(model), GenericAttention(model), TransformerLRP(model)
+    for explainer in explainers:
+        explainer.attribute(images, target=3)  # the attention is found once
+    with torch.inference_mode():
+        once = flops(lambda: model(images))
+    times = [flops(lambda e=e: e.attribute(images, target=3)) / once for e in explainers]
+    assert all(most >= found for most, found in zip((1.4, 2.9, 6.9), times, strict=True)), times
+
+
 def test_autocast_does_not_reach_the_rules():
     model, images = vit(), cases.images()
     wanted = TransformerLRP(model).attribute(images, target=TARGETS)
@@ -97,6 +121,17 @@ def post_norm():
     return vit(block_fn=ResPostBlock)
 
 
+def halved():
+    from timm.models.vision_transformer import Block
+
+    class Halved(Block):
+        def forward(self, x: Tensor, **_: object) -> Tensor:
+            x = x + self.attn(self.norm1(x))
+            return 0.5 * x + self.mlp(self.norm2(x))
+
+    return vit(block_fn=Halved)
+
+
 def gated():
     from timm.layers import SwiGLU
 
@@ -120,6 +155,7 @@ class Mixing(nn.Module):
 
 REFUSED = {
     "norms behind the branches": (post_norm, r"'blocks\.0' \(ResPostBlock\).*use GenericAttention"),
+    "a residual that is no sum": (halved, r"'blocks\.0' \(Halved\): its second sum is not x \+ mlp"),
     "a gated MLP": (gated, r"'blocks\.0\.mlp\.\w+' .* it does not work on what the layer before"),
     "an unknown mixing layer": (convolution_in_mlp, r"'blocks\.1\.mlp\.norm\.0' \(Mixing\): no rule is known"),
     "a softmax at the end": (WithSoftmax, "logits of its linear head 'inner.head'.* pass the model without it"),

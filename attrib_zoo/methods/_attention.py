@@ -68,8 +68,8 @@ def not_zero(maps: Tensor, who: str) -> Tensor:
     """The maps; called by ``_maps``, it warns once where gradients left nothing of them."""
     if not bool(maps.any()):
         warnings.warn(
-            f"{who}: the map is exactly zero, since the score does not change with the attention of these images; "
-            "is the head of the model untrained?",
+            f"{who}: the map is exactly zero, since the score does not change with what is read of these "
+            "images; is the head of the model untrained?",
             UserWarning,
             stacklevel=6,  # the caller of attribute
         )

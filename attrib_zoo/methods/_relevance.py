@@ -19,8 +19,8 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
 
 def linear(relevance: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
     """The share of each input in what a linear layer adds up, positive products only (alpha 1, beta 0; no bias)."""
-    plus, weight_plus = inputs.clamp(min=0), weight.clamp(min=0)
-    minus, weight_minus = inputs - plus, weight - weight_plus
+    plus, minus = inputs.clamp(min=0), inputs.clamp(max=0)
+    weight_plus, weight_minus = weight.clamp(min=0), weight.clamp(max=0)
     total = plus @ weight_plus.T + minus @ weight_minus.T
     share = relevance / total.add_(_LEAST)  # where nothing is positive, nothing is shared either
     return (share @ weight_plus).mul_(plus).add_((share @ weight_minus).mul_(minus))

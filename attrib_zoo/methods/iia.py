@@ -68,9 +68,9 @@ class IIA(AttentionMethod, _GradientAttribution):
 
     Example:
         >>> import torch
-        >>> from torchvision.models import squeezenet1_1
+        >>> from torchvision.models import resnet18
         >>> from attrib_zoo import IIA
-        >>> model = squeezenet1_1(weights=None)
+        >>> model = resnet18(weights=None)
         >>> IIA(model, n_steps=2).attribute(torch.rand(1, 3, 64, 64), target=3).shape
         torch.Size([1, 3, 64, 64])
 

@@ -128,13 +128,16 @@ class TransformerLRP(AttentionMethod, _GradientAttribution):
     def _steps(self, found: Attentions, parts: PreNorm, values: Values, attended: Attended) -> Iterator[Tensor]:
         """The factors of the product, from the last block to the first that takes part."""
         relevance: Tensor | None = None
+        rows: list[int] | slice = list(found.read)
         numbered = zip(range(len(parts.blocks))[::-1], attended.matrices(), strict=True)
         for number, matrix in numbered:
             dtype = matrix.values.dtype
             if relevance is None:
                 relevance = _from_scores(self.model, found, parts, values, attended.beside, dtype)
             first = number == self.start_layer
-            relevance, at_matrix = _through_block(self.model, parts.blocks[number], values, matrix, relevance, first)
+            block = parts.blocks[number]
+            relevance, at_matrix = _through_block(self.model, block, values, matrix, relevance, rows, first)
+            rows = slice(None)
             yield with_identity(positive(matrix.gradients(), at_matrix), normalise=self.row_norm)
             if first:
                 return
@@ -148,12 +151,12 @@ def _from_scores(
     gradients: tuple[Tensor, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Relevance of the tokens behind the last block, ``(M, N, T, D)``.
+    """Relevance of the tokens behind the last block that are read, ``(M, N, R, D)``; the others have none.
 
     A head begins with the gradient of the score at its output: a one at the target, a half where two heads are
     averaged.
     """
-    tokens = values.out_of(parts.tokens, dtype)
+    tokens = values.out_of(parts.tokens, dtype)[:, list(found.read)]
     relevance = tokens.new_zeros(len(gradients[0]), *tokens.shape)
     for head, gradient in zip(parts.heads, gradients, strict=True):
         if bool((gradient < 0).any()):
@@ -165,37 +168,53 @@ def _from_scores(
         for name in reversed(head.linears):
             share = rules.linear(share, values.into(name, dtype), _weight(model, name, dtype))
         if head.token is None:
-            read = list(found.read)
-            relevance[:, :, read] += rules.mean(share, tokens[:, read])
+            relevance += rules.mean(share, tokens)
         else:
-            relevance[:, :, head.token] += share
+            relevance[:, :, found.read.index(head.token)] += share
     return relevance
 
 
 def _through_block(
-    model: nn.Module, block: Block, values: Values, matrix: Matrix, relevance: Tensor, first: bool
+    model: nn.Module,
+    block: Block,
+    values: Values,
+    matrix: Matrix,
+    relevance: Tensor,
+    rows: list[int] | slice,
+    first: bool,
 ) -> tuple[Tensor, Tensor]:
     """Relevance of a block's input, ``(M, N, T, D)``, and of its attention matrices, ``(M, N, H, T, T)``.
 
-    In the first block that takes part nothing is asked for below the matrices.
+    Up to the matrices each token is by itself, so only those with relevance, R of them at ``rows``, are looked at. In
+    the first block that takes part nothing is asked for below the matrices.
     """
-    dtype = matrix.values.dtype
-    start, middle = values.into(block.name, dtype), values.into(block.norm, dtype)
-    kept, share = rules.add(relevance, middle, values.out_of(block.last, dtype))
+    dtype, heads = matrix.values.dtype, matrix.heads
+    start, middle = values.into(block.name, dtype), values.into(block.norm, dtype)[:, rows]
+    kept, share = rules.add(relevance, middle, values.out_of(block.last, dtype)[:, rows])
     for name in reversed(block.linears):
-        share = rules.linear(share, values.into(name, dtype), _weight(model, name, dtype))
+        share = rules.linear(share, values.into(name, dtype)[:, rows], _weight(model, name, dtype))
     relevance = rules.clone(middle, kept, share)
-    kept, share = rules.add(relevance, start, values.out_of(block.branch[0], dtype))
-    heads = matrix.heads
-    share = heads.apart(rules.linear(share, heads.together(matrix.context), heads.out_weight))
-    at_matrix, at_v = rules.matmul(share, matrix.values, matrix.v, matrix.context)
+    kept, share = rules.add(relevance, start[:, rows], values.out_of(block.branch[0], dtype)[:, rows])
+    context, q, keys = matrix.context[:, :, rows], matrix.q[:, :, rows], matrix.k.transpose(-2, -1)
+    share = heads.apart(rules.linear(share, heads.together(context), heads.out_weight))
+    at_rows, at_v = rules.matmul(share, matrix.values[:, :, rows], matrix.v, context)
+    at_matrix = _at(rows, at_rows, matrix.tokens.shape[1])
     if first:
         return relevance, at_matrix
-    keys = matrix.k.transpose(-2, -1)
-    at_q, at_k = rules.matmul(at_matrix, matrix.q, keys, matrix.q @ keys)
-    at_qkv = torch.cat([heads.together(part) for part in (at_q, at_k.transpose(-2, -1), at_v)], -1)
+    at_q, at_k = rules.matmul(at_rows, q, keys, q @ keys)
+    at_parts = (_at(rows, at_q, matrix.tokens.shape[1]), at_k.transpose(-2, -1), at_v)
+    at_qkv = torch.cat([heads.together(part) for part in at_parts], -1)
     share = rules.linear(at_qkv, matrix.tokens, heads.weight)
-    return rules.clone(start, kept, share), at_matrix
+    return rules.clone(start, _at(rows, kept, matrix.tokens.shape[1]), share), at_matrix
+
+
+def _at(rows: list[int] | slice, values: Tensor, count: int) -> Tensor:
+    """``(..., R, D)`` at their rows of ``(..., T, D)``, zeros elsewhere."""
+    if isinstance(rows, slice):
+        return values
+    full = values.new_zeros(*values.shape[:-2], count, values.shape[-1])
+    full[..., rows, :] = values
+    return full
 
 
 def _weight(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
