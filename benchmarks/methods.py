@@ -137,7 +137,16 @@ def peers(model: nn.Module, images: Tensor) -> dict[tuple[str, str], Callable[[]
         cells = activation[:, taps[0].grid.prefix :].transpose(1, 2)
         return cells.reshape(*cells.shape[:2], *taps[0].grid.hw)
 
-    for name in ("GradCAM", "GradCAMPlusPlus", "HiResCAM", "LayerCAM", "XGradCAM", "FullGrad", "ScoreCAM", "AblationCAM"):
+    for name in (
+        "GradCAM",
+        "GradCAMPlusPlus",
+        "HiResCAM",
+        "LayerCAM",
+        "XGradCAM",
+        "FullGrad",
+        "ScoreCAM",
+        "AblationCAM",
+    ):
         if theirs is None or (tokens and name in ("FullGrad", "XGradCAM")):
             continue
 
@@ -153,7 +162,7 @@ def peers(model: nn.Module, images: Tensor) -> dict[tuple[str, str], Callable[[]
 
 
 def torchcams(model: nn.Module, images: Tensor, layer: str) -> dict[tuple[str, str], Callable[[], Tensor]]:
-    """torchcam's methods; it knows no tokens."""
+    """Torchcam's methods; it knows no tokens."""
     try:
         from torchcam import methods as theirs
     except ImportError:
