@@ -1,4 +1,4 @@
-"""What every method costs: samples through the model, time as a multiple of a plain forward pass, memory; and the peers.
+"""What every method costs: samples through the model, time in plain forward passes, memory; and the peers.
 
     python benchmarks/methods.py [--models resnet18 vit_tiny_patch16_224] [--masks 200] [--rounds 3]
 
@@ -44,7 +44,6 @@ def ours(model: nn.Module, images: Tensor, masks: int) -> dict[str, Callable[[],
         explainer = cls(model, **few(cls, masks))
         try:
             explainer.taps(images)
-            explainer._maps if False else None
             cheap = cls(model, **few(cls, 2))
             if cls.family.startswith(("gradient", "path", "attention")):
                 cheap.attribute(images, TARGET)
