@@ -1154,3 +1154,61 @@ def test_every_failed_check_is_listed_in_one_error():
     assert "signature" not in caught.value.failures
     for name, reason in caught.value.failures.items():
         assert f"{name}: {reason}" in str(caught.value)
+
+
+class Long(SmallMasks):
+    """Takes its time unless it is told to hurry."""
+
+    cheap_options = {"patience": 1}  # noqa: RUF012
+
+    def __init__(self, model, layers=None, *, patience=1000, chunk_size=None, seed=0, upsample=True):
+        super().__init__(model, chunk_size=chunk_size, seed=seed, upsample=upsample)
+        self.patience = patience
+
+    def explain(self, images, target, args):
+        if self.patience > 10:
+            raise TimeoutError("too long for a test")
+        return super().explain(images, target, args)
+
+
+def test_long_methods_are_asked_with_their_cheap_options():
+    CHECKS["tuples"](Long)
+    CHECKS["chunk_size"](Long)
+    CHECKS["tuples"](functools.partial(Long, seed=1))
+    with pytest.raises(ContractError, match="too long for a test"):
+        CHECKS["tuples"](functools.partial(Long, patience=20))
+
+
+def test_a_method_that_reads_no_layer_is_not_asked_about_layers():
+    class Blind(Long):
+        default_layers = None
+
+    for name in ("layers", "in_place_followers"):
+        with pytest.raises(Inapplicable, match="Blind reads no layers"):
+            CHECKS[name](Blind)
+
+
+class Probable(SmallCAM):
+    """The gradient of the probability; of one value that of the value."""
+
+    def __init__(self, model, layers=None, *, score="softmax", upsample=True):
+        super().__init__(model, layers, upsample=upsample)
+        self.score = score
+
+    def scores(self, target, outputs):
+        index = self.index(target, outputs)
+        if index is None or outputs.shape[1] == 1:
+            return outputs.flatten()
+        outputs = outputs.softmax(1) if self.score == "softmax" else outputs
+        return outputs.gather(1, index[:, None])[:, 0]
+
+
+class ProbableAlways(Probable):
+    def scores(self, target, outputs):
+        return super().scores(target, outputs) if outputs.ndim == 1 else 2 * super().scores(target, outputs)
+
+
+def test_one_value_is_compared_with_the_logit():
+    CHECKS["single_output"](Probable)
+    with pytest.raises(ContractError, match=r"the output \(N, 1\) against \(N,\)"):
+        CHECKS["single_output"](ProbableAlways)
