@@ -100,11 +100,17 @@ def row(
     """One line of the table."""
     _, cost = measured(call, model, 1)
     many = cost.forward > 40
-    own, once, batched = times([call, plain(model, images), plain(model, batch)], 1 if many else rounds)
-    passes = cost.forward * batched / len(batch)
+    if many:  # long enough to be timed once
+        own = cost.seconds
+        once, batched = times([plain(model, images), plain(model, batch)], rounds)
+    else:
+        own, once = times([call, plain(model, images)], rounds)
+        batched = once
+    each = f"{own / (cost.forward * batched / len(batch)):.2f}" if many else ""
     peak = peak_bytes(call) / 1e6
-    each = f"{own / passes:.2f}" if many else ""
-    return [*key, cost.forward, cost.backward, f"{own / once:.2f}", each, f"{peak:.1f}"]
+    line = [*key, cost.forward, cost.backward, f"{own / once:.2f}", each, f"{peak:.1f}"]
+    print("  ", *line, flush=True)
+    return line
 
 
 def several(model: nn.Module, images: Tensor, masks: int, rounds: int) -> str:
