@@ -1,6 +1,6 @@
 """What every method costs: samples through the model, time in plain forward passes, memory; and the peers.
 
-    python benchmarks/methods.py [--models resnet18 vit_tiny_patch16_224] [--masks 200] [--rounds 3]
+    python benchmarks/methods.py [--models resnet18 vit_tiny_patch16_224] [--methods GradCAM ...] [--masks 200]
 
 One process, one thread, random weights, one image of 224 px. The time of a method of many masks is also given as a
 multiple of (its masked passes x one batched forward pass per image). grad-cam and torchcam are measured beside ours
@@ -42,14 +42,6 @@ def ours(model: nn.Module, images: Tensor, masks: int) -> dict[str, Callable[[],
         if cls.needs_fit or cls.__name__ in SLOW:
             continue
         explainer = cls(model, **few(cls, masks))
-        try:
-            explainer.taps(images)
-            cheap = cls(model, **few(cls, 2))
-            if cls.family.startswith(("gradient", "path", "attention")):
-                cheap.attribute(images, TARGET)
-        except AttribZooError as error:
-            print(f"  {cls.__name__}: {str(error)[:110]}")
-            continue
         found[cls.__name__] = lambda explainer=explainer: explainer.attribute(images, TARGET)
     return found
 
@@ -60,6 +52,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["resnet18", "vit_tiny_patch16_224"])
     parser.add_argument("--masks", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", help="only these, such as GradCAM ScoreCAM")
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -72,7 +65,14 @@ def main() -> None:
         calls = {(n, "ours"): call for n, call in ours(model, images, options.masks).items()}
         if not options.no_peers:
             calls |= peers(model, images)
-        rows = [row(key, call, model, images, batch, options.rounds) for key, call in calls.items()]
+        rows = []
+        for key, call in calls.items():
+            if options.methods and key[0] not in options.methods:
+                continue
+            try:
+                rows.append(row(key, call, model, images, batch, options.rounds))
+            except AttribZooError as error:
+                print(f"   {key[0]}: {str(error)[:100]}", flush=True)
         print(f"\n{name}\n")
         print(table(rows, HEAD))
         print()
