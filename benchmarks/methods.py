@@ -23,7 +23,6 @@ from attrib_zoo import models
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.benchmark.cost import measured, peak_bytes
 from attrib_zoo.commands import methods
-from attrib_zoo.errors import AttribZooError
 
 HEAD = ["method", "by", "forward", "backward", "x forward", "x its passes", "peak MB"]
 SLOW = ("ExtremalPerturbation",)
@@ -71,8 +70,8 @@ def main() -> None:
                 continue
             try:
                 rows.append(row(key, call, model, images, batch, options.rounds))
-            except AttribZooError as error:
-                print(f"   {key[0]}: {str(error)[:100]}", flush=True)
+            except Exception as error:  # a refusal of ours, or whatever a peer runs into
+                print(f"   {' '.join(key)}: {type(error).__name__}: {str(error)[:100]}", flush=True)
         print(f"\n{name}\n")
         print(table(rows, HEAD))
         print()
