@@ -19,7 +19,7 @@ from attrib_zoo.metrics.similarity import spearman
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]  # of zero maps, unseen classes
 
 KINDS = ("cnn", "vit")
-SCENES, FIT_STEPS = 8, 60
+SCENES, FIT_STEPS, ROOM = 8, 60, 0.05
 SHORTER = {  # what takes minutes, and lengths that were made for 224 pixels
     "RISE": {"n_masks": 400},
     "ExtremalPerturbation": {"max_iter": 150, "step": 4, "sigma": 6.0},
@@ -102,5 +102,10 @@ def test_maps_point_at_the_object_of_the_class(kind, capsys):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_maps_change_with_the_head_of_the_model(kind):
-    """Adebayo's check: the last layer gets random weights, and fitted methods are fitted for that model."""
-    assert {n for n, f in found(kind).items() if not f.randomised < 0.5} == BLIND[kind]
+    """Adebayo's check: the last layer gets random weights, and fitted methods are fitted for that model.
+
+    The limit is 0.5. Another machine may round, and so fit, a little differently.
+    """
+    alike = {name: f.randomised for name, f in found(kind).items()}
+    assert {name for name, value in alike.items() if not value < 0.5 + ROOM} <= set(BLIND[kind])
+    assert {name: alike[name] for name in BLIND[kind]} == pytest.approx(BLIND[kind], abs=ROOM)
