@@ -62,16 +62,23 @@ one of the two objects:
 F is a forward pass, B a backward pass, n a number of steps or samples; costs are per image.
 """
 
-ABOUT_PHOTOGRAPHS = ""
-ABOUT_SCENES = ""
+ABOUT_PHOTOGRAPHS = """\
+RISE with 1000 masks instead of 8000; T-TAME after a short fit. Not here: `CAM`, which refuses the head of SqueezeNet,
+the attention methods, which need a transformer, L-CAM, which was not fitted for these photographs, and
+`ExtremalPerturbation`."""
+ABOUT_SCENES = """\
+T-TAME and L-CAM after 100 steps, RISE with 1000 masks; `ExtremalPerturbation` with a grid and a kernel for 32 pixels.
+Where a map is empty (the plain image), the method found no positive evidence. One weak point can be seen: with one
+weight per feature map, Grad-CAM and Ablation-CAM can light up the background of a transformer.
+`benchmarks/gallery.py` draws both pictures."""
 
 MODELS = {"cnn": "CNN", "vit": "transformer"}
 CHECKS = (
     "On scenes whose evidence is known, with a tiny CNN and a tiny vision transformer, `tests/test_sanity.py` asks of "
     "every method whether its map has more energy on the object that was asked for than chance has, and more than on "
     "the other object; and whether the map changes (rank correlation below 0.5) when the model's last layer gets "
-    "random weights, as Adebayo et al. (NeurIPS 2018) ask. Trained methods are fitted again for that model. Tiny models "
-    "are no proof for large ones. What fails:"
+    "random weights, as Adebayo et al. (NeurIPS 2018) ask. Trained methods are fitted again for that model. Tiny "
+    "models are no proof for large ones. What fails:"
 )
 TEXT_OFF_TARGET = "No better than chance, or than the other object"
 TEXT_BLIND = (
