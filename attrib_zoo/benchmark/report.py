@@ -167,11 +167,12 @@ def _card(
     figures = []
     for what, place in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         row = table.records.rows[name, table.images[place]]
-        inputs = image(row.image)[None].to(next(model.parameters()))
+        picture = image(row.image)[None]
+        inputs = picture.to(next(model.parameters(), picture))
         with frozen(model), torch.enable_grad():
             found = as_function(name, method)(inputs, torch.tensor([row.target], device=inputs.device)).detach()
         plain = overlay(inputs[0].cpu(), torch.zeros(2, 2), mean=mean, std=std)
-        drawn = overlay(inputs[0].cpu(), found[0].float().cpu(), mean=mean, std=std)
+        drawn = overlay(inputs[0].cpu(), found[0].float().cpu().nan_to_num(0.0, 0.0, 0.0), mean=mean, std=std)
         caption = f"{what}: {float(values[place]):.2f}<br>{escape(class_name(row.target))}, {row.clean:.0%}"
         pictures = "".join(f'<img alt="" src="{_jpeg(pixels)}">' for pixels in (plain, drawn))
         figures.append(f'<figure><div class="pair">{pictures}</div><figcaption>{caption}</figcaption></figure>')
