@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
@@ -62,8 +63,8 @@ def evaluate(
         masking: what replaces hidden pixels in AD and IC; see ``metrics.masked_confidence``.
         score: ``"softmax"``, or ``"sigmoid"`` for multi-label models.
         seed: of ties, noise and controls; an image's draws depend on its place in the loader alone.
-        memory: on the CPU, explain the first image once more to find the memory that each method holds. On a GPU it
-            is always measured.
+        memory: on the CPU too, find the memory that each method holds for one image. On a GPU it is always measured,
+            for the whole batch.
         path: file of per-image results, appended as they come. Where it exists, a second run continues it.
         show_progress: draw a progress bar.
 
@@ -131,13 +132,10 @@ class _Run:
         seeds = [self.seed + start + row for row in range(len(inputs))]
         for name in missing:
             explain = self.explain[name]
-            if not self._warm:
-                _warm(explain, inputs)
             with frozen(self.model) as bare, torch.enable_grad():  # Captum's gradient methods want both
+                peak = None if self._warm else self._rehearse(partial(explain, inputs[:1], target[:1]), inputs.device)
                 maps, cost = measured(partial(explain, inputs, target), bare, len(inputs))
-                if self.memory and cost.peak is None and not self._warm:
-                    cost.peak = peak_bytes(partial(explain, inputs[:1], target[:1]))
-            cost.plain = plain
+            cost.plain, cost.peak = plain, peak if cost.peak is None else cost.peak
             maps = _checked(maps, inputs, name)
             asked = Question(self.model, explain, inputs, maps, target, clean, seeds, truth, self.masking, self.score)
             rows = [Row(name, start + i, d, int(target[i]), float(clean[i])) for i, d in enumerate(digests)]
@@ -145,6 +143,11 @@ class _Run:
                 _enter(measure, measure.compute(asked), rows)
             self.records.add(rows, name, cost)
         self._warm = True
+
+    def _rehearse(self, call: Callable[[], Tensor], device: torch.device) -> int | None:
+        """Explain one image before the clock runs: what is found out once per model is no part of a map's cost."""
+        call()
+        return peak_bytes(call) if self.memory and device.type == "cpu" else None
 
     def _known(self, name: str, start: int, digests: list[int]) -> bool:
         """Whether the file holds this batch of this method, of the very same images."""
@@ -206,17 +209,11 @@ class _Attribute:
         self.method = method
 
     def __call__(self, inputs: Tensor, target: Tensor) -> Tensor:
-        found = self.method.attribute(inputs, target=target)
+        with warnings.catch_warnings():  # Captum's, about what it then does by itself
+            warnings.filterwarnings("ignore", message="Input Tensor .* did not already require gradients")
+            found = self.method.attribute(inputs, target=target)
         maps: Tensor = found[0] if isinstance(found, tuple) else found
         return maps
-
-
-def _warm(explain: Explain, inputs: Tensor) -> None:
-    """Layers are found once per model; that is no part of a map's cost."""
-    taps: Callable[[Tensor], Any] | None = getattr(getattr(explain, "method", None), "taps", None)
-    if taps is not None:
-        with torch.no_grad():
-            taps(inputs)
 
 
 def _checked(maps: Any, inputs: Tensor, name: str) -> Tensor:
@@ -232,12 +229,12 @@ def _checked(maps: Any, inputs: Tensor, name: str) -> Tensor:
 def _digests(images: Tensor, batch: Any) -> list[int]:
     """A checksum of each image and of what the batch says about it."""
     said = [batch[key] for key in ("target", *TRUTH) if key in batch] if isinstance(batch, Mapping) else []
-    told = [entry for entry in said if isinstance(entry, (Tensor, list, tuple)) and len(entry) == len(images)]
+    told = [entry for entry in said if _per_image(entry, len(images))]
     found = []
     for i, pixels in enumerate(images.detach().float().cpu()):
         digest = 0
         for value in [pixels, *(torch.as_tensor(entry[i]) for entry in told)]:
-            digest = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), digest)
+            digest = zlib.crc32(value.detach().float().cpu().contiguous().numpy().tobytes(), digest)
         found.append(digest)
     return found
 
@@ -316,7 +313,12 @@ def _batches(loader: Iterable[Any], most: int | None, show_progress: bool) -> It
 def _rows(batch: Any, count: int) -> Any:
     if isinstance(batch, Mapping):
         size = len(images_of(batch))
-        return {
-            k: v[:count] if isinstance(v, (Tensor, list, tuple)) and len(v) == size else v for k, v in batch.items()
-        }
+        return {key: value[:count] if _per_image(value, size) else value for key, value in batch.items()}
     return images_of(batch)[:count]
+
+
+def _per_image(value: Any, count: int) -> bool:
+    """Whether a batch's entry has a part for each image."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == count
+    return isinstance(value, (list, tuple)) and len(value) == count

@@ -170,9 +170,8 @@ class Table:
             for measure in self.measures:
                 lost = int((~self.values(method, measure.name).isfinite()).sum())
                 if lost:
-                    lines.append(
-                        f"{method}, {measure.name}: {lost} images without a value (no region, or no finite map)"
-                    )
+                    images = f"{lost} image{'s' * (lost > 1)}"
+                    lines.append(f"{method}, {measure.name}: {images} without a value (no region, or no finite map)")
         return lines
 
     def to_text(self) -> str:
