@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import frozen
 from attrib_zoo.benchmark.runner import as_function
 from attrib_zoo.benchmark.table import Table
-from attrib_zoo.errors import DataError
+from attrib_zoo.errors import DataError, OptionError
 from attrib_zoo.visualize import overlay
 
 _STYLE = """
@@ -86,8 +86,12 @@ def write_report(
 
     Raises:
         DataError: the file cannot be written.
+        OptionError: no such measure to rank by.
     """
-    measure = rank_by or table.measures[0].name
+    names = [measure.name for measure in table.measures]
+    measure = names[0] if rank_by is None else rank_by
+    if measure not in names:
+        raise OptionError(f"rank_by: must be one of {', '.join(names)}, got {measure!r}")
     cards = [
         _card(table, model, name, method, image, measure, mean, std, class_name)
         for name, method in methods.items()

@@ -6,6 +6,7 @@ import glob
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -209,8 +210,10 @@ class _Attribute:
         self.method = method
 
     def __call__(self, inputs: Tensor, target: Tensor) -> Tensor:
-        with warnings.catch_warnings():  # Captum's, about what it then does by itself
-            warnings.filterwarnings("ignore", message="Input Tensor .* did not already require gradients")
+        captums = type(self.method).__module__.startswith("captum.")
+        with warnings.catch_warnings() if captums else nullcontext():
+            if captums:  # it warns about what it then does by itself
+                warnings.filterwarnings("ignore", message="Input Tensor .* did not already require gradients")
             found = self.method.attribute(inputs, target=target)
         maps: Tensor = found[0] if isinstance(found, tuple) else found
         return maps
