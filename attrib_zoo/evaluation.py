@@ -33,6 +33,9 @@ def evaluate(options: Any) -> str:
     measures = _measures(options.metrics)
     loaded = load_model(options)
     ready = {explainer.get_name(): explainer for explainer in explainers(options, loaded).values()}
+    like = torch.zeros(1, *loaded.input_size).to(next(loaded.model.parameters()))
+    for explainer in ready.values():
+        explainer.taps(like)  # a layer that does not exist, before anything is written
     writable_folder(folder)
     photos = Photos(paths, loaded.transform)
     try:

@@ -261,6 +261,17 @@ def test_a_disk_that_is_full_loses_nothing(model, whole, tmp_path, monkeypatch):
     assert_same(whole, run(model, path=path))
 
 
+def test_a_run_that_found_nothing_does_not_stand_in_the_way(model, tmp_path):
+    def fails(inputs, target):
+        raise ZeroDivisionError
+
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(ZeroDivisionError):
+        run(model, {"wrong": fails}, path=path)
+    assert path.read_bytes() == b""
+    run(model, path=path)
+
+
 # ---------------------------------------------------------------------- two processes
 
 

@@ -63,15 +63,17 @@ class Records:
             return
         for file in beside:
             self._read(file)
-        if not self._read(self.path):
-            self._write([{"format": FORMAT, "setting": self.setting}])
+        self._begun = self._read(self.path)
+        self._write([])  # whether it can be written is known before any work
 
     def add(self, rows: Iterable[Row], method: str, cost: Cost) -> None:
         """Keep a batch of one method; all of it reaches the file, or none."""
         found = list(rows)
         self._keep(found, method, cost)
         if self.path is not None:
-            self._write([{"rows": [_packed(row) for row in found], "method": method, "cost": cost.facts()}])
+            head = [] if self._begun else [{"format": FORMAT, "setting": self.setting}]
+            self._write([*head, {"rows": [_packed(row) for row in found], "method": method, "cost": cost.facts()}])
+            self._begun = True
 
     def first(self, count: int) -> Records:
         """What is known of the first images of the loader, in their order."""
