@@ -13,7 +13,7 @@ from attrib_zoo import RISE, AblationCAM, GradCAM, ScoreCAM, metrics
 from attrib_zoo.benchmark import FAMILIES, Measure, Table, evaluate
 from attrib_zoo.benchmark.controls import CONTROLS, chance, edges
 from attrib_zoo.benchmark.cost import Cost, measured, peak_bytes
-from attrib_zoo.errors import DataError, InputError, OptionError
+from attrib_zoo.errors import AttribZooError, DataError, InputError, OptionError
 
 CHEAP_FAMILIES = "ad,ic,drop,increase,insertion,sparseness"
 TENTHS = tuple(i / 10 for i in range(1, 10))
@@ -85,6 +85,12 @@ def test_regions_are_measured_where_the_data_has_them(model):
         wanted = 100 * function(model, IMAGES, maps, target, **region).double()
         torch.testing.assert_close(table.values("brightness", name), wanted, rtol=1e-4, atol=1e-3)
     assert {row.target for row in table.records.rows.values()} == {2}
+    flat = {"flat": lambda inputs, target: torch.zeros(len(inputs), 1, 4, 4)}
+    tied = run(model, flat, loader, "miou,bbox,pointing", seed=3)  # ties are drawn for each image
+    ranked = {"mIoU": metrics.miou, "Bbox": metrics.bbox_score, "pointing game": metrics.pointing_game}
+    for name, function in ranked.items():
+        wanted = 100 * function(model, IMAGES, torch.zeros(7, 1, 4, 4), target, **region, seed=list(range(3, 10)))
+        torch.testing.assert_close(tied.values("flat", name), wanted.double(), rtol=1e-4, atol=1e-3)
     for start, batch in zip((0, 3, 6), loader, strict=True):
         batch["other_masks"] = others[start : start + 3]
     table = run(model, loader=loader, wanted="discrimination")
@@ -236,6 +242,20 @@ def test_images_without_a_region_are_counted(model):
     assert not any("sparseness" in note for note in table.notes())
 
 
+def test_an_increase_is_strict_and_a_hopeless_target_has_defined_values():
+    model = Linear()
+    black = [{"image": torch.zeros(3, 3, 8, 8), "target": torch.tensor([0, 1, 0])}]
+    table = run(model, loader=black, wanted="ad,ic", masking="standardized")  # nothing changes
+    for measure in table.measures:
+        assert table.values("brightness", measure.name).tolist() == [0, 0, 0]
+    model.gain.data.fill_(1e4)
+    bright = [{"image": torch.ones(1, 3, 8, 8) + torch.rand(1, 3, 8, 8), "target": torch.tensor([1])}]
+    table = run(model, loader=bright, wanted="ad,ic,road,insertion", masking="standardized")
+    assert table.records.rows["brightness", 0].clean == 0
+    assert [table.values("brightness", f"AD({keep})").item() for keep in (100, 50, 15)] == [0, 0, 0]
+    assert all(table.values("brightness", m.name).isfinite().all() for m in table.measures)
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -264,7 +284,8 @@ def test_maps_of_a_wrong_shape_are_refused(model, maps, got):
         ({"wanted": "discrimination"}, "discrimination needs other_masks or other_boxes"),
         ({"max_images": 0}, "max_images: must be a positive integer, got 0"),
         ({"masking": "blur"}, "masking: must be 'auto', 'raw', 'standardized' or a tensor, got 'blur'"),
-        ({"score": "logit"}, "score: must be 'softmax', 'sigmoid' or a function of the outputs, got 'logit'"),
+        ({"score": len}, "score: must be 'softmax' or 'sigmoid', got <built-in function len>"),
+        ({"score": "logit"}, "score: must be 'softmax' or 'sigmoid', got 'logit'"),
     ],
 )
 def test_wrong_options_are_refused_before_any_work(options, message):
@@ -275,6 +296,22 @@ def test_wrong_options_are_refused_before_any_work(options, message):
     model.register_forward_pre_hook(never)
     with pytest.raises(OptionError, match=message):
         run(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "score", "message"),
+    [
+        (lambda x: x.mean((1, 2, 3))[:, None], "softmax", "softmax"),
+        (lambda x: x.mean((1,)), "softmax", "target: must be given"),
+    ],
+)
+def test_models_whose_scores_mean_nothing_are_refused(outputs, score, message):
+    class Odd(Linear):
+        def forward(self, inputs):
+            return outputs(inputs * self.gain)
+
+    with pytest.raises(AttribZooError, match=message):
+        run(Odd(), score=score)
 
 
 def test_a_loader_without_images_is_refused(model):
