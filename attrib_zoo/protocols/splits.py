@@ -70,7 +70,10 @@ def choose(
     taken = {*(given_val or ()), *(given_test or ())}
     rest = [i for i in range(len(names)) if i not in taken]
     found = draw(
-        [names[i] for i in rest], 0 if given_val is not None else validation, 0 if given_test is not None else test, seed
+        [names[i] for i in rest],
+        0 if given_val is not None else validation,
+        0 if given_test is not None else test,
+        seed,
     )
     return Split(
         [rest[i] for i in found.validation] if given_val is None else given_val,
