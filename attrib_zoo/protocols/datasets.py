@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,11 @@ _VOC = """data: '{}' {}. What is expected is PASCAL VOC 2007 as torchvision.data
 
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
-VOC_CLASSES = tuple(
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
-    "sofa train tvmonitor".split()
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
+"""The classes of VOC in alphabetical order, which is that of the outputs of models for it."""
 
 
 # ---------------------------------------------------------------------- ImageNet
@@ -108,7 +110,7 @@ def _class_folders(folder: Path) -> list[Path]:
 
 
 def _check_unique(names: Sequence[str], folder: Path) -> None:
-    twice = sorted({name for name, after in zip(names, names[1:], strict=False) if name == after})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise DataError(f"data: file names in '{folder}' must be unique, got {listed(twice)} more than once")
 
@@ -152,7 +154,7 @@ def _devkit_classes(path: Path) -> dict[int, int]:
     try:
         synsets = loadmat(path, squeeze_me=True)["synsets"]
         leaves = {str(s["WNID"]): int(s["ILSVRC2012_ID"]) for s in synsets if int(s["num_children"]) == 0}
-    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+    except Exception as error:  # SciPy has its own kinds for broken files
         raise DataError(f"data: cannot read '{path}' ({reason(error)}); or {advice}") from error
     return {leaves[wnid]: index for index, wnid in enumerate(sorted(leaves))}
 

@@ -97,8 +97,8 @@ def keep(plan: Plan, paper: str, backbone: Backbone) -> None:
         ]
         if differ:
             raise DataError(
-                f"output: '{plan.output}' holds another run: {', '.join(differ)}; choose another folder, or repeat that "
-                "run's options"
+                f"output: '{plan.output}' holds another run: {', '.join(differ)}; choose another folder, or repeat "
+                "that run's options"
             )
     file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
@@ -207,7 +207,7 @@ def train(explainer: Any, name: str, plan: Plan, backbone: Backbone, validation:
     )
     writable_folder(file.parent)
     explainer.save(file)
-    return explainer
+    return type(explainer).load(file, backbone.model)  # as a later run will read it: its results are continued
 
 
 # ---------------------------------------------------------------------- methods

@@ -36,7 +36,7 @@ def draw(names: Sequence[str], validation: int = 2000, test: int = 2000, seed: i
     """
     if validation + test > len(names):
         raise DataError(
-            f"splits: {validation} validation and {test} test images need {validation + test}, got {len(names)} images; "
+            f"splits: {validation} validation and {test} test images are {validation + test}, got {len(names)}; "
             "give the whole validation set, or ask for fewer with --test-images and --val-images"
         )
     in_order = sorted(range(len(names)), key=lambda i: names[i])
