@@ -411,6 +411,21 @@ def test_energy_is_taken_as_it_is():
     assert float(metrics.energy_pointing_game(None, asked.inputs, maps, None, boxes=boxes)) == 1
 
 
+def test_vgg_has_a_learning_rate_of_its_own(imagenet):
+    from attrib_zoo import LCAMImg
+    from attrib_zoo.protocols.plan import _schedule
+
+    assert _schedule(lcam.VGG["paper"], 20_000) == lcam.VGG["paper"]
+    assert _schedule(lcam.VGG["paper"], 19_999) == _schedule(None, 20_000) == "auto"
+    asked = plan(imagenet, recipe="released", methods=("L-CAM-Img†",), max_steps=17)
+    lcam.run(asked, tiny("vgg16"))
+    explainer = LCAMImg.load(asked.output / "explainers" / "l-cam-img-dagger.safetensors", tiny("vgg16").model)
+    rates = explainer.history_["lr"]
+    assert explainer.schedule_ == "released"
+    assert rates[:3] == [0.01] * 3  # 17 steps in 8 epochs: 3 steps each
+    assert rates[15] == pytest.approx(0.01 * 0.75**5)
+
+
 # ---------------------------------------------------------------------- continued runs
 
 

@@ -12,9 +12,16 @@ from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.protocols.backbones import Backbone
 from attrib_zoo.protocols.compare import Comparison
 from attrib_zoo.protocols.plan import Makers, Plan, imagenet_run, train
+from attrib_zoo.training.schedule import Schedule
 
 BATCH = 64
 EPOCHS = {"paper": {"vgg16": 7, "resnet50": 25}, "released": {"vgg16": 8, "resnet50": 26}}
+_DECAY: dict[str, Any] = {"weight_decay": 5e-4, "decay_biases": True, "factor": 0.75}
+VGG = {
+    "paper": Schedule("paper", "sgd", 1e-4, epochs=7, drops=7, **_DECAY),
+    "released": Schedule("released", "sgd", 1e-2, epochs=8, drops=8, bias_scale=2.0, **_DECAY),
+}
+"""The learning rate on VGG-16; that of ResNet-50 is the explainers' own."""
 
 
 def run(plan: Plan, backbone: Backbone) -> Comparison:
@@ -77,4 +84,5 @@ def trained(
         options |= {"mean": backbone.mean, "std": backbone.std}
     explainer = cls(backbone.model, backbone.pooled if pooled else backbone.lcam, **options)
     epochs = EPOCHS[plan.recipe].get(backbone.name, cls.default_epochs)
-    return train(explainer, name, plan, backbone, validation, epochs=epochs, batch_size=BATCH)
+    schedule = VGG[plan.recipe] if backbone.name == "vgg16" else None
+    return train(explainer, name, plan, backbone, validation, epochs=epochs, batch_size=BATCH, schedule=schedule)

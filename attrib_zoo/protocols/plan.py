@@ -22,6 +22,8 @@ from attrib_zoo.protocols.datasets import Labelled, imagenet_training, imagenet_
 from attrib_zoo.protocols.papers import printed
 from attrib_zoo.protocols.splits import Split, choose, write_list
 from attrib_zoo.training.checkpoint import fingerprint
+from attrib_zoo.training.data import total_steps
+from attrib_zoo.training.schedule import LONG, Schedule
 from attrib_zoo.wording import closest
 
 Makers = Mapping[str, Callable[[], Any]]
@@ -183,7 +185,7 @@ def train(explainer: Any, name: str, plan: Plan, backbone: Backbone, validation:
         plan: the options.
         backbone: what is explained.
         validation: images to watch the training on.
-        fit: ``batch_size`` and ``epochs`` of the paper.
+        fit: the paper's ``batch_size`` and ``epochs``, and its ``schedule`` where the explainer has another one.
     """
     file = plan.output / "explainers" / f"{slug(name)}.safetensors"
     if file.exists():
@@ -195,9 +197,11 @@ def train(explainer: Any, name: str, plan: Plan, backbone: Backbone, validation:
         Photos(paths, backbone.for_training()), batch, shuffle=True, drop_last=True, num_workers=plan.workers
     )
     watched = DataLoader(Photos(validation, backbone.for_test()), plan.batch_size, num_workers=plan.workers)
+    epochs = plan.epochs or fit["epochs"]
     explainer.fit(
         loader,
-        epochs=plan.epochs or fit["epochs"],
+        epochs=epochs,
+        schedule=_schedule(fit.get("schedule"), total_steps(loader, epochs, plan.max_steps)),
         max_steps=plan.max_steps,
         val_loader=watched if validation else None,
         seed=plan.seed,
@@ -208,6 +212,11 @@ def train(explainer: Any, name: str, plan: Plan, backbone: Backbone, validation:
     writable_folder(file.parent)
     explainer.save(file)
     return type(explainer).load(file, backbone.model)  # as a later run will read it: its results are continued
+
+
+def _schedule(own: Schedule | None, steps: int) -> Schedule | str:
+    """A paper's schedule where there are steps enough for it, as ``fit`` itself chooses; the released one always."""
+    return "auto" if own is None or (own.name == "paper" and steps < LONG) else own
 
 
 # ---------------------------------------------------------------------- methods
