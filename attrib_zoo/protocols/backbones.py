@@ -16,7 +16,7 @@ from attrib_zoo.masking import IMAGENET_MEAN, IMAGENET_STD
 from attrib_zoo.weights import download, fit_into
 from attrib_zoo.wording import closest, reason
 
-Transform = Callable[[Any], Tensor]
+_Transform = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,28 @@ class Backbone:
     size: int = 224
     budget: Mapping[str, Any] = field(default_factory=dict)
 
-    def for_test(self) -> Transform:
+    def for_test(self) -> _Transform:
         """Shorter side to ``resize``, centre crop, standardised."""
         from torchvision import transforms as t
 
         return self._transform([t.Resize(self.resize), t.CenterCrop(self.size)])
 
-    def for_training(self) -> Transform:
+    def for_training(self) -> _Transform:
         """Shorter side to ``resize``, random crop, standardised."""
         from torchvision import transforms as t
 
         return self._transform([t.Resize(self.resize), t.RandomCrop(self.size)])
 
-    def whole(self) -> Transform:
+    def whole(self) -> _Transform:
         """The whole picture squeezed into the square, so that no object is cropped away, standardised."""
         from torchvision import transforms as t
 
         return self._transform([t.Resize((self.size, self.size))])
 
-    def _transform(self, steps: list[Any]) -> Transform:
+    def _transform(self, steps: list[Any]) -> _Transform:
         from torchvision import transforms as t
 
-        found: Transform = t.Compose([*steps, t.ToTensor(), t.Normalize(self.mean, self.std)])
+        found: _Transform = t.Compose([*steps, t.ToTensor(), t.Normalize(self.mean, self.std)])
         return found
 
     @property

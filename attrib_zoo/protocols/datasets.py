@@ -18,7 +18,7 @@ from attrib_zoo.photos import SUFFIXES, find_photos, open_photo
 from attrib_zoo.protocols.splits import read_list
 from attrib_zoo.wording import listed, reason
 
-Transform = Callable[[Any], Tensor]
+_Transform = Callable[[Any], Tensor]
 
 _IMAGENET = """data: '{}' {}. What is expected is ImageNet (ILSVRC 2012) as one of
   FOLDER/val/n01440764/*.JPEG   a folder for each class, as torchvision.datasets.ImageNet makes them
@@ -235,7 +235,7 @@ class VOCRegions(Dataset[dict[str, Tensor]]):
         most: how many images; ``None`` for all.
     """
 
-    def __init__(self, images: Sequence[VOCImage], transform: Transform, most: int | None = None) -> None:
+    def __init__(self, images: Sequence[VOCImage], transform: _Transform, most: int | None = None) -> None:
         self.transform = transform
         self.items = [(image, index) for image in images[:most] for index in image.asked]
         self.room = max((len(image.boxes[index]) for image, index in self.items), default=0)
