@@ -104,6 +104,7 @@ _FACTS: dict[str, dict[str, Any]] = {
     },
 }
 NAMES = tuple(_FACTS)
+"""What ``--backbone`` may be."""
 
 
 def check_name(name: str) -> str:

@@ -19,6 +19,7 @@ from attrib_zoo.protocols.papers import printed
 from attrib_zoo.protocols.plan import Plan
 
 PAPERS = ("ttame", "lcam", "sise")
+"""What the command's first word may be."""
 
 
 def reproduce(options: Any) -> str:

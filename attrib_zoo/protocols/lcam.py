@@ -15,7 +15,9 @@ from attrib_zoo.protocols.plan import Makers, Plan, imagenet_run, train
 from attrib_zoo.training.schedule import Schedule
 
 BATCH = 64
+"""Images per training step."""
 EPOCHS = {"paper": {"vgg16": 7, "resnet50": 25}, "released": {"vgg16": 8, "resnet50": 26}}
+"""Recipe -> backbone -> passes over the training images."""
 _DECAY: dict[str, Any] = {"weight_decay": 5e-4, "decay_biases": True, "factor": 0.75}
 VGG = {
     "paper": Schedule("paper", "sgd", 1e-4, epochs=7, drops=7, **_DECAY),

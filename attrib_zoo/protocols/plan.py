@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from attrib_zoo.protocols.backbones import Backbone
 from attrib_zoo.protocols.compare import Comparison
 from attrib_zoo.protocols.datasets import Labelled, imagenet_training, imagenet_validation
 from attrib_zoo.protocols.papers import printed
-from attrib_zoo.protocols.splits import Split, choose, write_list
+from attrib_zoo.protocols.splits import Split, choose, read_list, write_list
 from attrib_zoo.training.checkpoint import fingerprint
 from attrib_zoo.training.data import total_steps
 from attrib_zoo.training.schedule import LONG, Schedule
@@ -87,7 +88,7 @@ def keep(plan: Plan, paper: str, backbone: Backbone) -> None:
     told: dict[str, Any] = {"paper": paper, "backbone": backbone.name, "weights": fingerprint(backbone.model)[:16]}
     names = ("recipe", "epochs", "max_steps", "fit_batch_size", "head_steps", "seed", "val_images")
     told |= {name: getattr(plan, name) for name in names}
-    told |= {name: _text(getattr(plan, name)) for name in ("test_list", "val_list")}
+    told |= {name: _checksum(getattr(plan, name)) for name in ("test_list", "val_list")}
     file = writable_folder(plan.output) / "plan.json"
     if file.exists():
         try:
@@ -105,8 +106,9 @@ def keep(plan: Plan, paper: str, backbone: Backbone) -> None:
     file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else path.read_text(encoding="utf-8") if path.is_file() else str(path)
+def _checksum(path: Path | None) -> int | None:
+    """Of what a list says; its file may move."""
+    return None if path is None else zlib.crc32(repr(read_list(path)).encode())
 
 
 def write(plan: Plan, comparison: Comparison, table: Table, name: str = "table") -> None:

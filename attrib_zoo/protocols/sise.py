@@ -29,7 +29,9 @@ REGIONS = [
     *FAMILIES["miou"],
     *FAMILIES["bbox"],
 ]
+"""EBPG, mIoU and Bbox, for pairs of an image and a class in it."""
 FAITHFULNESS = [*FAMILIES["drop"], *FAMILIES["increase"]]
+"""Drop% and Increase%, for the model's top class of each image."""
 
 
 def run(plan: Plan, backbone: Backbone, *, train_head: bool = False) -> Comparison:
