@@ -23,6 +23,7 @@ from attrib_zoo.protocols.datasets import VOC_CLASSES, VOCRegions, imagenet_trai
 from attrib_zoo.protocols.plan import measure, slug, wanted
 from attrib_zoo.protocols.splits import choose, draw, read_list, write_list
 from attrib_zoo.protocols.voc_head import fit_logistic
+from attrib_zoo.training import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # two steps train nothing, and fit says so
 WNIDS = ("n01440764", "n01443537", "n02099601")
@@ -186,6 +187,29 @@ def test_the_layers_that_the_papers_read_exist(name):
     assert backbones.last_linear(model)[0] == last[name]
 
 
+def test_images_are_cut_as_the_papers_say():
+    """Shorter side 36, crop 32: nothing is resized of a 60x36 picture; the centre for tests, any place in training."""
+    backbone = tiny("resnet50")
+    pixels = np.random.default_rng(0).integers(0, 256, (36, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    full = torch.from_numpy(pixels).permute(2, 0, 1).double() / 255 / 0.25 - 2
+    assert torch.allclose(backbone.for_test()(image).double(), full[:, 2:34, 14:46], atol=1e-6)
+    windows = full.unfold(1, 32, 1).unfold(2, 32, 1)
+    places = set()
+    for _ in range(4):
+        crop = backbone.for_training()(image).double()
+        gaps = (windows - crop[:, None, None]).abs().amax((0, 3, 4))
+        assert gaps.min() < 1e-5
+        places.add(int(gaps.argmin()))
+    assert len(places) > 1
+    small = np.asarray(image.resize((90, 54)).resize((60, 36), Image.Resampling.BILINEAR))[2:34, 14:46]
+    seen = ((backbone.for_test()(image.resize((90, 54))).permute(1, 2, 0).double() + 2) * 0.25 * 255).round().numpy()
+    assert (seen == small).all()
+    squeezed = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
+    seen = ((backbone.whole()(image).permute(1, 2, 0).double() + 2) * 0.25 * 255).round().numpy()
+    assert (seen == squeezed).all()
+
+
 # ---------------------------------------------------------------------- splits
 
 
@@ -346,16 +370,25 @@ def test_what_is_missing_of_voc_is_said(voc, tmp_path):
 # ---------------------------------------------------------------------- whole runs
 
 
+def trained(asked: Plan) -> dict[str, dict]:
+    """What the saved explainers say of themselves: their layers and options."""
+    files = sorted((asked.output / "explainers").iterdir())
+    facts = {file.stem: checkpoint.read(file).facts for file in files}
+    return {name: {"layers": [layer for layer, _ in f["layers"]], **f["options"]} for name, f in facts.items()}
+
+
+def settings(found: protocols.Comparison) -> dict[str, str]:
+    return found.tables[0].records.setting["methods"]
+
+
 @pytest.mark.parametrize("name", ["vgg16", "vit_b_16"])
 def test_ttame(imagenet, name):
-    backbone = tiny(name)
-    asked = plan(imagenet, ablations=name == "vit_b_16")
-    found = ttame.run(asked, backbone)
+    asked = plan(imagenet)
+    found = ttame.run(asked, tiny(name))
     main_table = "Table 2" if name == "vgg16" else "Table 3"
     (first,) = (p for p in found.printed if p.table == main_table)
     assert [line.method for line in found.lines(first)] == list(first.rows)
     assert all(n == 2 for p in found.printed for line in found.lines(p) for _, _, n in line.ours)
-    assert ("Table 6" in {p.table for p in found.printed}) is asked.ablations
     text = found.to_text()
     assert f"{first.rows['T-TAME'][0]:.2f}" in text
     assert "top-1 accuracy" in text
@@ -364,6 +397,26 @@ def test_ttame(imagenet, name):
     lines = (asked.output / "comparison.md").read_text().splitlines()
     assert sum(line.startswith("| T-TAME") for line in lines) == len(found.printed)
     assert "image edges" in (asked.output / "table.csv").read_text()
+    assert "variant='pytorch-grad-cam'" in settings(found)["Score-CAM"]
+    assert "alpha='local'" in settings(found)["Grad-CAM++"]
+    assert "Table 6" not in {table.table for table in found.printed}
+
+
+def test_the_variants_of_table_6(imagenet):
+    asked = plan(imagenet, ablations=True, methods=papers.VARIANTS)
+    found = ttame.run(asked, tiny("vgg16"))
+    (printed,) = (p for p in found.printed if p.table == "Table 6")
+    assert [line.method for line in found.lines(printed)] == list(papers.VARIANTS)
+    facts = trained(asked)
+    poolings = ["features.2", "features.5", "features.8"]
+    assert facts["t-tame"]["layers"] == facts["no-skip-connection"]["layers"] == poolings
+    assert facts["fms-from-two-layers"]["layers"] == poolings[1:]
+    assert facts["fms-from-one-layer"]["layers"] == poolings[2:]
+    kinds = {n: (f["skip"], f["batch_norm"], f["branch_activation"]) for n, f in facts.items()}
+    assert kinds["t-tame"] == kinds["fms-from-one-layer"] == (True, True, "relu")
+    assert kinds["no-skip-connection"] == (False, True, "relu")
+    assert kinds["no-skip-no-batch-norm"] == (False, False, "relu")
+    assert kinds["sigmoid-in-feature-branch"] == (True, True, "sigmoid")
 
 
 def test_lcam(imagenet):
@@ -371,13 +424,16 @@ def test_lcam(imagenet):
     found = lcam.run(asked, tiny("vgg16"))
     (printed,) = found.printed
     assert [line.method for line in found.lines(printed)] == list(printed.rows)
-    assert {f.stem for f in (asked.output / "explainers").iterdir()} == {
-        "l-cam-fm-star",
-        "l-cam-fm",
-        "l-cam-img-star",
-        "l-cam-img",
-        "l-cam-img-dagger",
+    facts = trained(asked)
+    relu, pool = ["features.7"], ["features.8"]
+    assert {name: (f["layers"], f["ce_only"]) for name, f in facts.items()} == {
+        "l-cam-fm-star": (relu, True),
+        "l-cam-fm": (relu, False),
+        "l-cam-img-star": (relu, True),
+        "l-cam-img": (relu, False),
+        "l-cam-img-dagger": (pool, False),
     }
+    assert {f["recipe"] for f in facts.values()} == {"released"}
     assert (asked.output / "test.txt").read_text().split()[0] in {val_name(i) for i in range(6)}
 
 
@@ -390,7 +446,9 @@ def test_sise(voc, name):
     regions, images = found.tables
     assert len(regions.images) == 4
     assert len(images.images) == 3
-    assert images.records.setting["score"] == "sigmoid"
+    assert {t.records.setting["score"] for t in found.tables} == {"sigmoid"}
+    for method in ("RISE", "Score-CAM", "SISE"):
+        assert "score='sigmoid'" in settings(found)[method]
     targets = [regions.records.rows["SISE", i].target for i in regions.images]
     assert targets == [VOC_CLASSES.index(c) for c in ("dog", "person", "cat", "car")]
     head = (asked.output / "head.safetensors").read_bytes()
@@ -417,7 +475,7 @@ def test_vgg_has_a_learning_rate_of_its_own(imagenet):
 
     assert _schedule(lcam.VGG["paper"], 20_000) == lcam.VGG["paper"]
     assert _schedule(lcam.VGG["paper"], 19_999) == _schedule(None, 20_000) == "auto"
-    asked = plan(imagenet, recipe="released", methods=("L-CAM-Img†",), max_steps=17)
+    asked = plan(imagenet, recipe="released", methods=("L-CAM-Img†",), max_steps=17, val_images=0)
     lcam.run(asked, tiny("vgg16"))
     explainer = LCAMImg.load(asked.output / "explainers" / "l-cam-img-dagger.safetensors", tiny("vgg16").model)
     rates = explainer.history_["lr"]

@@ -123,7 +123,7 @@ class Comparison:
         """What the reader must know."""
         return [
             *self.facts,
-            "ours: mean ± half the 95 % bootstrap interval; printed: the paper's number, on other random images; "
+            "ours: mean ± half the 95 % bootstrap interval; printed: the paper's number; "
             "forward: samples passed forward for one map",
         ]
 

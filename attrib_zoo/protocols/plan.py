@@ -163,6 +163,7 @@ def imagenet_run(
     facts = [
         f"{len(split.test)} test and {len(split.validation)} validation images of {len(images.paths)}, seed {plan.seed}"
     ]
+    facts += [] if plan.test_list else ["the paper's random images are others"]
     facts += [] if images.labels is None else [_accuracy(table, images, split, backbone)]
     comparison = Comparison([t for t in tables if plan.ablations or t.table != "Table 6"], [table], facts)
     write(plan, comparison, table)
