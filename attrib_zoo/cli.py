@@ -1,4 +1,4 @@
-"""The command line: ``attrib-zoo demo | list | layers | explain | fit | evaluate``."""
+"""The command line: ``attrib-zoo demo | list | layers | explain | fit | evaluate | reproduce``."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ own decision. The model itself does not change. Images of all classes that matte
   attrib-zoo fit --model resnet50 --weights mine.pth --data images/ --max-steps 1000 --output ttame.safetensors
 """
 
+_REPRODUCE = """\
+Run a paper's experiments: its images, splits, training, methods and measures; our rows stand beside the printed.
+PAPER is ttame or lcam (on ImageNet), or sise (on PASCAL VOC 2007). Takes days for a whole paper; everything
+continues where it stopped. docs/how-to/reproduce.md says what it needs.
+
+  attrib-zoo reproduce ttame --backbone resnet50 --data imagenet/ --output results/
+  attrib-zoo reproduce sise --backbone vgg16 --data voc/ --output results/ --methods Grad-CAM,SISE
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 interrupted, 2 an error, said in one sentence."""
@@ -74,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Callable[[Any], str]:
     from attrib_zoo import commands, evaluation  # torch and the model libraries: only when there is work to do
+    from attrib_zoo.protocols.command import reproduce
 
     return {
         "demo": commands.demo,
@@ -82,6 +92,7 @@ def _command(name: str) -> Callable[[Any], str]:
         "fit": commands.fit,
         "evaluate": evaluation.evaluate,
         "layers": evaluation.layers,
+        "reproduce": reproduce,
     }[name]
 
 
@@ -97,6 +108,7 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("explain", _explain(), help="heat maps over photographs")
     commands.add_subcommand("fit", _fit(), help="train an explainer for a model on a folder of images")
     commands.add_subcommand("evaluate", _evaluate(), help="measure methods on a folder of images")
+    commands.add_subcommand("reproduce", _reproduce(), help="run the experiments of a paper")
     return parser
 
 
@@ -198,6 +210,35 @@ def _fit() -> ArgumentParser:
     return parser
 
 
+def _reproduce() -> ArgumentParser:
+    parser = _plain(None, _REPRODUCE)
+    add = parser.add_argument
+    add("paper", metavar="PAPER", help="ttame, lcam or sise")
+    add("--backbone", required=True, metavar="NAME", help="vgg16, resnet50 or (ttame only) vit_b_16")
+    add("--data", required=True, metavar="FOLDER", help="of ImageNet (val/ and train/), or that holds VOCdevkit/")
+    add("--output", required=True, metavar="FOLDER", help="where the results go; a second run continues there")
+    add("--weights", metavar="FILE", help="of the backbone (default: torchvision's first ImageNet weights)")
+    add("--methods", metavar="NAME[,NAME]", help="some rows of the paper only, such as Grad-CAM,T-TAME")
+    add("--ablations", action="store_true", help="ttame: also the variants of Table 6")
+    add("--test-images", type=PositiveInt, metavar="N", help="images to measure (default: 2000; sise: all)")
+    add("--val-images", type=NonNegativeInt, default=2000, metavar="N", help="to watch training on (default: 2000)")
+    add("--test-list", metavar="FILE", help="names of the images to measure, instead of random ones")
+    add("--val-list", metavar="FILE", help="names of the validation images, instead of random ones")
+    add("--labels", metavar="FILE", help="lines 'NAME LABEL' for images that lie in one folder")
+    add("--recipe", default="paper", metavar="NAME", help="paper (default) or released, of the trained explainers")
+    add("--epochs", type=PositiveInt, metavar="N", help="passes over the training images (default: the paper's)")
+    add("--max-steps", type=PositiveInt, metavar="N", help="training steps, instead of --epochs")
+    add("--fit-batch-size", type=PositiveInt, metavar="N", help="images per training step (default: the paper's)")
+    add("--head-steps", type=PositiveInt, default=500, metavar="N", help="sise without --weights: of the last layer")
+    add("--batch-size", type=PositiveInt, default=16, metavar="N", help="images measured at once (default: 16)")
+    add("--workers", type=NonNegativeInt, default=2, metavar="N", help="processes that read images (default: 2)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto, cuda if there is one)")
+    add("--seed", type=NonNegativeInt, default=0, metavar="N", help="of splits, training and draws (default: 0)")
+    _config(parser)
+    _debug(parser)
+    return parser
+
+
 def _model(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="a model of torchvision or else of timm, such as resnet50")
@@ -235,7 +276,7 @@ def _usage(error: ArgumentError, arguments: Sequence[str]) -> str:
         key, _, rest = text.removeprefix('Parser key "').partition('": ')
         text = f"--{key.rpartition('.')[2].replace('_', '-')}: {rest}"
     command = next((word for word in arguments if not word.startswith("-")), "")
-    known = command if command in ("demo", "list", "layers", "explain", "fit", "evaluate") else ""
+    known = command if command in ("demo", "list", "layers", "explain", "fit", "evaluate", "reproduce") else ""
     return f"{text}; see attrib-zoo {known}{' ' * bool(known)}--help"
 
 

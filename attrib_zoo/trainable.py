@@ -85,7 +85,7 @@ class TrainableAttribution(FittedAttribution):
         max_steps: int | None = None,
         optimizer: str | OptimizerFactory | None = None,
         lr: float | None = None,
-        schedule: str = "auto",
+        schedule: str | Schedule = "auto",
         val_loader: Iterable[Any] | None = None,
         precision: str | None = None,
         seed: int = 0,
@@ -109,7 +109,7 @@ class TrainableAttribution(FittedAttribution):
                 ``None`` for the schedule's own.
             lr: maximal learning rate of the cycle; ``None`` for the schedule's own.
             schedule: ``"paper"`` (made for hundreds of thousands of steps), ``"short"``, or ``"auto"``: short below
-                20 000 steps.
+                20 000 steps; or a :class:`~attrib_zoo.training.schedule.Schedule` of your own.
             val_loader: images for validation after each epoch and at the end: the loss, and AD/IC at 100, 50, 15 %.
             precision: ``None`` (the model's own), ``"bf16-mixed"`` or ``"fp16-mixed"`` for the frozen model's passes.
             seed: fixes initial weights, drawn classes and the loader's order; the global generators stay untouched.
@@ -131,14 +131,16 @@ class TrainableAttribution(FittedAttribution):
             CheckpointError: ``resume_from`` is no checkpoint of such a fit.
         """
         named, custom = check_optimizer(optimizer)
-        check_choice("schedule", schedule, _SCHEDULES)
+        if not isinstance(schedule, Schedule):
+            check_choice("schedule", schedule, _SCHEDULES)
         if lr is not None and not lr > 0:
             raise OptionError(f"lr: must be positive, got {lr!r}")
         steps = total_steps(loader, self.default_epochs if epochs is None else epochs, max_steps)
         check_repeatable(val_loader)
         check_count("checkpoint_every", checkpoint_every)
         folder = None if checkpoint_dir is None else _folder(checkpoint_dir)
-        plan = {"steps": steps, "seed": seed, "schedule": schedule, "optimizer": named, "lr": lr}
+        asked = schedule.facts() if isinstance(schedule, Schedule) else schedule
+        plan = {"steps": steps, "seed": seed, "schedule": asked, "optimizer": named, "lr": lr}
         plan["precision"] = precision
         twin = copy.copy(self)  # the fit happens here; self changes only when it has gone well
         twin._fitted, twin._resolved, twin._warned = None, {}, False
@@ -185,7 +187,9 @@ class TrainableAttribution(FittedAttribution):
         channels = tuple(f.shape[1] for f in features)
         network = self._network(channels, class_count(outputs), generator).to(features[0])
         with torch.autocast(images.device.type, enabled=False):
-            schedule = self._schedule(plan["schedule"], plan["steps"], network, features)
+            asked = plan["schedule"]
+            own = Schedule(**asked) if isinstance(asked, dict) else None
+            schedule = own or self._schedule(asked, plan["steps"], network, features)
         schedule = replace(
             schedule,
             optimizer=plan["optimizer"] or schedule.optimizer,
@@ -204,7 +208,7 @@ class TrainableAttribution(FittedAttribution):
         state = State(network, optimizer, cycle, generator, batches, counts, scaler)
         if saved is not None:
             state.restore(Checkpoint(saved.tensors, saved.facts["state"]))
-        elif plan["steps"] < _FEW_STEPS[schedule.name][0]:
+        elif plan["steps"] < _FEW_STEPS.get(schedule.name, (0, ""))[0]:
             least, advice = _FEW_STEPS[schedule.name]
             tell(
                 state.history,

@@ -36,6 +36,7 @@ ORDER = (
     "demo",
     "commands",
     "evaluation",
+    "protocols",
     "cli",
     "__main__",
 )
