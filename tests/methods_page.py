@@ -68,8 +68,9 @@ the attention methods, which need a transformer, L-CAM, which was not fitted for
 `ExtremalPerturbation`."""
 ABOUT_SCENES = """\
 T-TAME and L-CAM after 100 steps, RISE with 1000 masks; `ExtremalPerturbation` with a grid and a kernel for 32 pixels.
-Where a map is empty (the plain image), the method found no positive evidence. One weak point can be seen: with one
-weight per feature map, Grad-CAM and Ablation-CAM can light up the background of a transformer.
+Where a map is empty (the plain image), the method found no positive evidence. Weak points can be seen: with one weight
+per feature map, Grad-CAM and Ablation-CAM can light up the background of a transformer; rollout has one map for all
+classes; the extremal perturbation of the red object settles elsewhere, since a blurred red is still a red.
 `benchmarks/gallery.py` draws both pictures."""
 
 MODELS = {"cnn": "CNN", "vit": "transformer"}
@@ -94,12 +95,15 @@ Integrated Gradients, SmoothGrad, Saliency, DeepLIFT, Occlusion, guided backprop
 table as ours:
 
 ```python
+import warnings
+
 import torch
 from captum.attr import DeepLift, GradientShap, GuidedBackprop, IntegratedGradients, NoiseTunnel, Occlusion, Saliency
 
 from attrib_zoo import GradCAM, ScoreCAM, synthetic, visualize
 from attrib_zoo.benchmark import evaluate
 
+warnings.simplefilter("ignore", UserWarning)  # Captum warns of the hooks that it sets for a while
 model = synthetic.trained("cnn")
 scenes = synthetic.scenes(2, seed=2)
 images, target = scenes.inputs.requires_grad_(), scenes.labels[:, 0]  # gradients: Captum wants them, ours do not care
@@ -119,7 +123,7 @@ calls = {
 maps = {name: call(images, target).detach().abs() for name, call in calls.items()}
 visualize.figure(scenes.images, maps, path="captum.jpg")
 
-batch = {"image": images.detach(), "target": target, "masks": scenes.masks[:, 0], "other_masks": scenes.masks[:, 1]}
+batch = {"image": images, "target": target, "masks": scenes.masks[:, 0], "other_masks": scenes.masks[:, 1]}
 print(evaluate(model, calls, [batch], "ad,ebpg,discrimination", show_progress=False))
 ```
 
