@@ -107,7 +107,8 @@ warnings.simplefilter("ignore", UserWarning)  # Captum warns of the hooks that i
 model = synthetic.trained("cnn")
 scenes = synthetic.scenes(2, seed=2)
 images, target = scenes.inputs.requires_grad_(), scenes.labels[:, 0]  # gradients: Captum wants them, ours do not care
-black = torch.full_like(images, -2.0)  # standardised
+black, grey = -2.0, 0.0  # standardised
+some = torch.stack([torch.full((3, 32, 32), black), torch.full((3, 32, 32), grey)])
 
 calls = {
     "GradCAM": GradCAM(model).attribute,
@@ -118,7 +119,7 @@ calls = {
     "DeepLift": lambda x, target: DeepLift(model).attribute(x, black, target),
     "Occlusion": lambda x, target: Occlusion(model).attribute(x, (3, 5, 5), strides=(3, 3, 3), target=target),
     "GuidedBackprop": GuidedBackprop(model).attribute,
-    "GradientShap": lambda x, target: GradientShap(model).attribute(x, torch.cat([black, 0 * black]), target=target),
+    "GradientShap": lambda x, target: GradientShap(model).attribute(x, some, target=target),
 }
 maps = {name: call(images, target).detach().abs() for name, call in calls.items()}
 visualize.figure(scenes.images, maps, path="captum.jpg")
