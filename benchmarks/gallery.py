@@ -7,7 +7,8 @@ Photographs: SqueezeNet 1.1 and the model's own decision. Scenes: the tiny visio
 ``attrib_zoo.synthetic``, asked for one of the two objects. ``--explainers`` is a folder of fitted explainers
 (``ttame.safetensors``, ``lcamfm.safetensors`` ...) for the photographs; what is not there is fitted for ``--steps``
 steps on the photographs. Paper defaults, except RISE with ``--masks`` masks, and extremal perturbations of the scenes,
-whose grid and kernel are made for 32 pixels. Negative evidence is left out. Prints what refuses the model and the time of each method; ``--maps FILE`` keeps the maps, and draws those that
+whose grid and kernel are made for 32 pixels. Negative evidence is left out. Prints what refuses the model and the
+time of each method; ``--maps FILE`` keeps the maps, and draws those that
 are in it already.
 """
 
