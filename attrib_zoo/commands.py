@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,8 @@ def _explain_batch(
     confidence = outputs.softmax(1) if loaded.num_classes > 1 else outputs.sigmoid()
     decision = outputs.argmax(1)
     asked = decision if target is None else torch.full_like(decision, target)
-    maps = {name: e.attribute(inputs, asked.tolist()).cpu() for name, e in explainers.items()}
+    shown = sys.stderr.isatty()  # long methods draw a bar of their own
+    maps = {name: e.attribute(inputs, asked.tolist(), show_progress=shown).cpu() for name, e in explainers.items()}
     rows = []
     for i, photo in enumerate(photos):
         top, sure = loaded.class_name(int(decision[i])), float(confidence[i, decision[i]])

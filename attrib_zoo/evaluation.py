@@ -9,12 +9,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.backbone.layers import describe
+from attrib_zoo.benchmark import FAMILIES, Measure, write_report
 from attrib_zoo.benchmark import evaluate as run
-from attrib_zoo.benchmark import write_report
+from attrib_zoo.benchmark.measures import TRUTH, chosen
 from attrib_zoo.commands import explainers, load_model, methods
+from attrib_zoo.errors import AttribZooError, OptionError
 from attrib_zoo.models import unloaded
-from attrib_zoo.photos import Photos, find_photos, writable_folder
+from attrib_zoo.photos import Photos, find_photos, is_photo, open_photo, writable_folder
+from attrib_zoo.wording import reason
 
 RESULTS, REPORT = "results.jsonl", "report.html"
 
@@ -23,20 +27,30 @@ def evaluate(options: Any) -> str:
     """Measure methods on a folder of images; write table, per-image results, plots and a page."""
     folder = Path(options.output)
     paths = find_photos([options.data], leave_out=folder)[: options.max_images]
+    for path in paths:
+        if not is_photo(path):
+            open_photo(path)  # says what is wrong with it, before anything is measured
+    measures = _measures(options.metrics)
     loaded = load_model(options)
     ready = {explainer.get_name(): explainer for explainer in explainers(options, loaded).values()}
+    like = torch.zeros(1, *loaded.input_size).to(next(loaded.model.parameters()))
+    for explainer in ready.values():
+        explainer.taps(like)  # a layer that does not exist, before anything is written
     writable_folder(folder)
     photos = Photos(paths, loaded.transform)
-    table = run(
-        loaded.model,
-        ready,
-        DataLoader(photos, options.batch_size, num_workers=options.workers),
-        options.metrics,
-        masking=options.masking,
-        seed=options.seed,
-        memory=options.memory,
-        path=folder / RESULTS,
-    )
+    try:
+        table = run(
+            loaded.model,
+            ready,
+            DataLoader(photos, options.batch_size, num_workers=options.workers),
+            measures,
+            masking=options.masking,
+            seed=options.seed,
+            memory=options.memory,
+            path=folder / RESULTS,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command continues from {folder / RESULTS}") from None
     formats = {"table.md": table.to_markdown(), "table.csv": table.to_csv(), "table.json": table.to_json()}
     formats |= {"table.tex": table.to_latex(), "differences.md": table.differences()}
     for name, text in formats.items():
@@ -59,19 +73,51 @@ def evaluate(options: Any) -> str:
 
 def layers(options: Any) -> str:
     """Which layers of a model can be explained, and which method takes which by default."""
+    asked = None if options.size is None else _size(options.size)
     model, size = unloaded(options.model)
-    if options.size is not None:
-        height, _, width = options.size.partition("x")
-        size = (size[0], int(height), int(width or height))
-    with torch.no_grad():
-        description = describe(model.eval(), torch.zeros(1, *size))
+    if asked is not None:
+        size = (size[0], *asked)
+    try:
+        with torch.no_grad():
+            description = describe(model.eval(), torch.zeros(1, *size))
+    except (AssertionError, RuntimeError) as error:  # the model's own words
+        if isinstance(error, AttribZooError) or asked is None:
+            raise
+        raise OptionError(
+            f"size: {options.model} takes no images of {options.size} ({reason(error)}); choose another --size, or "
+            "leave it out"
+        ) from error
     return f"{description}\n\n{_takers(model)}"
 
 
+def _size(text: str) -> tuple[int, int]:
+    """``"160x256"`` as height and width; one number is both."""
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and (width or height).isdigit() and int(height) and int(width or height)):
+        raise OptionError(f"size: must be a height and a width such as 160x256, or one number, got {text!r}")
+    return int(height), int(width or height)
+
+
+def _measures(names: str) -> list[Measure]:
+    """The measures of ``--metrics``; a folder of images says nothing about regions."""
+    unlabelled = [family for family, measures in FAMILIES.items() if not any(m.needs for m in measures)]
+    found = chosen(names, TRUTH)
+    for measure in found:
+        if measure.needs:
+            raise OptionError(
+                f"metrics: {measure.name} needs the true regions of each image, which a folder does not say; choose "
+                f"from {', '.join(unlabelled)}, or call attrib_zoo.benchmark.evaluate"
+            )
+    return found
+
+
 def _takers(model: nn.Module) -> str:
-    """Which method takes which of the defaults that the table names."""
+    """Which method takes which of the defaults that the table names; those for models of its kind."""
+    kind = "vit" if is_transformer(model) else "cnn"
     by_rule: dict[str, list[str]] = {}
     for cls in methods().values():
+        if kind not in cls.models:
+            continue
         rule = cls(model)._layer_rule()
         counted = rule is not None and rule[0] in ("outputs", "norms")
         name = "no layers" if rule is None else f"{rule[0]} ({rule[1]})" if counted else rule[0]

@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the same, lr 0.03": ({"psi": "own"}, {"lr": 0.03}),
     "the same, lr 0.3": ({"psi": "own"}, {"lr": 0.3}),
     "the same, area weight 6": ({"psi": "own", "lambda_tv": 6.0}, {}),
+    "the same, area weight 4, variation weight 1": ({"psi": "own", "lambda_tv": 4.0, "lambda_variation": 1.0}, {}),
 }
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attrib_zoo")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     options.cache.mkdir(parents=True, exist_ok=True)
@@ -66,13 +68,15 @@ def main() -> None:
         parts = zip(images.split(25), target.split(25), strict=True)
         means = torch.cat([confidence(model, explainer, x, y) for x, y in parts]).mean(0).tolist()
         print(
-            json.dumps({"variant": name, "seed": seed, **dict(zip(NAMES, [round(v, 2) for v in means], strict=True))})
+            json.dumps({"variant": name, "seed": seed, **dict(zip(NAMES, [round(v, 2) for v in means], strict=True))}),
+            flush=True,
         )
 
     print(setting(), f"{len(images)} photographs")
     line("Grad-CAM", None, GradCAM(model))
     for seed in options.seeds:
-        for name, (settings, fit) in VARIANTS.items():
+        for name in options.variants:
+            settings, fit = VARIANTS[name]
             loader = DataLoader(training, batch_size=16, shuffle=True)
             explainer = TTAME(model, **settings)
             line(name, seed, explainer.fit(loader, max_steps=options.steps, seed=seed, show_progress=False, **fit))

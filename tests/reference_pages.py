@@ -20,6 +20,11 @@ PAGES = {
     "methods": ("Methods", "methods", ""),
     "contract": ("What every method can do", "attribution trainable fitted training.history targets errors", ""),
     "measures-and-pictures": ("Measures and pictures", "metrics visualize", ""),
+    "benchmark": (
+        "Methods times measures",
+        "benchmark benchmark.runner benchmark.table benchmark.report benchmark.measures",
+        "",
+    ),
     "models-and-images": ("Models and images", "models photos synthetic", ""),
     "backbone": (
         "Frozen models: layers, layouts, passes, masks",

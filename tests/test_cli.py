@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
+from cli_cases import MODEL, NAMES, failure, make_files, noise
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,36 +22,12 @@ from attrib_zoo.cli import main
 from attrib_zoo.photos import Photos
 from attrib_zoo.visualize import overlay
 
-MODEL = "test_resnet"
-NAMES = ("ant", "bee", "cat", "dog", "elk")
-
-
-def noise(path: Path, seed: int, size: tuple[int, int] = (90, 70)) -> Path:
-    """A photograph: soft blobs of colour."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
-    return path
+COMMANDS = ("demo", "list", "layers", "explain", "fit", "evaluate")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A model that decides differently for different photographs, its class names, and ten photographs."""
-    folder = tmp_path_factory.mktemp("files")
-    torch.manual_seed(0)
-    model = timm.create_model(MODEL, num_classes=len(NAMES)).eval()
-    for seed in range(10):
-        noise(folder / "photos" / f"p{seed}.png", seed)
-    torch.save(model.state_dict(), folder / "start.pth")
-    loaded = models.load(MODEL, weights=folder / "start.pth")
-    images = torch.stack([loaded.transform(Image.open(folder / "photos" / f"p{i}.png")) for i in range(10)])
-    with torch.no_grad():
-        outputs = model(images)
-        model.fc.weight *= 3 / outputs.std(0, keepdim=True).T
-        model.fc.bias -= model(images).mean(0)
-    torch.save(model.state_dict(), folder / "w.pth")
-    (folder / "names.txt").write_text("\n".join(NAMES))
-    return folder
+    return make_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture
@@ -94,20 +70,10 @@ def close(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and int(np.abs(a.astype(int) - b).max()) <= 2
 
 
-def failure(capsys, words: list[str], code: int = 2) -> str:
-    """The one line on stderr of a command that fails."""
-    assert main(words) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
-
-
 # ---------------------------------------------------------------------- words
 
 
-@pytest.mark.parametrize("command", ["", "demo", "list", "explain", "fit"])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_there(command: str, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -116,13 +82,13 @@ def test_help_is_there(command: str, capsys) -> None:
     assert "usage: attrib-zoo" in text
     assert max(map(len, text.splitlines())) <= 120
     if not command:
-        assert all(re.search(rf"^    {name} +\w", text, re.MULTILINE) for name in ("demo", "list", "explain", "fit"))
+        assert all(re.search(rf"^    {name} +\w", text, re.MULTILINE) for name in COMMANDS)
 
 
 def test_every_option_is_explained() -> None:
-    from attrib_zoo.cli import _demo, _explain, _fit, _list
+    from attrib_zoo.cli import _demo, _evaluate, _explain, _fit, _layers_of, _list
 
-    for parser in (_demo(), _list(), _explain(), _fit()):
+    for parser in (_demo(), _list(), _layers_of(), _explain(), _fit(), _evaluate()):
         assert all(action.help for action in parser._actions)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import methods_page
 import pytest
 import reference_pages
 
@@ -289,6 +290,11 @@ def test_the_reference_has_every_public_name():
         for symbol, _, _ in reference_pages.symbols(importlib.import_module(module)):
             found = re.findall(rf"^(?:### `{symbol}`|- `{symbol}(?:\(\))?`:)", section, re.MULTILINE)
             assert found, f"{module}.{symbol} is not in docs/reference"
+
+
+@pytest.mark.slow
+def test_the_page_of_methods_is_that_of_the_classes():
+    check_or_refresh(ROOT / "docs" / "methods.md", methods_page.methods_page())
 
 
 @pytest.mark.slow

@@ -102,6 +102,16 @@ def test_the_mask_lies_on_the_evidence_and_has_its_area():
     assert abs(float(heat.sum()) / 40**2 - share) < 0.015
 
 
+@pytest.mark.parametrize(("height", "width", "step", "sigma"), [(32, 48, 1, 3.0), (64, 56, 2, 5.25), (16, 16, 1, 1.5)])
+def test_the_kernel_grows_with_the_image(height, width, step, sigma):
+    model, images = zoo.small_cnn(), zoo.batch(1, size=64)[..., :height, :width]
+    scaled = ExtremalPerturbation(model, max_iter=3).attribute(images, 1)
+    assert torch.equal(scaled, ExtremalPerturbation(model, max_iter=3, step=step, sigma=sigma).attribute(images, 1))
+    assert not torch.equal(
+        scaled, ExtremalPerturbation(model, max_iter=3, step=step, sigma=2 * sigma).attribute(images, 1)
+    )
+
+
 def test_several_targets_and_chunks_are_the_single_ones():
     model, images = zoo.small_cnn().double(), zoo.batch(2, dtype=torch.float64)
     options = {"max_iter": 3, **SMALL}

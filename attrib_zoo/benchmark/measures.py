@@ -13,6 +13,9 @@ from attrib_zoo import metrics
 from attrib_zoo.errors import OptionError
 from attrib_zoo.wording import closest
 
+TRUTH = ("masks", "boxes", "other_masks", "other_boxes")
+"""Under which keys a dict batch says where things are."""
+
 Explain = Callable[[Tensor, Tensor], Tensor]
 Function = Callable[..., Tensor]
 

@@ -62,7 +62,8 @@ def _scatter(panel: Axes, table: Table, styles: dict[str, dict[str, Any]]) -> No
     for method in table.methods:
         found, cost = table.estimate(method, measure.name), table.records.costs[method].times_forward
         style = {**styles[method], "linestyle": "none"}
-        error = None if found.low != found.low else [[found.mean - found.low], [found.high - found.mean]]
+        reach = [[max(found.mean - found.low, 0.0)], [max(found.high - found.mean, 0.0)]]  # rounding can turn them
+        error = None if found.low != found.low else reach
         panel.errorbar([max(cost, 0.01)], [found.mean], yerr=error, capsize=2, elinewidth=0.8, label=method, **style)
     panel.set_xscale("log")
     if measure.lower:

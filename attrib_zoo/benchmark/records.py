@@ -12,6 +12,7 @@ from typing import Any
 
 from attrib_zoo.benchmark.cost import Cost
 from attrib_zoo.errors import DataError
+from attrib_zoo.wording import reason
 
 FORMAT = 1
 
@@ -23,7 +24,7 @@ class Row:
     Attributes:
         method: its name.
         image: the image's place in the loader.
-        digest: a checksum of the image, so that another loader is noticed.
+        digest: a checksum of the image, its target and its regions, so that another loader is noticed.
         target: the class that was explained.
         clean: the target's score on the whole image.
         values: measure -> number; NaN where it means nothing.
@@ -62,19 +63,24 @@ class Records:
             return
         for file in beside:
             self._read(file)
-        if self.path.exists() and self.path.stat().st_size:
-            self._mend(self.path)
-            self._read(self.path)
-        else:
-            self._write([{"format": FORMAT, "setting": self.setting}])
+        self._begun = self._read(self.path)
+        self._write([])  # whether it can be written is known before any work
 
     def add(self, rows: Iterable[Row], method: str, cost: Cost) -> None:
         """Keep a batch of one method; all of it reaches the file, or none."""
         found = list(rows)
         self._keep(found, method, cost)
         if self.path is not None:
-            packed = [{**vars(row), "values": _plain(row.values), "clean": _number(row.clean)} for row in found]
-            self._write([{"rows": packed, "method": method, "cost": cost.facts()}])
+            head = [] if self._begun else [{"format": FORMAT, "setting": self.setting}]
+            self._write([*head, {"rows": [_packed(row) for row in found], "method": method, "cost": cost.facts()}])
+            self._begun = True
+
+    def first(self, count: int) -> Records:
+        """What is known of the first images of the loader, in their order."""
+        part = Records(self.setting)
+        part.rows = {key: row for key, row in sorted(self.rows.items(), key=lambda item: item[0][1]) if key[1] < count}
+        part.costs = dict(self.costs)
+        return part
 
     def merge(self, other: Records) -> None:
         """Take over what another process found."""
@@ -97,39 +103,73 @@ class Records:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise DataError(
-                f"path: must be a file in a folder that can be written, got {self.path} ({error.strerror}); "
-                "make the folder, make room, or choose another"
-            ) from error
+            raise self._unwritable(error) from error
 
-    def _mend(self, path: Path) -> None:
-        """A last line without an end was being written when the run stopped."""
-        data = path.read_bytes()
-        if not data.endswith(b"\n"):
-            path.write_bytes(data[: data.rfind(b"\n") + 1])
-
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path) -> bool:
+        """Take over a file; whether it was there. What is no results file of this run is left as it is."""
+        if not path.exists():
+            return False
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise DataError(f"path: {path} must be a results file, but cannot be read ({error}); remove it") from error
-        if not lines:
-            self._write([{"format": FORMAT, "setting": self.setting}])
-            return
-        head = lines[0] if isinstance(lines[0], dict) else {}
-        if head.get("format") != FORMAT or "setting" not in head:
-            raise DataError(f"path: {path} must be a results file of this version, got something else; choose another")
+            data = path.read_bytes()
+            whole, begun = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
+            lines = [json.loads(line) for line in whole.decode().splitlines()]
+        except OSError as error:
+            raise DataError(f"path: '{path}' cannot be read ({reason(error)}); choose another file") from error
+        except ValueError as error:
+            raise self._strange(path) from error
+        if lines:
+            self._check(path, lines[0])
+        elif begun and not json.dumps({"format": FORMAT}).startswith(begun[:12].decode("utf-8", "replace")):
+            raise self._strange(path)
+        try:
+            for line in lines[1:]:
+                self._keep([_unpacked(row) for row in line["rows"]], line["method"], Cost(**line["cost"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._strange(path) from error
+        if begun and path == self.path:  # a last line without an end was being written when the run stopped
+            try:
+                os.truncate(path, len(whole))
+            except OSError as error:
+                raise self._unwritable(error) from error
+        return bool(lines)
+
+    def _check(self, path: Path, head: Any) -> None:
+        """An error for the first line of another run's file, or of no such file."""
+        if not isinstance(head, dict) or head.get("format") != FORMAT or not isinstance(head.get("setting"), dict):
+            raise self._strange(path)
         told = head["setting"]
         other = sorted(k for k in {*told, *self.setting} if told.get(k) != self.setting.get(k))
         if other:
             first = other[0]
             raise DataError(
-                f"path: {path} is of another run: {', '.join(other)} differ ({first}: {told.get(first)!r}, now "
+                f"path: '{path}' is of another run: {', '.join(other)} differ ({first}: {told.get(first)!r}, now "
                 f"{self.setting.get(first)!r}); choose another file, or remove it"
             )
-        for line in lines[1:]:
-            rows = [Row(**{**row, "values": _back(row["values"]), "clean": _nan(row["clean"])}) for row in line["rows"]]
-            self._keep(rows, line["method"], Cost(**line["cost"]))
+
+    def _strange(self, path: Path) -> DataError:
+        return DataError(
+            f"path: '{path}' must be a results file of this version, got something else; choose another file, or "
+            "remove it"
+        )
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(
+            f"path: must be a file in a folder that can be written, got '{self.path}' ({reason(error)}); make the "
+            "folder, make room, or choose another"
+        )
+
+
+def _packed(row: Row) -> dict[str, Any]:
+    """A row as JSON, which has no NaN."""
+    values = {name: _number(value) for name, value in row.values.items()}
+    curves = {name: [_number(value) for value in curve] for name, curve in row.curves.items()}
+    return {**vars(row), "values": values, "curves": curves, "clean": _number(row.clean)}
+
+
+def _unpacked(found: dict[str, Any]) -> Row:
+    values = {name: _nan(value) for name, value in found["values"].items()}
+    curves = {name: [_nan(value) for value in curve] for name, curve in found["curves"].items()}
+    return Row(**{**found, "values": values, "curves": curves, "clean": _nan(found["clean"])})
 
 
 def _number(value: float) -> float | None:
@@ -138,11 +178,3 @@ def _number(value: float) -> float | None:
 
 def _nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in values.items()}
-
-
-def _back(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: _nan(value) for name, value in values.items()}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import frozen
 from attrib_zoo.benchmark.runner import as_function
 from attrib_zoo.benchmark.table import Table
-from attrib_zoo.errors import DataError
+from attrib_zoo.errors import DataError, OptionError
 from attrib_zoo.visualize import overlay
 
 _STYLE = """
@@ -86,8 +86,12 @@ def write_report(
 
     Raises:
         DataError: the file cannot be written.
+        OptionError: no such measure to rank by.
     """
-    measure = rank_by or table.measures[0].name
+    names = [measure.name for measure in table.measures]
+    measure = names[0] if rank_by is None else rank_by
+    if measure not in names:
+        raise OptionError(f"rank_by: must be one of {', '.join(names)}, got {measure!r}")
     cards = [
         _card(table, model, name, method, image, measure, mean, std, class_name)
         for name, method in methods.items()
@@ -167,11 +171,12 @@ def _card(
     figures = []
     for what, place in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         row = table.records.rows[name, table.images[place]]
-        inputs = image(row.image)[None].to(next(model.parameters()))
+        picture = image(row.image)[None]
+        inputs = picture.to(next(model.parameters(), picture))
         with frozen(model), torch.enable_grad():
             found = as_function(name, method)(inputs, torch.tensor([row.target], device=inputs.device)).detach()
         plain = overlay(inputs[0].cpu(), torch.zeros(2, 2), mean=mean, std=std)
-        drawn = overlay(inputs[0].cpu(), found[0].float().cpu(), mean=mean, std=std)
+        drawn = overlay(inputs[0].cpu(), found[0].float().cpu().nan_to_num(0.0, 0.0, 0.0), mean=mean, std=std)
         caption = f"{what}: {float(values[place]):.2f}<br>{escape(class_name(row.target))}, {row.clean:.0%}"
         pictures = "".join(f'<img alt="" src="{_jpeg(pixels)}">' for pixels in (plain, drawn))
         figures.append(f'<figure><div class="pair">{pictures}</div><figcaption>{caption}</figcaption></figure>')

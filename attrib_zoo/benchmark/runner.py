@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +17,15 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import forward, frozen, unwrap
 from attrib_zoo.benchmark.controls import CONTROLS
 from attrib_zoo.benchmark.cost import clock, measured, peak_bytes
-from attrib_zoo.benchmark.measures import Explain, Measure, Question, Wanted, chosen
+from attrib_zoo.benchmark.measures import TRUTH, Explain, Measure, Question, Wanted, chosen
 from attrib_zoo.benchmark.records import Records, Row
 from attrib_zoo.benchmark.table import Table
 from attrib_zoo.errors import DataError, InputError, OptionError
+from attrib_zoo.metrics._scores import check_masking
 from attrib_zoo.targets import TargetQuery
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import fingerprint
-from attrib_zoo.training.data import images_of
-
-_TRUTH = ("masks", "boxes", "other_masks", "other_boxes")
+from attrib_zoo.training.data import check_count, images_of
 
 
 def evaluate(
@@ -62,8 +64,8 @@ def evaluate(
         masking: what replaces hidden pixels in AD and IC; see ``metrics.masked_confidence``.
         score: ``"softmax"``, or ``"sigmoid"`` for multi-label models.
         seed: of ties, noise and controls; an image's draws depend on its place in the loader alone.
-        memory: on the CPU, explain the first image once more to find the memory that each method holds. On a GPU it
-            is always measured.
+        memory: on the CPU too, find the memory that each method holds for one image. On a GPU it is always measured,
+            for the whole batch.
         path: file of per-image results, appended as they come. Where it exists, a second run continues it.
         show_progress: draw a progress bar.
 
@@ -78,19 +80,27 @@ def evaluate(
     """
     if not methods:
         raise OptionError("methods: must name at least one method, got none")
+    if max_images is not None:
+        check_count("max_images", max_images)
+    check_masking(masking)
+    if score not in ("softmax", "sigmoid"):
+        raise OptionError(f"score: must be 'softmax' or 'sigmoid', got {score!r}")
     explain = {name: as_function(name, method) for name, method in methods.items()}
     for name, control in CONTROLS.items() if controls else ():
         explain.setdefault(name, control(seed))
     run: _Run | None = None
-    for start, batch in _batches(loader, max_images, show_progress):
+    seen = 0
+    for start, batch, mine in _batches(loader, max_images, show_progress):
         if run is None:
-            asked = chosen(metrics, [key for key in _TRUTH if isinstance(batch, Mapping) and key in batch])
+            asked = chosen(metrics, [key for key in TRUTH if isinstance(batch, Mapping) and key in batch])
             setting = _setting(model, methods, asked, masking, score, seed, controls)
             run = _Run(model, explain, asked, _records(setting, path), masking, score, seed, memory)
-        run.batch(start, batch)
+        if mine:
+            run.batch(start, batch)
+        seen = start + len(images_of(batch))
     if run is None:
         raise DataError("loader: must yield at least one batch, got none; look at the folder and the batch size")
-    return Table(_gathered(run.records), run.measures)
+    return Table(_gathered(run.records).first(seen), run.measures)
 
 
 class _Run:
@@ -109,36 +119,39 @@ class _Run:
     ) -> None:
         self.model, self.explain, self.measures, self.records = model, explain, measures, records
         self.masking, self.score, self.seed, self.memory = masking, score, seed, memory
-        self._warm = False
+        self._rehearsed: set[str] = set()
 
     def batch(self, start: int, batch: Any) -> None:
         """Explain and measure a batch; methods that are in the file already are passed over."""
         images = images_of(batch)
-        digests = [zlib.crc32(image.numpy().tobytes()) for image in images.detach().float().cpu()]
+        digests = _digests(images, batch)
         missing = [name for name in self.explain if not self._known(name, start, digests)]
         if not missing:
             return
         inputs = images.to(next((p for p in unwrap(self.model).parameters()), images))
         target, clean, plain = self._clean(inputs, batch.get("target") if isinstance(batch, Mapping) else None)
-        truth = {k: batch[k] for k in _TRUTH if isinstance(batch, Mapping) and k in batch}
+        truth = {k: batch[k] for k in TRUTH if isinstance(batch, Mapping) and k in batch}
         seeds = [self.seed + start + row for row in range(len(inputs))]
         for name in missing:
             explain = self.explain[name]
-            if not self._warm:
-                _warm(explain, inputs)
             with frozen(self.model) as bare, torch.enable_grad():  # Captum's gradient methods want both
+                peak = self._rehearse(name, partial(explain, inputs[:1], target[:1]), inputs.device)
                 maps, cost = measured(partial(explain, inputs, target), bare, len(inputs))
-                if self.memory and cost.peak is None and not self._warm:
-                    cost.peak = peak_bytes(partial(explain, inputs[:1], target[:1]))
-            cost.plain = plain
-            maps = maps.detach()
-            _check(maps, inputs, name)
+            cost.plain, cost.peak = plain, peak if cost.peak is None else cost.peak
+            maps = _checked(maps, inputs, name)
             asked = Question(self.model, explain, inputs, maps, target, clean, seeds, truth, self.masking, self.score)
             rows = [Row(name, start + i, d, int(target[i]), float(clean[i])) for i, d in enumerate(digests)]
             for measure in self.measures:
-                _enter(measure, measure.compute(asked).detach().double().cpu(), rows)
+                _enter(measure, measure.compute(asked), rows)
             self.records.add(rows, name, cost)
-        self._warm = True
+
+    def _rehearse(self, name: str, call: Callable[[], Tensor], device: torch.device) -> int | None:
+        """Explain one image before the clock runs: what is found out once per model is no part of a map's cost."""
+        if name in self._rehearsed:
+            return None
+        self._rehearsed.add(name)
+        call()
+        return peak_bytes(call) if self.memory and device.type == "cpu" else None
 
     def _known(self, name: str, start: int, digests: list[int]) -> bool:
         """Whether the file holds this batch of this method, of the very same images."""
@@ -146,15 +159,16 @@ class _Run:
         for row, digest in zip(rows, digests, strict=True):
             if row is not None and row.digest != digest:
                 raise DataError(
-                    f"loader: image {row.image} must be the one of the results file, got another; give the same images "
-                    "in the same order (shuffle=False, no random transforms), or another path"
+                    f"loader: image {row.image} must be the one of the results file, got another (or another target or "
+                    "region of it); give the same images in the same order (shuffle=False, no random transforms), or "
+                    "another path"
                 )
         return all(row is not None for row in rows)
 
     def _clean(self, inputs: Tensor, wanted: Any) -> tuple[Tensor, Tensor, float]:
         """Targets, their scores, and the time of a plain pass."""
         with frozen(self.model) as bare, torch.no_grad():
-            if not self._warm:
+            if not self._rehearsed:
                 forward(bare, inputs)
             start = clock(inputs.device)
             outputs = forward(bare, inputs)
@@ -167,15 +181,15 @@ class _Run:
 
 def _enter(measure: Measure, found: Tensor, rows: list[Row]) -> None:
     """Write a measure's numbers, ``(N,)`` or ``(N, P)``, into the rows of N images."""
-    numbers = measure.number(found)
-    if numbers.shape != (len(rows),):
-        raise OptionError(
-            f"metrics: {measure.name!r} must give one number per image, ({len(rows)},), got {tuple(numbers.shape)}"
-        )
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(found, Tensor) or found.ndim not in (1, 2) or len(found) != len(rows):
+        raise OptionError(f"metrics: {measure.name!r} must give one number per image, ({len(rows)},), got {shape}")
+    curves = found.detach().double().cpu()
+    numbers = measure.number(curves)
     for i, row in enumerate(rows):
         row.values[measure.name] = float(numbers[i])
         if found.ndim == 2:
-            row.curves[measure.name] = found[i].tolist()
+            row.curves[measure.name] = curves[i].tolist()
 
 
 def as_function(name: str, method: Any) -> Explain:
@@ -199,25 +213,36 @@ class _Attribute:
         self.method = method
 
     def __call__(self, inputs: Tensor, target: Tensor) -> Tensor:
-        found = self.method.attribute(inputs, target=target)
+        captums = type(self.method).__module__.startswith("captum.")
+        with warnings.catch_warnings() if captums else nullcontext():
+            if captums:  # it warns about what it then does by itself
+                warnings.filterwarnings("ignore", message="Input Tensor .* did not already require gradients")
+            found = self.method.attribute(inputs, target=target)
         maps: Tensor = found[0] if isinstance(found, tuple) else found
         return maps
 
 
-def _warm(explain: Explain, inputs: Tensor) -> None:
-    """Layers are found once per model; that is no part of a map's cost."""
-    taps: Callable[[Tensor], Any] | None = getattr(getattr(explain, "method", None), "taps", None)
-    if taps is not None:
-        with torch.no_grad():
-            taps(inputs)
-
-
-def _check(maps: Tensor, inputs: Tensor, name: str) -> None:
-    if maps.ndim not in (3, 4) or len(maps) != len(inputs):
+def _checked(maps: Any, inputs: Tensor, name: str) -> Tensor:
+    if not isinstance(maps, Tensor) or maps.ndim not in (3, 4) or len(maps) != len(inputs):
+        got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
         raise InputError(
             f"methods: {name!r} must return maps (N, C, H, W), (N, 1, h, w) or (N, h, w) for N={len(inputs)} images, "
-            f"got {tuple(maps.shape)}"
+            f"got {got}"
         )
+    return maps.detach()
+
+
+def _digests(images: Tensor, batch: Any) -> list[int]:
+    """A checksum of each image and of what the batch says about it."""
+    said = [batch[key] for key in ("target", *TRUTH) if key in batch] if isinstance(batch, Mapping) else []
+    told = [entry for entry in said if _per_image(entry, len(images))]
+    found = []
+    for i, pixels in enumerate(images.detach().float().cpu()):
+        digest = 0
+        for value in [pixels, *(torch.as_tensor(entry[i]) for entry in told)]:
+            digest = zlib.crc32(value.detach().float().cpu().contiguous().numpy().tobytes(), digest)
+        found.append(digest)
+    return found
 
 
 def _setting(
@@ -235,9 +260,9 @@ def _setting(
     return {
         "model": type(bare).__name__,
         "weights": fingerprint(bare)[:16],
-        "methods": {name: repr(method) if hasattr(method, "options") else name for name, method in methods.items()},
+        "methods": {name: _described(name, method) for name, method in methods.items()},
         "measures": [measure.name for measure in measures],
-        "masking": masking if isinstance(masking, str) else "a tensor",
+        "masking": masking if isinstance(masking, str) else masking.tolist(),
         "score": score,
         "seed": seed,
         "controls": controls,
@@ -246,16 +271,22 @@ def _setting(
     }
 
 
+def _described(name: str, method: Any) -> str:
+    """Its options, and a checksum of what a fit has made of it."""
+    if not hasattr(method, "options"):
+        return name
+    network = getattr(method, "network_", None)
+    return repr(method) + (f" {fingerprint(network)[:16]}" if isinstance(network, nn.Module) else "")
+
+
 def _records(setting: Mapping[str, Any], path: Any) -> Records:
     if path is None:
         return Records(setting)
-    rank, world = distributed.rank(), distributed.world_size()
-    file = Path(path)
-    own = file if rank == 0 else file.with_name(f"{file.stem}.{rank}{file.suffix}")
-    beside = [other for other in file.parent.glob(f"{file.stem}.*{file.suffix}") if other != own]
-    if own != file and file.exists():
-        beside.append(file)
-    return Records(setting, own, beside if world == 1 else ())
+    file, rank = Path(path), distributed.rank()
+    if rank:  # each process writes a file of its own
+        return Records(setting, file.with_name(f"{file.stem}.{rank}{file.suffix}"))
+    others = file.parent.glob(f"{glob.escape(file.stem)}.[0-9]*{glob.escape(file.suffix)}")
+    return Records(setting, file, sorted(others) if distributed.world_size() == 1 else ())
 
 
 def _gathered(records: Records) -> Records:
@@ -268,8 +299,8 @@ def _gathered(records: Records) -> Records:
     return whole
 
 
-def _batches(loader: Iterable[Any], most: int | None, show_progress: bool) -> Iterator[tuple[int, Any]]:
-    """The batches of this process, each with the place of its first image."""
+def _batches(loader: Iterable[Any], most: int | None, show_progress: bool) -> Iterator[tuple[int, Any, bool]]:
+    """The batches, each with the place of its first image, and whether it is this process's."""
     from tqdm.auto import tqdm
 
     rank, world = distributed.rank(), distributed.world_size()
@@ -279,14 +310,21 @@ def _batches(loader: Iterable[Any], most: int | None, show_progress: bool) -> It
     for number, batch in enumerate(tqdm(loader, "evaluate", length, unit="batch", disable=hidden, leave=False)):
         count = len(images_of(batch))
         kept = count if most is None else min(count, most - start)
-        if kept <= 0:
+        yield start, _rows(batch, kept) if kept < count else batch, number % world == rank
+        start += kept
+        if start == most:
             return
-        if number % world == rank:
-            yield start, _rows(batch, kept) if kept < count else batch
-        start += count
 
 
 def _rows(batch: Any, count: int) -> Any:
     if isinstance(batch, Mapping):
-        return {key: value[:count] for key, value in batch.items()}
+        size = len(images_of(batch))
+        return {key: value[:count] if _per_image(value, size) else value for key, value in batch.items()}
     return images_of(batch)[:count]
+
+
+def _per_image(value: Any, count: int) -> bool:
+    """Whether a batch's entry has a part for each image."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == count
+    return isinstance(value, (list, tuple)) and len(value) == count

@@ -83,6 +83,7 @@ class Table:
     def __init__(self, records: Records, measures: Sequence[Measure]) -> None:
         self.records = records
         self.measures = list(measures)
+        self._estimates: dict[tuple[str, str], Estimate] = {}
 
     @property
     def methods(self) -> list[str]:
@@ -97,18 +98,25 @@ class Table:
     def values(self, method: str, measure: str) -> Tensor:
         """One number per image, ``(N,)``, in the order of ``images``; times 100 where tables print percent."""
         factor = 100.0 if self._measure(measure).percent else 1.0
+        self._known(method)
         rows = [self.records.rows.get((method, image)) for image in self.images]
         found = [math.nan if row is None else row.values.get(measure, math.nan) for row in rows]
         return factor * torch.tensor(found, dtype=torch.float64)
 
     def curve(self, method: str, measure: str) -> Tensor:
         """The mean curve of a measure that has one, ``(P,)``."""
+        self._known(method)
+        if not self._measure(measure).points:
+            raise OptionError(f"measure: must be one that has a curve, got {measure!r}")
         rows = [row.curves[measure] for (name, _), row in self.records.rows.items() if name == method]
         return torch.tensor(rows, dtype=torch.float64).nanmean(0)
 
     def estimate(self, method: str, measure: str) -> Estimate:
         """Mean and 95 % interval of a method on a measure."""
-        return estimate(self.values(method, measure))
+        key = method, measure
+        if key not in self._estimates:
+            self._estimates[key] = estimate(self.values(method, measure))
+        return self._estimates[key]
 
     def difference(self, method: str, other: str, measure: str) -> Estimate:
         """Mean and 95 % interval of the difference on the same images: ``method - other``.
@@ -119,9 +127,7 @@ class Table:
 
     def differences(self, reference: str | None = None) -> str:
         """Every method minus one of them (the first), as Markdown; ``*`` where 0 is outside the interval."""
-        base = reference or self.methods[0]
-        if base not in self.methods:
-            raise OptionError(f"reference: must be one of {', '.join(self.methods)}, got {base!r}")
+        base = self.methods[0] if reference is None else self._known(reference)
         lines = []
         for method in self.methods:
             if method != base:
@@ -146,7 +152,8 @@ class Table:
             row.append(str(max((e.images for e in found), default=0)))
             cost = costs[method]
             each = max(cost.images, 1)
-            row += [f"{cost.forward / each:.4g}", f"{cost.backward / each:.4g}", f"{cost.times_forward:.2f}"]
+            times = "–" if math.isnan(cost.times_forward) else f"{cost.times_forward:.2f}"
+            row += [f"{cost.forward / each:.4g}", f"{cost.backward / each:.4g}", times]
             rows.append([*row, "–" if cost.peak is None else f"{cost.peak / 1e6:.0f}"])
         return head, rows
 
@@ -163,9 +170,8 @@ class Table:
             for measure in self.measures:
                 lost = int((~self.values(method, measure.name).isfinite()).sum())
                 if lost:
-                    lines.append(
-                        f"{method}, {measure.name}: {lost} images without a value (no region, or no finite map)"
-                    )
+                    images = f"{lost} image{'s' * (lost > 1)}"
+                    lines.append(f"{method}, {measure.name}: {images} without a value (no region, or no finite map)")
         return lines
 
     def to_text(self) -> str:
@@ -196,7 +202,8 @@ class Table:
     def to_latex(self) -> str:
         """A ``tabular``; needs the package booktabs."""
         head, rows = self.cells()
-        signs = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "%": r"\%", "_": r"\_", "&": r"\&", "–": "--"}
+        signs = {letter: rf"\{letter}" for letter in "%_&#${}"} | {"↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+        signs |= {"–": "--", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
         def line(cells: Sequence[str]) -> str:
             return " & ".join("".join(signs.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
@@ -250,6 +257,11 @@ class Table:
     def __repr__(self) -> str:
         return f"<Table of {len(self.methods)} methods, {len(self.measures)} measures, {len(self.images)} images>"
 
+    def _known(self, method: str) -> str:
+        if method not in self.methods:
+            raise OptionError(f"method: must be one of {', '.join(self.methods)}, got {method!r}")
+        return method
+
     def _measure(self, name: str) -> Measure:
         for measure in self.measures:
             if measure.name == name:
@@ -266,7 +278,8 @@ def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in (head, *rows)]
+    cells = [[cell.replace("|", r"\|") for cell in line] for line in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     rule = "|".join("-" * (width + 2) for width in widths)
     return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])

@@ -18,6 +18,7 @@ from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 _LEVELS = 8  # of the blurred images, the last of them sharp
 _COLDNESS = 20.0
+_STEP, _SIGMA = 7, 21.0  # pixels, for images of 224
 _RATE, _MOMENTUM, _DAMPENING = 0.01, 0.9, 0.9
 _AREA_WEIGHT, _AREA_GROWTH = 300.0, 1.0035
 _SAME = 2.0**10  # pixels of a mask that agree to 1 / _SAME share their place in the order
@@ -42,10 +43,10 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
             ``"dual"`` does both.
         contrastive: the score less the best score of any other class.
         max_iter: steps of the optimisation.
-        step: distance of the grid's parameters in pixels. This, ``sigma`` and ``blur`` are the authors', for images of
-            224 pixels; scale them to other sizes.
-        sigma: radius of the kernel in pixels.
-        blur: deviation of the strongest blur in pixels.
+        step: distance of the grid's parameters in pixels; ``None``: the authors' 7 for images of 224 pixels (the
+            shorter side), in proportion for others, at least 1.
+        sigma: radius of the kernel in pixels; ``None``: the authors' 21 at 224 pixels, in proportion for others.
+        blur: deviation of the strongest blur in pixels; the authors' at any size, since it must hide the evidence.
         score: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         chunk_size: masks that are optimised at once; ``None``: 32, fewer where memory runs out.
 
@@ -82,8 +83,8 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
         variant: str = "preserve",
         contrastive: bool = False,
         max_iter: int = 800,
-        step: int = 7,
-        sigma: float = 21.0,
+        step: int | None = None,
+        sigma: float | None = None,
         blur: float = 20.0,
         score: str = "logit",
         chunk_size: int | None = None,
@@ -99,8 +100,8 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
         self.variant = check_choice("variant", variant, ("preserve", "delete", "dual"))
         self.contrastive = bool(contrastive)
         self.max_iter: int = check_number("max_iter", max_iter, least=1)
-        self.step: int = check_number("step", step, least=1)
-        self.sigma: float = check_number("sigma", sigma, least=0.0, above=True)
+        self.step: int | None = None if step is None else check_number("step", step, least=1)
+        self.sigma: float | None = None if sigma is None else check_number("sigma", sigma, least=0.0, above=True)
         self.blur: float = check_number("blur", blur, least=0.0, above=True)
         self.score = check_choice("score", score, SCORES)
         self.chunk_size = chunk_size
@@ -110,7 +111,10 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
         check_weights(self.model)
         target = query.resolve(forward(self.model, inputs, args))
         count, height, width = target.count, *inputs.shape[-2:]
-        smooth = SmoothMask((height, width), self.step, self.sigma, inputs)
+        scale = min(height, width) / 224
+        step = max(1, round(_STEP * scale)) if self.step is None else self.step
+        sigma = _SIGMA * scale if self.sigma is None else self.sigma
+        smooth = SmoothMask((height, width), step, sigma, inputs)
         levels = pyramid(inputs, self.blur)
         items = torch.cartesian_prod(*map(torch.arange, (len(inputs), count, len(self.areas)))).view(-1, 3)
         found = torch.empty(len(items), height, width, dtype=smooth.dtype, device=inputs.device)

@@ -1,0 +1,179 @@
+"""The two pictures of docs/methods.md: every method on the same two photographs, and on the same two planted scenes.
+
+    ATTRIB_ZOO_DATA=FOLDER python benchmarks/gallery.py photographs --explainers FOLDER [--output docs/images]
+    python benchmarks/gallery.py scenes
+
+Photographs: SqueezeNet 1.1 and the model's own decision. Scenes: the tiny vision transformer of
+``attrib_zoo.synthetic``, asked for one of the two objects. ``--explainers`` is a folder of fitted explainers
+(``ttame.safetensors``, ``lcamfm.safetensors`` ...) for the photographs; what is not there is fitted for ``--steps``
+steps on the photographs. Paper defaults, except RISE with ``--masks`` masks, and extremal perturbations of the scenes,
+whose grid and kernel are made for 32 pixels (not the blur: a colour outlives a weak one). Negative evidence is left
+out. Prints what refuses the model and the time of each method; ``--maps FILE`` keeps the maps, and draws those that
+are in it already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tarfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from measure import setting
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from attrib_zoo import models, synthetic, visualize
+from attrib_zoo.attribution import Attribution
+from attrib_zoo.commands import methods
+from attrib_zoo.errors import AttribZooError, UnsupportedModelError
+from attrib_zoo.photos import Photos
+from attrib_zoo.trainable import TrainableAttribution
+
+PHOTOGRAPHS = ("black stork", "wire-haired fox terrier")
+SCENES = (3, 11)
+ACROSS = 8  # pictures in a row, the image included
+SMALL = {"ExtremalPerturbation": {"step": 4, "sigma": 6.0}}
+
+
+def explained(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    options: dict[str, dict[str, Any]],
+    fit: Callable[[type[TrainableAttribution]], Attribution],
+    known: dict[str, Tensor],
+    without: list[str],
+) -> dict[str, Tensor]:
+    """Name -> maps of every method that the model allows, in the order of the families."""
+    maps = {}
+    for cls in methods().values():
+        name, start = cls.__name__, time.perf_counter()
+        if name not in known and name in without:
+            continue
+        if name not in known:
+            try:
+                explainer = fit(cls) if cls.needs_fit else cls(model, **options.get(name, {}))
+                found = explainer.attribute(images, target)
+            except UnsupportedModelError as error:
+                print(f"{name:22} {error}", flush=True)
+                continue
+            known[name] = found.mean(1, keepdim=True).contiguous()
+            print(f"{name:22} {time.perf_counter() - start:6.1f} s", flush=True)
+        maps[name] = known[name]
+    return maps
+
+
+def draw(
+    path: Path, images: Iterable[Tensor], maps: dict[str, Tensor], titles: list[str], mean: Any = None, std: Any = None
+) -> None:
+    """Bands of a few methods each, one below the other."""
+    names = list(maps)
+    count = -(-len(names) // (ACROSS - 1))
+    each = -(-len(names) // count)  # bands of about the same length
+    bands = []
+    for i in range(0, len(names), each):
+        columns = {name: maps[name].clamp(min=0) for name in names[i : i + each]}
+        sheet = visualize.figure(images, columns, titles=titles, mean=mean, std=std)
+        sheet.set_dpi(72)
+        sheet.canvas.draw()
+        bands.append(np.asarray(sheet.canvas.buffer_rgba())[..., :3])
+    page = np.full((sum(len(band) for band in bands), max(band.shape[1] for band in bands), 3), 255, np.uint8)
+    top = 0
+    for band in bands:
+        page[top : top + len(band), : band.shape[1]] = band
+        top += len(band)
+    Image.fromarray(page).save(path, quality=82, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {page.shape[1]} x {page.shape[0]}")
+
+
+def photographs(options: argparse.Namespace, known: dict[str, Tensor]) -> None:
+    """SqueezeNet's decisions."""
+    data = Path(os.environ["ATTRIB_ZOO_DATA"])
+    options.cache.mkdir(parents=True, exist_ok=True)
+    if not (options.cache / "imagenet_photos").is_dir():
+        with tarfile.open(data / "imagenet_photos.tar.gz") as archive:
+            archive.extractall(options.cache, filter="data")
+    folder = options.cache / "imagenet_photos"
+    loaded = models.load("squeezenet1_1", weights=data / "squeezenet1_1_imagenet.safetensors")
+    folders = {name: wnid for wnid, name in json.loads((folder / "classes.json").read_text()).values()}
+    names = {name.replace("_", " "): wnid for name, wnid in folders.items()}
+    paths = [next((folder / names[name]).glob("*.jpg")) for name in options.photographs]
+    images = torch.stack([loaded.transform(Image.open(path).convert("RGB")) for path in paths])
+    with torch.no_grad():
+        sure, target = loaded.model(images).softmax(1).max(1)
+    titles = [f"{loaded.class_name(int(t))}  {float(p):.0%}" for t, p in zip(target, sure, strict=True)]
+    every = Photos(sorted(folder.glob("*/*.jpg")), loaded.transform)
+
+    def fit(cls: type[TrainableAttribution]) -> Attribution:
+        kept = options.explainers / f"{cls.__name__.lower()}.safetensors" if options.explainers else None
+        if kept and kept.exists():
+            return cls.load(kept, loaded.model)
+        order = torch.Generator().manual_seed(0)
+        loader = DataLoader(every, batch_size=8, shuffle=True, generator=order)
+        fitted = cls(loaded.model).fit(loader, max_steps=options.steps, show_progress=False)
+        if kept:
+            fitted.save(kept)
+        return fitted
+
+    settings = {"RISE": {"n_masks": options.masks}}
+    maps = explained(loaded.model, images, target, settings, fit, known, options.without)
+    views = [loaded.view(Image.open(path).convert("RGB")) for path in paths]
+    draw(options.output / "methods-photographs.jpg", views, maps, titles)
+
+
+def scenes(options: argparse.Namespace, known: dict[str, Tensor]) -> None:
+    """The tiny vision transformer, asked for the first object of each scene."""
+    model = synthetic.trained("vit")
+    data = synthetic.scenes(max(SCENES) + 1, seed=2).rows(torch.tensor(SCENES))
+    target = data.labels[:, 0]
+    said = [[data.class_names[int(label)] for label in labels] for labels in data.labels]
+    titles = [f"asked: {asked}   (the other object: {other})" for asked, other in said]
+
+    def fit(cls: type[TrainableAttribution]) -> Attribution:
+        loader = synthetic.scenes(1024, seed=1).loader(16)
+        return cls(model).fit(loader, max_steps=options.steps, show_progress=False)
+
+    settings = {"RISE": {"n_masks": options.masks}, **SMALL}
+    maps = explained(model, data.inputs, target, settings, fit, known, options.without)
+    draw(options.output / "methods-scenes.jpg", data.images, maps, titles)
+
+
+def main() -> None:
+    """Explain and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["photographs", "scenes"])
+    parser.add_argument("--photographs", nargs=2, default=PHOTOGRAPHS, metavar="CLASS")
+    parser.add_argument("--explainers", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("docs/images"))
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attrib_zoo")
+    parser.add_argument("--maps", type=Path)
+    parser.add_argument("--without", nargs="*", default=[], metavar="METHOD", help="unless it is in --maps")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--masks", type=int, default=1000)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(setting())
+    known = load_file(options.maps) if options.maps and options.maps.exists() else {}
+    try:
+        {"photographs": photographs, "scenes": scenes}[options.what](options, known)
+    except AttribZooError as error:
+        raise SystemExit(f"error: {error}") from error
+    finally:
+        if options.maps:
+            save_file(known, options.maps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,468 @@
+"""Methods times measures over a loader: numbers, batches, controls, costs, and what is refused."""
+
+from __future__ import annotations
+
+import captum.attr
+import pytest
+import strategies as zoo
+import torch
+from benchmark_cases import CHEAP, IMAGES, Batches, Counted, Linear, assert_same, brightness
+from torch.utils.data import DataLoader, TensorDataset
+
+from attrib_zoo import RISE, AblationCAM, GradCAM, ScoreCAM, metrics
+from attrib_zoo.benchmark import FAMILIES, Measure, Table, evaluate
+from attrib_zoo.benchmark.controls import CONTROLS, chance, edges
+from attrib_zoo.benchmark.cost import Cost, measured, peak_bytes
+from attrib_zoo.errors import AttribZooError, DataError, InputError, OptionError
+
+CHEAP_FAMILIES = "ad,ic,drop,increase,insertion,sparseness"
+TENTHS = tuple(i / 10 for i in range(1, 10))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.small_cnn()
+
+
+def run(model, methods=CHEAP, loader=None, wanted="ad,sparseness", **options) -> Table:
+    options = {"controls": False, "show_progress": False, **options}
+    return evaluate(model, methods, Batches(3) if loader is None else loader, wanted, **options)
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+def test_a_tables_numbers_are_those_of_the_metrics(model):
+    method = GradCAM(model)
+    table = run(model, {"cam": method}, wanted=f"{CHEAP_FAMILIES},road,deletion,variation", seed=5)
+    target = model(IMAGES).argmax(1)
+    maps = torch.cat([method.attribute(x, target=t) for x, t in zip(IMAGES.split(3), target.split(3), strict=True)])
+    asked = (model, IMAGES, maps, target)
+    seed = list(range(5, 12))
+    wanted = {
+        "AD(100)": 100 * metrics.average_drop(*asked, keep=1.0),
+        "AD(15)": 100 * metrics.average_drop(*asked, keep=0.15),
+        "IC(50)": 100 * metrics.increase_in_confidence(*asked, keep=0.5),
+        "Drop%": 100 * metrics.drop_rate(*asked),
+        "Increase%": 100 * metrics.increase_rate(*asked),
+        "ROAD MoRF": 100 * metrics.road(*asked, order="morf", fractions=TENTHS, seed=seed),
+        "ROAD LeRF": 100 * metrics.road(*asked, order="lerf", fractions=TENTHS, seed=seed),
+        "insertion": 100 * metrics.insertion(*asked, steps=32, seed=seed),
+        "deletion": 100 * metrics.deletion(*asked, steps=32, seed=seed),
+        "sparseness": metrics.sparseness(*asked),
+        "variation": metrics.total_variation(*asked),
+    }
+    for name, values in wanted.items():
+        torch.testing.assert_close(table.values("cam", name), values.double(), rtol=1e-4, atol=1e-3, msg=name)
+    assert set(wanted) <= {m.name for m in table.measures}
+    curve = metrics.road_curve(*asked, order="morf", fractions=TENTHS, seed=seed).double().mean(0)
+    torch.testing.assert_close(table.curve("cam", "ROAD MoRF"), curve, rtol=1e-4, atol=1e-5)
+    rows = table.records.rows
+    clean = model(IMAGES).softmax(1).amax(1).tolist()
+    assert [rows["cam", i].target for i in range(7)] == target.tolist()
+    assert [rows["cam", i].clean for i in range(7)] == pytest.approx(clean, rel=1e-5)
+
+
+def test_regions_are_measured_where_the_data_has_them(model):
+    masks = torch.zeros(7, 16, 16, dtype=torch.bool)
+    masks[:, :8] = True
+    others = ~masks
+    loader = [
+        {"image": IMAGES[i : i + 3], "target": torch.full((len(IMAGES[i : i + 3]),), 2), "masks": masks[i : i + 3]}
+        for i in (0, 3, 6)
+    ]
+    table = run(model, loader=loader, wanted=None)
+    names = [m.name for m in table.measures]
+    assert names[-4:] == ["EBPG", "mIoU", "Bbox", "pointing game"]
+    maps = brightness(IMAGES, None)
+    target = torch.full((7,), 2)
+    region = {"masks": masks}
+    for name, function in (
+        ("EBPG", metrics.energy_pointing_game),
+        ("mIoU", metrics.miou),
+        ("Bbox", metrics.bbox_score),
+    ):
+        wanted = 100 * function(model, IMAGES, maps, target, **region).double()
+        torch.testing.assert_close(table.values("brightness", name), wanted, rtol=1e-4, atol=1e-3)
+    assert {row.target for row in table.records.rows.values()} == {2}
+    flat = {"flat": lambda inputs, target: torch.zeros(len(inputs), 1, 4, 4)}
+    tied = run(model, flat, loader, "miou,bbox,pointing", seed=3)  # ties are drawn for each image
+    ranked = {"mIoU": metrics.miou, "Bbox": metrics.bbox_score, "pointing game": metrics.pointing_game}
+    for name, function in ranked.items():
+        wanted = 100 * function(model, IMAGES, torch.zeros(7, 1, 4, 4), target, **region, seed=list(range(3, 10)))
+        torch.testing.assert_close(tied.values("flat", name), wanted.double(), rtol=1e-4, atol=1e-3)
+    for start, batch in zip((0, 3, 6), loader, strict=True):
+        batch["other_masks"] = others[start : start + 3]
+    table = run(model, loader=loader, wanted="discrimination")
+    share = metrics.class_discrimination(model, IMAGES, maps, target, masks=masks, other_masks=others)
+    torch.testing.assert_close(table.values("brightness", "discrimination"), 100 * share.double(), rtol=1e-4, atol=1e-3)
+
+
+def test_the_batch_size_changes_nothing_and_samples_weigh_alike(model):
+    methods = {**CHEAP, "flat": lambda inputs, target: torch.zeros(len(inputs), 1, 4, 4)}
+    options = {"wanted": "ad,ic,drop,insertion,sparseness", "controls": True}
+    tables = [run(model, methods, Batches(size), **options) for size in (1, 3, 7)]
+    for table in tables[1:]:
+        assert_same(tables[0], table, exact=False)
+    ends = tables[1].values("brightness", "AD(15)")
+    assert len(ends) == 7
+    assert tables[1].estimate("brightness", "AD(15)").mean == pytest.approx(float(ends.mean()))
+    batches = [float(part.mean()) for part in ends.split(3)]
+    assert abs(sum(batches) / 3 - float(ends.mean())) > 1e-3  # a mean of means would be another number
+    one, two = (run(model, loader=Batches(size), wanted="road") for size in (1, 7))
+    for name in ("ROAD MoRF", "ROAD LeRF"):  # its equations are solved up to a tolerance
+        a, b = one.values("brightness", name), two.values("brightness", name)
+        torch.testing.assert_close(a, b, rtol=0, atol=0.1)
+
+
+def test_only_so_many_images(model):
+    loader = Batches(3)
+    table = run(model, loader=loader, max_images=5)
+    assert table.images == [0, 1, 2, 3, 4]
+    assert loader.given == 2
+    assert_same(run(model, loader=Batches(5, IMAGES[:5])), table, exact=False)
+    loader = Batches(3)
+    assert run(model, loader=loader, max_images=3).images == [0, 1, 2]
+    assert loader.given == 1, "no batch is read in vain"
+    assert run(model, max_images=100).images == list(range(7))
+    batches = [{"image": IMAGES[:3], "target": torch.tensor([0, 1, 2]), "epoch": 4, "names": ["a", "b", "c"]}]
+    assert [row.target for row in run(model, loader=batches, max_images=2).records.rows.values()] == [0, 0, 1, 1]
+
+
+def test_the_loaders_forms_are_alike(model):
+    plain = run(model)
+    dataset = TensorDataset(IMAGES, torch.zeros(7, dtype=torch.long))  # labels are not what is explained
+    assert_same(plain, run(model, loader=DataLoader(dataset, 3)))
+    assert_same(plain, run(model, loader=[{"pixel_values": part} for part in IMAGES.split(3)]))
+    assert_same(plain, run(model, loader=iter(Batches(3))))
+
+
+def test_captum_and_functions_are_methods_too(model):
+    saliency = captum.attr.Saliency(model)
+    table = run(model, {"saliency": saliency, "three axes": lambda inputs, target: inputs[:, 0]})
+    target = model(IMAGES).argmax(1)
+    maps = saliency.attribute(IMAGES.clone().requires_grad_(), target=target)
+    for name, found in (("saliency", maps), ("three axes", IMAGES[:, 0])):
+        wanted = 100 * metrics.average_drop(model, IMAGES, found, target, keep=0.5).double()
+        torch.testing.assert_close(table.values(name, "AD(50)"), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_own_metrics(model):
+    def share(model, inputs, attributions, target):
+        return (attributions > 0).float().mean((1, 2, 3)) + target
+
+    table = run(model, wanted={"share": share})
+    target = model(IMAGES).argmax(1)
+    torch.testing.assert_close(
+        table.values("brightness", "share"), share(model, IMAGES, brightness(IMAGES, target), target).double()
+    )
+    seen = Measure("seen", lambda asked: torch.stack([asked.clean, asked.clean + 1], 1), points=(0.0, 1.0), area=True)
+    table = run(model, wanted=["sparseness", seen])
+    clean = model(IMAGES).softmax(1).amax(1).double()
+    torch.testing.assert_close(table.values("darkness", "seen"), 100 * (clean + 0.5), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        table.curve("darkness", "seen"), torch.stack([clean.mean(), clean.mean() + 1]), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "got"),
+    [(torch.tensor(0.5), r"got \(\)"), (torch.zeros(2), r"got \(2,\)"), (0.5, "got float"), (None, "got NoneType")],
+)
+def test_a_metric_that_gives_no_number_per_image_is_named(model, found, got):
+    with pytest.raises(OptionError, match=r"'mine' must give one number per image, \(3,\), " + got):
+        run(model, wanted={"mine": lambda *_: found})
+
+
+def test_sigmoid_scores(model):
+    table = run(model, wanted="ad", score="sigmoid")
+    target = model(IMAGES).argmax(1)
+    drop = metrics.average_drop(model, IMAGES, brightness(IMAGES, target), target, score="sigmoid")
+    torch.testing.assert_close(table.values("brightness", "AD(100)"), 100 * drop.double(), rtol=1e-4, atol=1e-3)
+
+
+def test_masking_reaches_the_metrics(model):
+    target = model(IMAGES).argmax(1)
+    grey = torch.tensor([0.3, 0.1, 0.2])
+    found = {}
+    for masking in ("raw", "standardized", grey.view(3, 1, 1)):
+        table = run(model, wanted="ad", masking=masking)
+        drop = metrics.average_drop(model, IMAGES, brightness(IMAGES, target), target, masking=masking)
+        torch.testing.assert_close(table.values("brightness", "AD(100)"), 100 * drop.double(), rtol=1e-4, atol=1e-3)
+        found[str(masking)] = float(drop.mean())
+    assert len(set(found.values())) == 3
+
+
+def test_the_model_is_left_as_it_was(model):
+    loud = zoo.small_cnn().train()
+    state = {k: v.clone() for k, v in loud.state_dict().items()}
+    before = torch.random.get_rng_state()
+    first = run(loud, wanted="ad,insertion", controls=True)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert loud.training
+    assert all(p.requires_grad and p.grad is None for p in loud.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in loud.state_dict().items())
+    assert_same(run(model, wanted="ad,insertion", controls=True), first)
+
+
+# ---------------------------------------------------------------------- what means nothing is counted
+
+
+def test_maps_without_meaning_are_counted(model):
+    def spoilt(inputs, target):
+        maps = brightness(inputs, target)
+        maps[0, 0, 0, 0] = torch.nan
+        return maps
+
+    def constant(inputs, target):
+        return torch.ones(len(inputs), 1, 8, 8)
+
+    table = run(model, {"spoilt": spoilt, "constant": constant}, wanted="ad,ic,road")
+    for measure in table.measures:
+        assert table.values("spoilt", measure.name).isnan().nonzero().flatten().tolist() == [0, 3, 6], measure.name
+        assert table.estimate("spoilt", measure.name).images == 4
+        assert f"spoilt, {measure.name}: 3 images without a value (no region, or no finite map)" in table.notes()
+        assert table.values("constant", measure.name).isfinite().all()
+    assert not any(note.startswith("constant") for note in table.notes())
+    target = model(IMAGES).argmax(1)
+    dark = metrics.average_drop(model, IMAGES, torch.zeros(7, 1, 16, 16), target)  # no pixel is shown
+    torch.testing.assert_close(table.values("constant", "AD(100)"), 100 * dark.double(), rtol=1e-4, atol=1e-3)
+
+
+def test_images_without_a_region_are_counted(model):
+    masks = torch.ones(7, 16, 16, dtype=torch.bool)
+    masks[2] = False
+    table = run(model, loader=[{"image": IMAGES, "masks": masks}], wanted="ebpg,miou,bbox,pointing,sparseness")
+    for name in ("EBPG", "mIoU", "Bbox", "pointing game"):
+        values = table.values("brightness", name)
+        assert values.isnan().nonzero().flatten().tolist() == [2]
+        assert f"brightness, {name}: 1 image without a value (no region, or no finite map)" in table.notes()
+    assert table.values("brightness", "EBPG").nanmean() == pytest.approx(100)
+    assert table.estimate("brightness", "EBPG").images == 6
+    assert not any("sparseness" in note for note in table.notes())
+
+
+def test_an_increase_is_strict_and_a_hopeless_target_has_defined_values():
+    model = Linear()
+    black = [{"image": torch.zeros(3, 3, 8, 8), "target": torch.tensor([0, 1, 0])}]
+    table = run(model, loader=black, wanted="ad,ic", masking="standardized")  # nothing changes
+    for measure in table.measures:
+        assert table.values("brightness", measure.name).tolist() == [0, 0, 0]
+    model.gain.data.fill_(1e4)
+    bright = [{"image": torch.ones(1, 3, 8, 8) + torch.rand(1, 3, 8, 8), "target": torch.tensor([1])}]
+    table = run(model, loader=bright, wanted="ad,ic,road,insertion", masking="standardized")
+    assert table.records.rows["brightness", 0].clean == 0
+    assert [table.values("brightness", f"AD({keep})").item() for keep in (100, 50, 15)] == [0, 0, 0]
+    assert all(table.values("brightness", m.name).isfinite().all() for m in table.measures)
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("maps", "got"),
+    [
+        (lambda x, t: x[:2], r"for N=3 images, got \(2, 3, 16, 16\)"),
+        (lambda x, t: x.mean((1, 2, 3)), r"got \(3,\)"),
+        (lambda x, t: x[None], r"got \(1, 3, 3, 16, 16\)"),
+        (lambda x, t: x.numpy(), "got ndarray"),
+        (lambda x, t: None, "got NoneType"),
+    ],
+)
+def test_maps_of_a_wrong_shape_are_refused(model, maps, got):
+    with pytest.raises(InputError, match=r"'wrong' must return maps \(N, C, H, W\), .*" + got):
+        run(model, {"wrong": maps})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": {}}, "methods: must name at least one method, got none"),
+        ({"methods": {"x": 3}}, r"methods: 'x' must have attribute\(inputs, target=\) or be a function .*got int"),
+        ({"wanted": "ad,raod"}, "metrics: no measure 'raod'; closest: 'road', 'ad'; there are ad, ic, "),
+        ({"wanted": "ebpg"}, "metrics: EBPG needs masks or boxes in the loader's dict batches, got none; add them"),
+        ({"wanted": "discrimination"}, "discrimination needs other_masks or other_boxes"),
+        ({"max_images": 0}, "max_images: must be a positive integer, got 0"),
+        ({"masking": "blur"}, "masking: must be 'auto', 'raw', 'standardized' or a tensor, got 'blur'"),
+        ({"score": len}, "score: must be 'softmax' or 'sigmoid', got <built-in function len>"),
+        ({"score": "logit"}, "score: must be 'softmax' or 'sigmoid', got 'logit'"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(options, message):
+    def never(*_):
+        raise AssertionError("the model was asked")
+
+    model = Linear()
+    model.register_forward_pre_hook(never)
+    with pytest.raises(OptionError, match=message):
+        run(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "score", "message"),
+    [
+        (lambda x: x.mean((1, 2, 3))[:, None], "softmax", "softmax"),
+        (lambda x: x.mean((1,)), "softmax", "target: must be given"),
+    ],
+)
+def test_models_whose_scores_mean_nothing_are_refused(outputs, score, message):
+    class Odd(Linear):
+        def forward(self, inputs):
+            return outputs(inputs * self.gain)
+
+    with pytest.raises(AttribZooError, match=message):
+        run(Odd(), score=score)
+
+
+def test_a_loader_without_images_is_refused(model):
+    with pytest.raises(DataError, match="loader: must yield at least one batch, got none"):
+        run(model, loader=[])
+    with pytest.raises(DataError, match="a dict batch must hold its images under one of"):
+        run(model, loader=[{"pictures": IMAGES}])
+
+
+def test_names_of_measures():
+    assert {m.name for m in FAMILIES["ad"]} == {"AD(100)", "AD(50)", "AD(15)"}
+    for family, measures in FAMILIES.items():
+        assert family == family.lower()
+        assert all(m.arrow == ("↓" if m.lower else "↑") for m in measures)
+    table = run(zoo.small_cnn(), wanted=" AD(50) ,ic, ad(50)")
+    assert [m.name for m in table.measures] == ["AD(50)", "IC(100)", "IC(50)", "IC(15)"]
+
+
+# ---------------------------------------------------------------------- controls
+
+
+def test_controls_stand_beside_the_methods_and_ignore_the_batch(model):
+    table = run(model, controls=True, wanted="sparseness")
+    assert table.methods == [*CHEAP, *CONTROLS]
+    for make in CONTROLS.values():
+        whole = make(0)(IMAGES, None)
+        alone = torch.cat([make(0)(image[None], None) for image in IMAGES])
+        assert torch.equal(whole, alone)
+        assert whole.shape == (7, 1, 16, 16)
+    assert not torch.equal(chance(0)(IMAGES, None), chance(1)(IMAGES, None))
+    two = chance(0)(IMAGES[:2], None)
+    assert not torch.equal(two[0], two[1])
+    own = run(model, {"random map": brightness}, controls=True, wanted="sparseness")
+    assert torch.equal(
+        own.values("random map", "sparseness"), run(model, wanted="sparseness").values("brightness", "sparseness")
+    )
+
+
+def test_edges_are_where_the_image_changes():
+    image = torch.zeros(1, 3, 8, 10)
+    image[..., 6:] = 0.5
+    found = edges(0)(image, None)[0, 0]
+    wanted = torch.zeros(8, 10)
+    wanted[:, 5:7] = 0.5 * 4  # Sobel: 1 + 2 + 1
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(edges(0)(image.mT, None)[0, 0], wanted.T)
+
+
+# ---------------------------------------------------------------------- costs
+
+
+def test_samples_are_counted():
+    model = Linear()
+
+    def busy(inputs, target):
+        inputs = inputs.clone().requires_grad_()
+        with torch.no_grad():
+            model(inputs.repeat(3, 1, 1, 1))
+        outputs = model(inputs)
+        (gradient,) = torch.autograd.grad(outputs[:, 0].sum(), inputs)
+        doubled = model(torch.cat([inputs, inputs]))
+        torch.autograd.grad(doubled.sum(), inputs)
+        return gradient
+
+    table = run(model, {"busy": busy, "idle": brightness}, wanted="sparseness")
+    cost = table.records.costs["busy"]
+    assert (cost.images, cost.forward, cost.backward) == (7, (3 + 1 + 2) * 7, (1 + 2) * 7)
+    idle = table.records.costs["idle"]
+    assert (idle.images, idle.forward, idle.backward) == (7, 0, 0)
+    head, rows = table.cells()
+    told = dict(zip(head, rows[0], strict=True))
+    assert (told["images"], told["forward"], told["backward"]) == ("7", "6", "3")
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_samples_of_our_methods(model):
+    methods = {"cam": GradCAM(model), "score": ScoreCAM(model), "ablation": AblationCAM(model)}
+    methods["rise"] = RISE(model, n_masks=10)
+    costs = run(model, methods, wanted="sparseness").records.costs
+    assert costs.pop("ablation").forward > 7 * 8  # its passes start at a layer, and count
+    assert {name: (c.forward / 7, c.backward / 7) for name, c in costs.items()} == {
+        "cam": (1, 1),
+        "score": (1 + 8, 0),
+        "rise": (1 + 10, 0),
+    }
+
+
+def test_costs_add_up():
+    one, two = Cost(2, 4, 1, 0.5, 0.25, 10), Cost(1, 3, 0, 1.0, 0.25, None)
+    assert one + two == Cost(3, 7, 1, 1.5, 0.5, 10)
+    assert (one + two).times_forward == 3
+    assert (two + two).peak is None
+    assert Cost().times_forward != Cost().times_forward
+
+
+def test_the_time_is_a_multiple_of_a_forward_pass():
+    model = zoo.small_cnn((16, 16, 16))
+
+    def often(inputs, target):
+        with torch.no_grad():
+            for _ in range(20):
+                model(inputs)
+        return brightness(inputs, target)
+
+    loader = [zoo.batch(16, 32) for _ in range(6)]
+    cost = run(model, {"often": often}, loader, "sparseness").records.costs["often"]
+    assert 10 < cost.times_forward < 40
+
+
+def test_peak_bytes_of_a_known_sequence():
+    def work():
+        one = torch.ones(1000)  # 4000 bytes
+        two = torch.ones(500)  # 6000
+        one.add_(1)
+        view = one.view(10, 100)[2:]  # shares the memory of `one`
+        del one, two
+        three = torch.ones(1200)  # 8800: `view` holds 4000
+        del view, three
+        return torch.ones(900)  # 3600
+
+    assert peak_bytes(work) == 8800
+    given = torch.ones(10_000)
+    assert peak_bytes(lambda: given.mul_(2)) == 0
+    assert peak_bytes(lambda: given[:5] + 1) == 20
+
+
+def test_memory_is_measured_where_asked(model):
+    def greedy(inputs, target):
+        torch.zeros(10 * len(inputs), 25_000)
+        return brightness(inputs, target)
+
+    assert run(model, wanted="sparseness").records.costs["brightness"].peak is None
+    costs = run(model, {"greedy": greedy, **CHEAP}, wanted="sparseness", memory=True).records.costs
+    assert 1_000_000 <= costs["greedy"].peak < 1_010_000  # of one image
+    assert costs["brightness"].peak == 16 * 16 * 4
+
+
+def test_a_call_that_fails_leaves_no_hooks(model):
+    def wrong():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        measured(wrong, model, 1)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_each_image_is_explained_once_after_a_rehearsal(model):
+    """The first call may look for layers or fill caches; one image pays for that, before the clock runs."""
+    method = Counted(GradCAM(model).attribute)
+    table = run(model, {"counted": method}, wanted="ad,ic,deletion,sparseness")
+    assert method.images == 1 + 7
+    assert table.records.costs["counted"].forward == 7
