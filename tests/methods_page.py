@@ -70,7 +70,7 @@ ABOUT_SCENES = """\
 T-TAME and L-CAM after 100 steps, RISE with 1000 masks; `ExtremalPerturbation` with a grid and a kernel for 32 pixels.
 Where a map is empty (the plain image), the method found no positive evidence. Weak points can be seen: with one weight
 per feature map, Grad-CAM and Ablation-CAM can light up the background of a transformer; rollout has one map for all
-classes; the extremal perturbation of the red object settles elsewhere.
+classes; the extremal perturbation of the red object settles elsewhere, and leaves traces in the corners.
 `benchmarks/gallery.py` draws both pictures."""
 
 MODELS = {"cnn": "CNN", "vit": "transformer"}

@@ -22,7 +22,7 @@ KINDS = ("cnn", "vit")
 SCENES, FIT_STEPS, ROOM = 8, 60, 0.05
 SHORTER = {  # what takes minutes, and lengths that were made for 224 pixels
     "RISE": {"n_masks": 400},
-    "ExtremalPerturbation": {"max_iter": 150, "step": 4, "sigma": 6.0},
+    "ExtremalPerturbation": {"max_iter": 150},
 }
 
 
