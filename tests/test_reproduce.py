@@ -486,6 +486,11 @@ def test_vgg_has_a_learning_rate_of_its_own(imagenet):
     assert explainer.schedule_ == "released"
     assert rates[:3] == [0.01] * 3  # 17 steps in 8 epochs: 3 steps each
     assert rates[15] == pytest.approx(0.01 * 0.75**5)
+    file = asked.output / "explainers" / "l-cam-img-dagger.safetensors"
+    before = file.read_bytes()
+    file.unlink()
+    lcam.run(asked, tiny("vgg16"))  # from the checkpoint, which knows the schedule
+    assert file.read_bytes() == before
 
 
 # ---------------------------------------------------------------------- continued runs
