@@ -17,6 +17,7 @@ import argparse
 import csv
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -43,7 +44,22 @@ STEPS = ("layers", "grid", "gradcam", "masks", "ttame")
 FIELDS = ("library", "family", "model", "size", "millions", "run", *STEPS, "chosen", "reason", "seconds")
 SMALL = 128
 CLASSES = 10
-SMALL_WORDS = ("test_", "atto", "femto", "pico", "xxs", "xx_small", "nano", "tiny", "_ti_", "_xs", "small", "400mf", "_s", "18")
+SMALL_WORDS = (
+    "test_",
+    "atto",
+    "femto",
+    "pico",
+    "xxs",
+    "xx_small",
+    "nano",
+    "tiny",
+    "_ti_",
+    "_xs",
+    "small",
+    "400mf",
+    "_s",
+    "18",
+)
 
 
 class FourMasks(ScoreCAM):
@@ -112,18 +128,18 @@ def sizes(model: nn.Module) -> list[tuple[int, int, int]]:
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Raise a TimeoutError inside when it takes longer."""
+    """Raise a TimeoutError inside when it takes more CPU time."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"took longer than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def said(error: BaseException) -> str:
@@ -273,7 +289,15 @@ def page(rows: Sequence[dict[str, str]], total: dict[str, int]) -> str:
         lines.append(f"| {library} | {family} | " + " | ".join(map(str, counts)) + " |")
     lines += ["", "## Refused or failed", ""]
     lines += [f"* `{row['model']}` ({row['library']}): {row['reason'] or row['layers']}"[:300] for row in bad]
-    return "\n".join([*lines, *([] if bad else ["None of those that were run."])]) + "\n"
+    lines += [] if bad else ["None of those that were run."]
+    return "\n".join(wrapped(line) for line in lines) + "\n"
+
+
+def wrapped(line: str) -> str:
+    """The line in pieces of at most 120 characters; rows of tables stay whole."""
+    if line.startswith("|") or not line:
+        return line
+    return textwrap.fill(line, 120, subsequent_indent="  " * line.startswith("* "), break_on_hyphens=False)
 
 
 def main() -> None:
@@ -282,7 +306,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="names; torchvision's begin with tv:")
     parser.add_argument("--sample", action="store_true", help="one small member of each family")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of CPU time, then stop")
-    parser.add_argument("--seconds", type=int, default=600, help="per model")
+    parser.add_argument("--seconds", type=int, default=600, help="of CPU time per model")
     parser.add_argument("--largest", type=float, default=150, help="million weights that are run in full")
     parser.add_argument("--output", type=Path, default=ROWS)
     parser.add_argument("--summary", action="store_true", help="only write the page")

@@ -324,7 +324,8 @@ def _refusal(model: nn.Module, verdict: Verdict, traced: Trace | None) -> str:
     tap, grid = verdict.tap, verdict.tap.grid
     own = Reading(grid.kind, grid.prefix, grid.hw or (0, 0), order=grid.permutation)
     if verdict.better:
-        fitting = [str(reading) for reading in verdict.better[:3]]
+        sayable = [reading for reading in verdict.better if not reading.rest] or verdict.better
+        fitting = [str(reading) for reading in sayable[:2]]
         what = f"it does as {' or '.join(fitting)}"
         whole = not verdict.better[0].rest and not verdict.better[0].turned
         advice = f"pass layers=({tap.label!r}, {fitting[0]}), or another layer" if whole else "name another layer"
