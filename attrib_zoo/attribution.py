@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone import layers as layer_rules
 from attrib_zoo.backbone.capture import frozen, unwrap
+from attrib_zoo.backbone.gridcheck import check_grids
 from attrib_zoo.backbone.layers import Tap
 from attrib_zoo.errors import InputError, OptionError
 from attrib_zoo.masking import upsample
@@ -211,7 +212,14 @@ class Attribution(_CaptumAttribution, ABC):
         rule = self._layer_rule()
         if rule is None:
             return ()
-        return layer_rules.resolve(self.model, self.layers, inputs, args, rule=rule[0], count=rule[1])
+        return self._tested(self.layers, inputs, args, rule=rule[0], count=rule[1])
+
+    def _tested(self, layers: Any, inputs: Tensor, args: Sequence[Any], **choice: Any) -> tuple[Tap, ...]:
+        """The resolved layers, their grids tested where they could be misread."""
+        traced = layer_rules.look(self.model, inputs, args)
+        taps = layer_rules.resolve(self.model, layers, inputs, args, traced=traced, **choice)
+        check_grids(self.model, taps, inputs, args, traced=traced, everything=False)
+        return taps
 
     def _layer_rule(self) -> tuple[str, int] | None:
         return self.default_layers

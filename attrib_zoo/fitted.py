@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution, forward_args
-from attrib_zoo.backbone import layers as layer_rules
 from attrib_zoo.backbone.capture import frozen, run
 from attrib_zoo.backbone.layers import Tap
 from attrib_zoo.errors import (
@@ -135,7 +134,7 @@ class FittedAttribution(Attribution):
         if self._fitted is None:
             return super()._resolve(inputs, args)
         named = [name if grid is None else (name, grid) for name, grid in self._fitted.layers]
-        return layer_rules.resolve(self.model, named, inputs, args)
+        return self._tested(named, inputs, args)
 
     # ------------------------------------------------------------------ what was learned
 

@@ -92,9 +92,11 @@ class TargetQuery:
 def check_outputs(outputs: object, batch: int) -> Tensor:
     """The model's output as one floating-point tensor with the batch first, or a clear error."""
     if not isinstance(outputs, Tensor):
+        advice = "wrap it in a module whose forward returns the scores alone"
+        if isinstance(getattr(outputs, "logits", None), Tensor):
+            advice += ": class Logits(torch.nn.Sequential): forward = lambda self, x: self[0](x).logits"
         raise UnsupportedModelError(
-            f"model: must return one tensor of scores (N, K), got {type(outputs).__name__}; "
-            "wrap it in a module whose forward returns the scores alone"
+            f"model: must return one tensor of scores (N, K), got {type(outputs).__name__}; {advice}"
         )
     if outputs.ndim == 0 or outputs.shape[0] != batch:
         raise UnsupportedModelError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import run
 from attrib_zoo.backbone.grid import Grid, Tap
+from attrib_zoo.backbone.gridcheck import check_grids
 from attrib_zoo.backbone.layers import describe, is_attention, look, resolve
 from attrib_zoo.errors import LayerError, LayerNotFoundError, OptionError, UnsupportedModelError
 
@@ -414,6 +415,7 @@ def check_family(name: str, size: int) -> None:
     taps = resolve(model, None, inputs, count=3)
     _, maps = run(model, inputs, (), taps)
     assert len(maps) >= 3
+    check_grids(model, taps, inputs)
     sizes = [found.shape[2] for found in maps]
     assert sizes == sorted(sizes, reverse=True) or name.startswith("crossvit")  # two streams side by side
     far = size - size // 4

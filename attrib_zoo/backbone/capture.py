@@ -135,6 +135,16 @@ def check_weights(bare: nn.Module) -> None:
             "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
             "build or load the model outside inference_mode"
         )
+    for name, module in bare.named_modules():
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+            raise UnsupportedModelError(_quantised(name))
+
+
+def _quantised(name: str) -> str:
+    return (
+        f"model: its layers must have gradients and floating-point maps, but it is quantised ({name!r}); pass the "
+        "float model that it was made from, or use RISE, which looks at no layer"
+    )
 
 
 @contextmanager
@@ -251,6 +261,8 @@ def listening(model: nn.Module, taps: Sequence[Tap], keep: Callable[[int, Tensor
                     f"layers: {tap.name!r} must put out a tensor, got {type(activation).__name__}; "
                     "name a layer whose output is one tensor"
                 )
+            if activation.is_quantized:
+                raise UnsupportedModelError(_quantised(tap.name))
             replacement = keep(position, activation)
             return None if replacement is None else put(output, tap.element, replacement)
 

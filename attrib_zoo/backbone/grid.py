@@ -30,7 +30,8 @@ class Grid:
     Args:
         kind: ``"nchw"``, ``"nhwc"``, ``"tokens"`` (N, L, C) or ``"channel_tokens"`` (N, C, L).
         prefix: tokens before the patches (class, distillation, register tokens); they are no part of a map.
-        hw: rows and columns of the patches. Needed to read tokens; where it is given for images, it is checked.
+        hw: rows and columns of the patches. Needed to read tokens; a hint beside a layer may leave it out where the
+            patches have the image's aspect. Where it is given for images, it is checked.
         permutation: for tokens that are not in row-major order: entry ``i`` is the patch token (counted without the
             prefix) that holds cell ``i`` of the row-major grid.
     """

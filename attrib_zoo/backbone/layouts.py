@@ -12,7 +12,7 @@ from torch import nn
 from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.backbone.trace import BATCH, Call, Output, Trace
 
-_MOST_PREFIX_TOKENS = 16
+MOST_PREFIX_TOKENS = 16
 _STRIDES = (16, 14, 32, 8, 4, 12, 7, 28)
 
 Size = tuple[int, int]
@@ -42,6 +42,12 @@ def find_grids(trace: Trace) -> None:
     _undo_mask_units(trace)
 
 
+def fits(size: Size, image: Size) -> bool:
+    """More than one cell, no larger than the image, and its aspect to within one cell."""
+    (h, w), (height, width) = size, image
+    return h * w > 1 and 1 <= h <= height and 1 <= w <= width and abs(h * width - w * height) <= max(height, width)
+
+
 class _Sizes:
     """Grids that the pass went through, the last first; then what may be derived from them."""
 
@@ -55,9 +61,8 @@ class _Sizes:
             self._seen[size] = None
 
     def fits(self, size: Size) -> bool:
-        """More than one cell, no larger than the image, and its aspect to within one cell."""
-        (h, w), (height, width) = size, self._image
-        return h * w > 1 and 1 <= h <= height and 1 <= w <= width and abs(h * width - w * height) <= max(height, width)
+        """See :func:`fits`."""
+        return fits(size, self._image)
 
     def __contains__(self, size: Size) -> bool:
         return size in self._seen
@@ -91,7 +96,7 @@ def _read_tokens(output: Output, seen: _Sizes, usual: set[int]) -> None:
         _Reading(derived, channel_major, prefix not in usual, prefix, age, hw)
         for age, (derived, hw) in enumerate(seen.ranked())
         for channel_major, length, channels in ((False, first, second), (True, second, first))
-        if 0 <= (prefix := length - hw[0] * hw[1]) <= _MOST_PREFIX_TOKENS and channels > 1
+        if 0 <= (prefix := length - hw[0] * hw[1]) <= MOST_PREFIX_TOKENS and channels > 1
         if prefix in usual or not (derived or channel_major)
         if not (derived and channel_major)
     ]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from attrib_zoo.backbone.grid import Grid, Tap
+from attrib_zoo.backbone.layouts import fits
 from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.backbone.stages import Item, Stages, spatial
 from attrib_zoo.backbone.trace import Call, Output, Trace, layer_names
@@ -46,7 +47,7 @@ def find_layer(traced: Trace, layer: Layer) -> tuple[tuple[int, int], Tap]:
     call = calls[wanted.call % len(calls)] if wanted else calls[-1]
     if len(calls) > 1 and not wanted:
         _log.info("layers: %r runs %d times in a pass; the last run is explained", name, len(calls))
-    output = _chosen_output(traced, call, element) if hint is None else _read_as(call, element, hint)
+    output = _chosen_output(traced, call, element) if hint is None else _read_as(call, element, hint, traced.size)
     item = Item(call, output)
     return item.place, item.tap(traced)
 
@@ -127,12 +128,11 @@ def _entries(call: Call, element: int | str | None) -> list[Output]:
     return entries
 
 
-def _read_as(call: Call, element: int | str | None, hint: Grid) -> Output:
+def _read_as(call: Call, element: int | str | None, hint: Grid, image: tuple[int, int]) -> Output:
     """The call's output, read as the user says."""
     problem: LayerError | None = None
     for output in _entries(call, element):
-        found = output.grid.hw if output.grid and output.grid.is_tokens else None
-        grid = replace(hint, hw=found) if hint.is_tokens and hint.hw is None else hint
+        grid = replace(hint, hw=_rows_and_columns(output, hint, image)) if hint.hw is None else hint
         try:
             _, channels, h, w = grid.to_map(torch.empty(output.shape, device="meta")).shape
         except LayerError as error:
@@ -142,6 +142,17 @@ def _read_as(call: Call, element: int | str | None, hint: Grid) -> Output:
     raise LayerError(
         f"layers: {call.name!r} must put out what the given layout says, but does not; {problem or 'it has no tensor'}"
     )
+
+
+def _rows_and_columns(output: Output, hint: Grid, image: tuple[int, int]) -> tuple[int, int] | None:
+    """The size found for tokens, or the one with the image's aspect that so many patches can have."""
+    if not hint.is_tokens or len(output.shape) != 3:
+        return None
+    if output.grid is not None and (output.grid.kind, output.grid.prefix) == (hint.kind, hint.prefix):
+        return output.grid.hw
+    count = output.shape[1 if hint.kind == "tokens" else 2] - hint.prefix
+    sizes = [(h, count // h) for h in range(1, count + 1) if count % h == 0 and fits((h, count // h), image)]
+    return min(sizes, key=lambda size: abs(size[0] * image[1] - size[1] * image[0]), default=None)
 
 
 def _not_spatial(traced: Trace, call: Call) -> str:
