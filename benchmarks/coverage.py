@@ -106,6 +106,14 @@ def build(library: str, name: str) -> nn.Module:
     return timm.create_model(name, num_classes=CLASSES).eval()
 
 
+def awake(model: nn.Module) -> nn.Module:
+    """The model with random weights where linear layers begin at zero: behind such a head nothing has a gradient."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not bool(module.weight.any()):
+            nn.init.normal_(module.weight, std=0.02)
+    return model
+
+
 def without_memory(library: str, name: str) -> nn.Module:
     """The model on the meta device; in memory where it computes with tensors while it is built."""
     try:
@@ -159,7 +167,7 @@ def run(library: str, family: str, name: str, *, largest: float, seconds: int) -
             row.update(millions=f"{millions:.1f}", run="full" if millions <= largest else "resolution only")
             if millions <= largest:
                 torch.manual_seed(0)
-                steps(build(library, name), row)
+                steps(awake(build(library, name)), row)
             else:
                 device = next(bare.parameters()).device
                 resolved(bare, torch.zeros(1, *sizes(bare)[-1], device=device), row)

@@ -28,7 +28,8 @@ PAGES = {
     "models-and-images": ("Models and images", "models photos synthetic", ""),
     "backbone": (
         "Frozen models: layers, layouts, passes, masks",
-        "backbone.layers backbone.grid backbone.capture backbone.replay backbone.kind backbone.module masking",
+        "backbone.layers backbone.grid backbone.gridcheck backbone.capture backbone.replay backbone.kind "
+        "backbone.module masking",
         "",
     ),
     "testing": ("The contract suite", "testing testing.suite", "testing"),

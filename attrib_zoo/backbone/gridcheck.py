@@ -32,7 +32,7 @@ from attrib_zoo.errors import LayerError
 
 __all__ = ["Verdict", "check_grids", "probe", "unchecked"]
 
-PLACES = ((0.21, 0.34), (0.29, 0.79), (0.66, 0.16), (0.83, 0.71))  # no mirror or turn takes them to themselves
+_PLACES = ((0.21, 0.34), (0.29, 0.79), (0.66, 0.16), (0.83, 0.71))  # no mirror or turn takes them to themselves
 _CELLS = (8, 8)  # what an image is divided into where no layer has tokens
 _SMALLEST = 1 / 16  # of the image, along each side: what is changed
 _BROAD = 0.2  # of the image: how far a coarse answer reaches
@@ -169,7 +169,7 @@ def check_grids(
 
 def probe(model: nn.Module, taps: Sequence[Tap], inputs: Tensor, args: Sequence[Any] = ()) -> list[Verdict]:
     """Change four places of the first image, and say for each layer whether the right cells move."""
-    rows = torch.zeros(1 + len(PLACES), dtype=torch.long, device=inputs.device)
+    rows = torch.zeros(1 + len(_PLACES), dtype=torch.long, device=inputs.device)
     devices = [inputs.device] if inputs.is_cuda else []
     outputs: dict[int, Tensor] = {}
 
@@ -194,7 +194,7 @@ def _changed(images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     span = float(images[0].to(torch.float32).std(correction=0)) or 1.0
     generator = torch.Generator().manual_seed(0)
     boxes = []
-    for row, place in enumerate(PLACES, start=1):
+    for row, place in enumerate(_PLACES, start=1):
         (top, bottom), (left, right) = (
             _side(at, cells, full) for at, cells, full in zip(place, grid, images.shape[-2:], strict=True)
         )
