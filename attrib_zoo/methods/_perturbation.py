@@ -8,8 +8,6 @@ at the resolution of the layer.
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.errors import OptionError, UnsupportedModelError
 from attrib_zoo.masking import ChunkSize, black, blend, blur, channel_stats, min_max, upsample
 from attrib_zoo.targets import SCORES, Target, TargetQuery
+from attrib_zoo.wording import warn
 
 if TYPE_CHECKING:
 
@@ -261,7 +260,7 @@ def refuse_transformers(explainer: Attribution, why: str) -> None:
             f"model: must be a convolutional network, for {who} {why}, got {type(explainer.model).__name__}; "
             f"{instead}, or name layers to try it all the same"
         )
-    warn(who, f"it {why}, so its maps may be no better than chance; {instead}")
+    warn(f"{who}: it {why}, so its maps may be no better than chance; {instead}")
 
 
 def check_baseline(value: Any) -> Baseline:
@@ -303,11 +302,3 @@ def check_number(name: str, value: Any, *, least: float, most: float = math.inf,
         return value
     limits = f"{'above' if above else 'at least'} {least}" + ("" if most == math.inf else f" and at most {most}")
     raise OptionError(f"{name}: must be {'an integer' if whole else 'a number'} {limits}, got {value!r}")
-
-
-def warn(who: str, message: str) -> None:
-    """One warning that points to the caller of ``attribute``, the first frame outside this package."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("attrib_zoo."):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(f"{who}: {message}", UserWarning, stacklevel=level)

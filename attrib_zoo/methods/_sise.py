@@ -21,9 +21,9 @@ from attrib_zoo.methods._perturbation import (
     check_number,
     read_scores,
     refuse_transformers,
-    warn,
 )
 from attrib_zoo.targets import SCORES, TargetQuery
+from attrib_zoo.wording import warn
 
 _BINS = 256
 FUSIONS = ("hard", "soft", "simple")
@@ -93,10 +93,12 @@ class BlockwiseSampling(Perturbation):
             fused.add(self._one_layer(maps, chosen, passes), chosen.any(1))
         if not bool(fused.started.all()):
             warn(
-                self.get_name(), "no layer has a feature map with a positive gradient for some target; its map is zero"
+                f"{self.get_name()}: no layer has a feature map with a positive gradient for some target; its map is zero"
             )
         if fused.raised:
-            warn(self.get_name(), "the raised threshold is above 1, so nearly all of the map is gone; use otsu_scale=1")
+            warn(
+                f"{self.get_name()}: the raised threshold is above 1, so nearly all of the map is gone; use otsu_scale=1"
+            )
         return fused.total
 
     def _chosen(self, maps: Tensor, means: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import check_choice
 from attrib_zoo.errors import OptionError
 from attrib_zoo.masking import min_max, upsample
-from attrib_zoo.methods._perturbation import Baseline, PerturbationCAM, read_scores, warn
+from attrib_zoo.methods._perturbation import Baseline, PerturbationCAM, read_scores
 from attrib_zoo.targets import Target
+from attrib_zoo.wording import warn
 
 _VARIANTS = ("paper", "pytorch-grad-cam", "torchcam")
 
@@ -121,6 +122,6 @@ class ScoreCAM(PerturbationCAM):
         weights = scores.where(alive, 0)
         if bool(alive.any()) and not bool((weights > 0).any()):
             warn(
-                self.get_name(), "no weight is positive, so the map is zero; use channel_softmax=True or probabilities"
+                f"{self.get_name()}: no weight is positive, so the map is zero; use channel_softmax=True or probabilities"
             )
         return weights

@@ -17,9 +17,9 @@ from attrib_zoo.methods._perturbation import (
     at_least_float32,
     check_number,
     refuse_transformers,
-    warn,
 )
 from attrib_zoo.targets import Target
+from attrib_zoo.wording import warn
 
 
 class SIDU(PerturbationCAM):
@@ -120,6 +120,6 @@ class SIDU(PerturbationCAM):
         scaled = min_max(unique.unsqueeze(1)).squeeze(1)
         if not bool(scaled.any(1).all()):
             warn(
-                self.get_name(), "no mask of some image is unlike the others, so its map is zero; try another threshold"
+                f"{self.get_name()}: no mask of some image is unlike the others, so its map is zero; try another threshold"
             )
         return (similar * scaled).unsqueeze(2)
