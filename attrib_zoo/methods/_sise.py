@@ -93,12 +93,10 @@ class BlockwiseSampling(Perturbation):
             fused.add(self._one_layer(maps, chosen, passes), chosen.any(1))
         if not bool(fused.started.all()):
             warn(
-                f"{self.get_name()}: no layer has a feature map with a positive gradient for some target; its map is zero"
+                f"{self.get_name()}: no layer has a feature map with a positive gradient for some target, so it is zero"
             )
         if fused.raised:
-            warn(
-                f"{self.get_name()}: the raised threshold is above 1, so nearly all of the map is gone; use otsu_scale=1"
-            )
+            warn(f"{self.get_name()}: the raised threshold is above 1, so most of the map is gone; use otsu_scale=1")
         return fused.total
 
     def _chosen(self, maps: Tensor, means: Tensor) -> Tensor:

@@ -119,7 +119,5 @@ class SIDU(PerturbationCAM):
         unique = torch.cdist(scores, scores, compute_mode="donot_use_mm_for_euclid_dist").sum(2)
         scaled = min_max(unique.unsqueeze(1)).squeeze(1)
         if not bool(scaled.any(1).all()):
-            warn(
-                f"{self.get_name()}: no mask of some image is unlike the others, so its map is zero; try another threshold"
-            )
+            warn(f"{self.get_name()}: no mask of some image is unlike the others, so it is zero; try another threshold")
         return (similar * scaled).unsqueeze(2)
