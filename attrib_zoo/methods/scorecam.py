@@ -122,6 +122,6 @@ class ScoreCAM(PerturbationCAM):
         weights = scores.where(alive, 0)
         if bool(alive.any()) and not bool((weights > 0).any()):
             warn(
-                f"{self.get_name()}: no weight is positive, so the map is zero; use channel_softmax=True or a probability"
+                f"{self.get_name()}: no weight is positive, so it is zero; use channel_softmax=True or a probability"
             )
         return weights
