@@ -121,7 +121,5 @@ class ScoreCAM(PerturbationCAM):
             return shares / total.where(total > 0, 1)
         weights = scores.where(alive, 0)
         if bool(alive.any()) and not bool((weights > 0).any()):
-            warn(
-                f"{self.get_name()}: no weight is positive, so it is zero; use channel_softmax=True or a probability"
-            )
+            warn(f"{self.get_name()}: no weight is positive, so it is zero; use channel_softmax=True or a probability")
         return weights
