@@ -94,7 +94,13 @@ def work(rank, folder):
         found["error"] = str(error)
     with pytest.raises(KeyboardInterrupt):
         fit(Stopping(shards(rank), 3), folder / f"short {rank}", max_steps=4, psi="random")
+    dist.barrier()  # the first process has written its checkpoint
     resumed = fit(shards(rank), resume_from=folder / "short 0", max_steps=4, psi="random")
+    alone = {"resume_from": folder / "short 0"} if rank == 0 else {}
+    try:
+        fit(shards(rank), max_steps=4, psi="random", **alone)
+    except TrainingError as error:
+        found["apart"] = str(error)
     found["resumed"] = state_of(resumed)
     torch.save(found, folder / f"found {rank}")
     dist.destroy_process_group()
@@ -198,3 +204,9 @@ def test_an_interrupted_fit_resumes_to_the_same_bits(ranks):
             assert torch.equal(found["resumed"]["network"][name], value), name
         assert found["resumed"]["history"] == found["short"]["history"]
         assert torch.equal(found["resumed"]["counts"], found["short"]["counts"])
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_different_steps_are_stopped(ranks):
+    for found in ranks[1]:
+        assert "must start at the same step, got 3, 0; give each of them the same checkpoint" in found["apart"]

@@ -125,6 +125,7 @@ def train(
         save: writes :meth:`State.snapshot`.
         save_every: steps between two checkpoints.
     """
+    _start_together(state)
     network = distributed.wrap(state.network)
     network.train()
     state.mark()
@@ -152,6 +153,16 @@ def train(
                 if save is not None and state.step > 0:
                     save()
             raise
+
+
+def _start_together(state: State) -> None:
+    """Raise in every process where they stand at different steps; in the middle of a fit they would hang."""
+    found = distributed.everyone(state.step)
+    if len(set(found)) > 1:
+        raise TrainingError(
+            f"resume_from: all processes must start at the same step, got {', '.join(map(str, found))}; give each of "
+            "them the same checkpoint, in a folder that all can read"
+        )
 
 
 def _one_step(state: State, network: nn.Module, objective: Objective, images: Tensor) -> dict[str, float]:
