@@ -34,7 +34,9 @@ def run(model, methods=CHEAP, loader=None, wanted="ad,sparseness", **options) ->
 
 def test_a_tables_numbers_are_those_of_the_metrics(model):
     method = GradCAM(model)
-    table = run(model, {"cam": method}, wanted=f"{CHEAP_FAMILIES},road,deletion,variation", seed=5)
+    table = run(
+        model, {"cam": method}, wanted=f"{CHEAP_FAMILIES},road,deletion,variation,infidelity,sensitivity", seed=5
+    )
     target = model(IMAGES).argmax(1)
     maps = torch.cat([method.attribute(x, target=t) for x, t in zip(IMAGES.split(3), target.split(3), strict=True)])
     asked = (model, IMAGES, maps, target)
@@ -51,6 +53,8 @@ def test_a_tables_numbers_are_those_of_the_metrics(model):
         "deletion": 100 * metrics.deletion(*asked, steps=32, seed=seed),
         "sparseness": metrics.sparseness(*asked),
         "variation": metrics.total_variation(*asked),
+        "infidelity": metrics.infidelity(*asked, seed=seed),
+        "sensitivity": metrics.sensitivity_max(*asked, explain=lambda x, t: method.attribute(x, t), seed=seed),
     }
     for name, values in wanted.items():
         torch.testing.assert_close(table.values("cam", name), values.double(), rtol=1e-4, atol=1e-3, msg=name)

@@ -164,6 +164,17 @@ FAMILIES: dict[str, tuple[Measure, ...]] = {
         Measure("discrimination", _where(metrics.class_discrimination, others=True, ranked=False), needs="others"),
     ),
     "sparseness": (Measure("sparseness", lambda asked: asked.ask(metrics.sparseness), percent=False),),
+    "infidelity": (
+        Measure("infidelity", lambda asked: asked.ask(metrics.infidelity, seed=asked.seeds), lower=True, percent=False),
+    ),
+    "sensitivity": (
+        Measure(
+            "sensitivity",
+            lambda asked: asked.ask(metrics.sensitivity_max, explain=asked.explain, seed=asked.seeds),
+            lower=True,
+            percent=False,
+        ),
+    ),
     "variation": (Measure("variation", lambda asked: asked.ask(metrics.total_variation), lower=True, percent=False),),
 }
 """Family -> its measures; ``metrics="ad,road"`` takes all of a family, ``"AD(50)"`` one.
