@@ -93,7 +93,7 @@ def draw(
     for band in bands:
         page[top : top + len(band), : band.shape[1]] = band
         top += len(band)
-    Image.fromarray(page).save(path, quality=82, optimize=True)
+    Image.fromarray(page).save(path, quality=72, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {page.shape[1]} x {page.shape[0]}")
 
 
