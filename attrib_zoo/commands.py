@@ -117,7 +117,8 @@ def _explain_batch(
     decision = outputs.argmax(1)
     asked = decision if target is None else torch.full_like(decision, target)
     shown = sys.stderr.isatty()  # long methods draw a bar of their own
-    maps = {name: e.attribute(inputs, asked.tolist(), show_progress=shown).cpu() for name, e in explainers.items()}
+    maps = {name: e.attribute(inputs, asked.tolist(), show_progress=shown) for name, e in explainers.items()}
+    maps = {name: found.cpu().clamp(min=0) for name, found in maps.items()}  # what speaks for the class
     rows = []
     for i, photo in enumerate(photos):
         top, sure = loaded.class_name(int(decision[i])), float(confidence[i, decision[i]])

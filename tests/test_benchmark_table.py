@@ -254,7 +254,9 @@ def test_the_plot_bears_equal_values_and_one_image(monkeypatch):
     by_hand({"a": [0.1] * 7, "b": [0.7] * 7}, [LOW]).plot().canvas.draw()
     by_hand({"a": [0.1]}, [Measure("m", lambda asked: asked.clean)]).plot().canvas.draw()
     monkeypatch.setattr("attrib_zoo.benchmark.table.estimate", lambda _: Estimate(0.5, 0.6, 0.7, 3))
-    by_hand({"a": [0.1]}, [LOW]).plot().canvas.draw()  # a mean beside its interval, as rounding could have it
+    sheet = by_hand({"a": [0.1]}, [LOW]).plot()  # a mean beside its interval, as rounding could have it
+    sheet.canvas.draw()
+    assert sheet.axes[-1].containers[0].lines[0].get_ydata().tolist() == [0.5]
 
 
 # ---------------------------------------------------------------------- the page

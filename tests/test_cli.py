@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import attrib_zoo
-from attrib_zoo import TTAME, GradCAM, demo, models
+from attrib_zoo import TTAME, GradCAM, HiResCAM, demo, models
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli import main
 from attrib_zoo.photos import Photos
@@ -171,6 +171,18 @@ def test_explain_draws_the_decision_and_prints_what_the_model_saw(files, usual, 
     assert len(decisions) > 1
     assert f"gradcam reads {method.taps(torch.zeros(1, *loaded.input_size))[0].name}" in out
     assert len(list((tmp_path / "new/out").iterdir())) == 10
+
+
+def test_evidence_against_the_class_is_left_plain(files, usual, loaded, tmp_path) -> None:
+    photo = files / "photos/p3.png"
+    assert main(["explain", str(photo), *usual, "--method", "hirescam", "--output", str(tmp_path)]) == 0
+    with Image.open(photo) as image:
+        heat = HiResCAM(loaded.model).attribute(loaded.transform(image)[None])[0]
+        assert heat.min() < 0
+        drawn, whole = (overlay(loaded.view(image), found) for found in (heat.clamp(min=0), heat))
+    got = written(tmp_path / "p3-hirescam.png")
+    assert close(got, drawn)
+    assert not close(got, whole)
 
 
 @pytest.mark.parametrize("asked", ["2", "Cat"])

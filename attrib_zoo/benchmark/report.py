@@ -176,7 +176,8 @@ def _card(
         with frozen(model), torch.enable_grad():
             found = as_function(name, method)(inputs, torch.tensor([row.target], device=inputs.device)).detach()
         plain = overlay(inputs[0].cpu(), torch.zeros(2, 2), mean=mean, std=std)
-        drawn = overlay(inputs[0].cpu(), found[0].float().cpu().nan_to_num(0.0, 0.0, 0.0), mean=mean, std=std)
+        heat = found[0].float().cpu().nan_to_num(0.0, 0.0, 0.0).clamp(min=0)  # what speaks for the class
+        drawn = overlay(inputs[0].cpu(), heat, mean=mean, std=std)
         caption = f"{what}: {float(values[place]):.2f}<br>{escape(class_name(row.target))}, {row.clean:.0%}"
         pictures = "".join(f'<img alt="" src="{_jpeg(pixels)}">' for pixels in (plain, drawn))
         figures.append(f'<figure><div class="pair">{pictures}</div><figcaption>{caption}</figcaption></figure>')
