@@ -198,7 +198,7 @@ def check_gradients(gradients: Sequence[Tensor], taps: Sequence[Tap], who: str) 
             raise LayerError(
                 f"layers: the gradient at the patch tokens of {tap.name!r} is exactly zero; a class-token head "
                 "does not read them there: use the first normalisation layer of that block (norm1, ln_1), or "
-                "layers=None"
+                "layers=None. A head whose weights are all zero, as an untrained one may be, has no gradient anywhere"
             )
     if dead:
         warn(
