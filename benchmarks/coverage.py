@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ ROWS = ROOT / "docs" / "results" / "coverage.csv"
 PAGE = ROOT / "docs" / "explanation" / "coverage.md"
 STEPS = ("layers", "grid", "gradcam", "masks", "ttame")
 FIELDS = ("library", "family", "model", "size", "millions", "run", *STEPS, "chosen", "reason", "seconds")
-SMALL = 128
+SMALL = (128, 112)  # the second for patches of 14
 CLASSES = 10
 SMALL_WORDS = (
     "test_",
@@ -98,12 +98,12 @@ def sample(models: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]
     return [(*family, min(names, key=smallness)) for family, names in families.items()]
 
 
-def build(library: str, name: str) -> nn.Module:
+def build(library: str, name: str, **options: Any) -> nn.Module:
     """The model with random weights, in eval mode."""
     if library == "torchvision":
         extra = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
         return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **extra).eval()
-    return timm.create_model(name, num_classes=CLASSES).eval()
+    return timm.create_model(name, num_classes=CLASSES, **options).eval()
 
 
 def awake(model: nn.Module) -> nn.Module:
@@ -123,12 +123,15 @@ def without_memory(library: str, name: str) -> nn.Module:
         return build(library, name)
 
 
-def sizes(model: nn.Module) -> list[tuple[int, int, int]]:
-    """``(C, H, W)`` to try, the cheapest first."""
-    config = getattr(model, "pretrained_cfg", None) or {}
+def candidates(library: str, name: str, bare: nn.Module) -> Iterator[tuple[nn.Module, tuple[int, int, int]]]:
+    """Models and ``(C, H, W)`` to try, the cheapest first; timm's models of a fixed size are built for a smaller one."""
+    config = getattr(bare, "pretrained_cfg", None) or {}
     own = tuple(config.get("input_size") or (3, 224, 224))
-    small = (own[0], SMALL, SMALL)
-    return [own] if config.get("fixed_input_size") or own[1] <= SMALL else [small, own]
+    fixed = config.get("fixed_input_size")
+    for size in SMALL if own[1] > SMALL[0] else ():
+        with suppress(Exception):
+            yield build(library, name, **({"img_size": size} if fixed else {})), (own[0], size, size)
+    yield build(library, name), own
 
 
 # ---------------------------------------------------------------------- one model
@@ -167,10 +170,12 @@ def run(library: str, family: str, name: str, *, largest: float, seconds: int) -
             row.update(millions=f"{millions:.1f}", run="full" if millions <= largest else "resolution only")
             if millions <= largest:
                 torch.manual_seed(0)
-                steps(awake(build(library, name)), row)
+                model, images = smallest(library, name, bare)
+                steps(awake(model), images, row)
             else:
                 device = next(bare.parameters()).device
-                resolved(bare, torch.zeros(1, *sizes(bare)[-1], device=device), row)
+                own = (getattr(bare, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
+                resolved(bare, torch.zeros(1, *own, device=device), row)
     except Exception as error:
         row["reason"] = row["reason"] or said(error)
     row["seconds"] = f"{time.process_time() - start:.1f}"
@@ -187,17 +192,22 @@ def resolved(model: nn.Module, images: Tensor, row: dict[str, Any]) -> Any:
     return taps
 
 
-def steps(model: nn.Module, row: dict[str, Any]) -> None:
-    """Run all that the model must pass, and note how each went."""
-    for shape in sizes(model):
+def smallest(library: str, name: str, bare: nn.Module) -> tuple[nn.Module, Tensor]:
+    """The model and images of the smallest size that it takes; the error of its own size where it takes none."""
+    for model, shape in candidates(library, name, bare):
         images = torch.randn(2, *shape)
         try:
             with torch.no_grad():
                 model(images)
-            break
-        except Exception:
-            if shape == sizes(model)[-1]:
-                raise
+        except Exception as error:
+            refused = error
+        else:
+            return model, images
+    raise refused
+
+
+def steps(model: nn.Module, images: Tensor, row: dict[str, Any]) -> None:
+    """Run all that the model must pass, and note how each went."""
     taps = resolved(model, images, row)
     gradient = resolve(model, None, images, rule="gradient")
     verdicts = probe(model, list(dict.fromkeys([*taps, *gradient])), images)
