@@ -124,7 +124,7 @@ def without_memory(library: str, name: str) -> nn.Module:
 
 
 def candidates(library: str, name: str, bare: nn.Module) -> Iterator[tuple[nn.Module, tuple[int, int, int]]]:
-    """Models and ``(C, H, W)`` to try, the cheapest first; timm's models of a fixed size are built for a smaller one."""
+    """Models and ``(C, H, W)`` to try, cheapest first; timm's models of a fixed size are built for a smaller one."""
     config = getattr(bare, "pretrained_cfg", None) or {}
     own = tuple(config.get("input_size") or (3, 224, 224))
     fixed = config.get("fixed_input_size")

@@ -1,4 +1,4 @@
-"""Ratios that hold on a busy machine: process CPU time, alternated pairs, one thread; and bytes kept for backward."""
+"""What the benchmarks share: the data, tables, and ratios that hold on a busy machine (CPU time, one thread)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import platform
 import statistics
+import tarfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -51,6 +53,21 @@ def saved_bytes(function: Callable[[], object], model: torch.nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
     return sum(kept.values())
+
+
+def data() -> Path:
+    """The folder of real data, from the environment variable ``ATTRIB_ZOO_DATA``."""
+    return Path(os.environ["ATTRIB_ZOO_DATA"])
+
+
+def unpacked(name: str) -> Path:
+    """The folder of an archive of the data, unpacked once into ``ATTRIB_ZOO_CACHE`` (``~/.cache/attrib_zoo``)."""
+    cache = Path(os.environ.get("ATTRIB_ZOO_CACHE", Path.home() / ".cache" / "attrib_zoo"))
+    if not (cache / name).is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(data() / f"{name}.tar.gz") as archive:
+            archive.extractall(cache, filter="data")
+    return cache / name
 
 
 def setting() -> str:

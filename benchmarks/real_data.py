@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tarfile
 import warnings
 from pathlib import Path
 
-from measure import setting, table
+from measure import data, setting, table, unpacked
 
 import torch
 from torch import Tensor
@@ -31,15 +29,6 @@ from attrib_zoo.photos import Photos
 
 KEEPS = (1.0, 0.5, 0.15)
 NAMES = ["AD(100)", "IC(100)", "AD(50)", "IC(50)", "AD(15)", "IC(15)"]
-
-
-def unpacked(data: Path, cache: Path) -> Path:
-    """The archives of the data folder, unpacked once."""
-    for name in ("imagenet_photos", "tiny_imagenet_50", "tiny_imagenet_150"):
-        if not (cache / name).is_dir():
-            with tarfile.open(data / f"{name}.tar.gz") as archive:
-                archive.extractall(cache, filter="data")
-    return cache
 
 
 def enlarged(loaded: models.LoadedModel) -> transforms.Compose:
@@ -109,7 +98,6 @@ def main() -> None:
     """Fit or load, measure, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attrib_zoo")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -117,13 +105,11 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     options.output.mkdir(parents=True, exist_ok=True)
-    options.cache.mkdir(parents=True, exist_ok=True)
-    data = Path(os.environ["ATTRIB_ZOO_DATA"])
-    cache = unpacked(data, options.cache)
-    loaded = models.load("squeezenet1_1", weights=data / "squeezenet1_1_imagenet.safetensors")
+    loaded = models.load("squeezenet1_1", weights=data() / "squeezenet1_1_imagenet.safetensors")
     model = loaded.model
 
-    paths = sorted(cache.glob("tiny_imagenet_*/train/*/*.JPEG"))
+    tiny = [unpacked(name) for name in ("tiny_imagenet_50", "tiny_imagenet_150")]
+    paths = sorted(path for folder in tiny for path in folder.glob("train/*/*.JPEG"))
     training = DataLoader(Photos(paths, enlarged(loaded)), batch_size=options.batch, shuffle=True)
     if options.explainer:
         ttame = TTAME.load(options.explainer, model)
@@ -136,8 +122,8 @@ def main() -> None:
     for explainer in explainers.values():
         explainer.upsample = False
 
-    photos = sorted((cache / "imagenet_photos").glob("*/*.jpg"))
-    validation = sorted((cache / "tiny_imagenet_50" / "val").glob("*/*.JPEG"))
+    photos = sorted(unpacked("imagenet_photos").glob("*/*.jpg"))
+    validation = sorted(tiny[0].glob("val/*/*.JPEG"))
     chosen = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))[:500].tolist()
     sets = {
         "photographs of classes seen in fit": (Photos(photos, loaded.transform), ttame.class_counts_ > 0),

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import warnings
-from pathlib import Path
 from typing import Any
 
-from measure import setting
-from real_data import NAMES, confidence, unpacked
+from measure import data, setting, unpacked
+from real_data import NAMES, confidence
 
 import torch
 from torch.utils.data import DataLoader
@@ -40,25 +38,24 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def main() -> None:
     """Fit, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attrib_zoo")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    options.cache.mkdir(parents=True, exist_ok=True)
-    data = Path(os.environ["ATTRIB_ZOO_DATA"])
-    cache = unpacked(data, options.cache)
-    loaded = models.load("squeezenet1_1", weights=data / "squeezenet1_1_imagenet.safetensors")
+    tiny = [unpacked(name) for name in ("tiny_imagenet_50", "tiny_imagenet_150")]
+    photographs = unpacked("imagenet_photos")
+    loaded = models.load("squeezenet1_1", weights=data() / "squeezenet1_1_imagenet.safetensors")
     model = loaded.model
     small = transforms.Compose(
         [transforms.Resize((128, 128)), transforms.ToTensor(), transforms.Normalize(loaded.mean, loaded.std)]
     )
-    training = Photos(sorted(cache.glob("tiny_imagenet_*/train/*/*.JPEG")), small)
-    wnids = {folder.name for folder in cache.glob("tiny_imagenet_*/train/*")}
-    listed = json.loads((cache / "imagenet_photos" / "classes.json").read_text())
+    folders = [folder for root in tiny for folder in root.glob("train/*")]
+    wnids = {folder.name for folder in folders}
+    training = Photos(sorted(path for folder in folders for path in folder.glob("*.JPEG")), small)
+    listed = json.loads((photographs / "classes.json").read_text())
     known = torch.tensor([listed[str(index)][0] in wnids for index in range(1000)])
-    photos = Photos(sorted((cache / "imagenet_photos").glob("*/*.jpg")), loaded.transform)
+    photos = Photos(sorted(photographs.glob("*/*.jpg")), loaded.transform)
     with torch.inference_mode():
         everything = torch.cat(list(DataLoader(photos, batch_size=50)))
         decisions = torch.cat([model(part).argmax(1) for part in everything.split(50)])
