@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from measure import setting
+from measure import data, setting, unpacked
 
 import numpy as np
 import torch
@@ -99,13 +97,8 @@ def draw(
 
 def photographs(options: argparse.Namespace, known: dict[str, Tensor]) -> None:
     """SqueezeNet's decisions."""
-    data = Path(os.environ["ATTRIB_ZOO_DATA"])
-    options.cache.mkdir(parents=True, exist_ok=True)
-    if not (options.cache / "imagenet_photos").is_dir():
-        with tarfile.open(data / "imagenet_photos.tar.gz") as archive:
-            archive.extractall(options.cache, filter="data")
-    folder = options.cache / "imagenet_photos"
-    loaded = models.load("squeezenet1_1", weights=data / "squeezenet1_1_imagenet.safetensors")
+    folder = unpacked("imagenet_photos")
+    loaded = models.load("squeezenet1_1", weights=data() / "squeezenet1_1_imagenet.safetensors")
     folders = {name: wnid for wnid, name in json.loads((folder / "classes.json").read_text()).values()}
     names = {name.replace("_", " "): wnid for name, wnid in folders.items()}
     paths = [next((folder / names[name]).glob("*.jpg")) for name in options.photographs]
@@ -135,9 +128,9 @@ def photographs(options: argparse.Namespace, known: dict[str, Tensor]) -> None:
 def scenes(options: argparse.Namespace, known: dict[str, Tensor]) -> None:
     """The tiny vision transformer, asked for the first object of each scene."""
     model = synthetic.trained("vit")
-    data = synthetic.scenes(max(SCENES) + 1, seed=2).rows(torch.tensor(SCENES))
-    target = data.labels[:, 0]
-    said = [[data.class_names[int(label)] for label in labels] for labels in data.labels]
+    shown = synthetic.scenes(max(SCENES) + 1, seed=2).rows(torch.tensor(SCENES))
+    target = shown.labels[:, 0]
+    said = [[shown.class_names[int(label)] for label in labels] for labels in shown.labels]
     titles = [f"asked: {asked}   (the other object: {other})" for asked, other in said]
 
     def fit(cls: type[TrainableAttribution]) -> Attribution:
@@ -145,8 +138,8 @@ def scenes(options: argparse.Namespace, known: dict[str, Tensor]) -> None:
         return cls(model).fit(loader, max_steps=options.steps, show_progress=False)
 
     settings = {"RISE": {"n_masks": options.masks}, **SMALL}
-    maps = explained(model, data.inputs, target, settings, fit, known, options.without)
-    draw(options.output / "methods-scenes.jpg", data.images, maps, titles)
+    maps = explained(model, shown.inputs, target, settings, fit, known, options.without)
+    draw(options.output / "methods-scenes.jpg", shown.images, maps, titles)
 
 
 def main() -> None:
@@ -156,7 +149,6 @@ def main() -> None:
     parser.add_argument("--photographs", nargs=2, default=PHOTOGRAPHS, metavar="CLASS")
     parser.add_argument("--explainers", type=Path)
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "attrib_zoo")
     parser.add_argument("--maps", type=Path)
     parser.add_argument("--without", nargs="*", default=[], metavar="METHOD", help="unless it is in --maps")
     parser.add_argument("--steps", type=int, default=100)

@@ -1,0 +1,345 @@
+"""The tables of docs/results: every method times every measure, on real images, one file of results per method.
+
+    export ATTRIB_ZOO_DATA=FOLDER
+    python benchmarks/train_backbone.py resnet10t --output WORK     # and: vit
+    python benchmarks/results.py resnet10t --work WORK [--methods GradCAM TTAME ...] [--minutes 60]
+    python benchmarks/results.py squeezenet --work WORK
+    python benchmarks/results.py squeezenet resnet10t vit --work WORK --write
+
+``squeezenet``: 250 photographs of ImageNet at 224 pixels, SqueezeNet 1.1 with ImageNet weights; trained explainers are
+fitted on Tiny-ImageNet enlarged to 224. The others: 500 validation images of Tiny-ImageNet-50 with their boxes at 64
+pixels, backbones and explainers trained on its training images. The model's own decision is explained. Stop and run
+again at will. ``--write`` makes ``docs/results/CASE.md``, ``.json`` and ``.png`` of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from measure import data, setting, table, unpacked
+from real_data import enlarged
+from train_backbone import BACKBONES, read, standardised
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from attrib_zoo import models
+from attrib_zoo.attribution import Attribution
+from attrib_zoo.benchmark import FAMILIES, Table, evaluate
+from attrib_zoo.benchmark.records import Records
+from attrib_zoo.commands import methods
+from attrib_zoo.errors import UnsupportedModelError
+from attrib_zoo.photos import Photos
+
+ROOT = Path(__file__).resolve().parent.parent
+FAITHFUL = "ad,ic,drop,increase,road,insertion,deletion"
+PLACE = "ebpg,miou,bbox,pointing"
+FIRST = ("GradCAM", "GradCAMPlusPlus", "TTAME", "LCAMImg", "LCAMFm", "ScoreCAM", "RISE")
+OPTIONS: dict[str, dict[str, Any]] = {"RISE": {"n_masks": 1000}}
+LEFT_OUT = {"ExtremalPerturbation": "hundreds of optimiser steps for each image"}
+SEEDS = (1, 2)
+
+
+@dataclass
+class Case:
+    """A model, the images that are explained, and those that explainers are fitted on.
+
+    Attributes:
+        model: in eval mode.
+        images: gives an image, or a dict with its boxes.
+        training: batches for the fits.
+        steps: of a fit.
+        measures: names of families.
+        kind: ``"cnn"`` or ``"vit"``.
+        says: what was measured, in a sentence.
+    """
+
+    model: nn.Module
+    images: Dataset[Any]
+    training: Callable[[], DataLoader[Any]]
+    steps: int
+    measures: str
+    kind: str
+    says: str
+
+
+class Boxed(Dataset[dict[str, Tensor]]):
+    """Standardised images with their box."""
+
+    def __init__(self, images: Tensor, boxes: Tensor) -> None:
+        self.images, self.boxes = images, boxes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"image": self.images[index], "boxes": self.boxes[index]}
+
+
+def drawn(count: int, most: int) -> list[int]:
+    """Which images, the same every time."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].tolist()
+
+
+def squeezenet(work: Path) -> Case:
+    """ImageNet photographs."""
+    loaded = models.load("squeezenet1_1", weights=data() / "squeezenet1_1_imagenet.safetensors")
+    paths = sorted(unpacked("imagenet_photos").glob("*/*.jpg"))
+    tiny = [unpacked(name) for name in ("tiny_imagenet_50", "tiny_imagenet_150")]
+
+    def training() -> DataLoader[Any]:
+        small = sorted(path for folder in tiny for path in folder.glob("train/*/*.JPEG"))
+        return DataLoader(Photos(small, enlarged(loaded)), batch_size=16, shuffle=True)
+
+    return Case(
+        loaded.model.to(memory_format=torch.channels_last),  # twice as fast on a CPU
+        Subset(Photos(paths, loaded.transform), drawn(len(paths), 250)),
+        training,
+        1200,
+        FAITHFUL,
+        "cnn",
+        "SqueezeNet 1.1 with ImageNet weights, 250 photographs of ImageNet's validation classes at 224 pixels",
+    )
+
+
+def tiny(name: str) -> Callable[[Path], Case]:
+    """Tiny-ImageNet-50 with boxes."""
+
+    def case(work: Path) -> Case:
+        folder = unpacked("tiny_imagenet_50")
+        model = BACKBONES[name][0]().eval()
+        model.load_state_dict(load_file(work / f"{name}.safetensors"))
+        facts = json.loads((work / f"{name}.json").read_text())
+        images, _, paths = read(folder / "val")
+        with (folder / "boxes.csv").open(newline="") as file:
+            found = {
+                row["path"]: [int(row[k]) for k in ("xmin", "ymin", "xmax", "ymax")] for row in csv.DictReader(file)
+            }
+        boxes = torch.tensor([found[path.relative_to(folder).as_posix()] for path in paths])
+        boxes[:, 2:] += 1  # the file names the last pixel
+        chosen = drawn(len(images), 500)
+
+        def training() -> DataLoader[Any]:
+            whole = TensorDataset(standardised(read(folder / "train")[0]))
+            return DataLoader(whole, batch_size=32, shuffle=True)
+
+        return Case(
+            model.to(memory_format=torch.channels_last),
+            Boxed(standardised(images[chosen]), boxes[chosen, None].double()),
+            training,
+            2000,
+            f"{FAITHFUL},{PLACE}",
+            "vit" if name.startswith("vit") else "cnn",
+            f"{name} trained on Tiny-ImageNet-50 ({facts['accuracy']} % right), 500 validation images at 64 pixels",
+        )
+
+    return case
+
+
+CASES: dict[str, Callable[[Path], Case]] = {
+    "squeezenet": squeezenet,
+    "resnet10t": tiny("resnet10t"),
+    "vit": tiny("vit"),
+}
+
+
+def names(case: Case) -> list[str]:
+    """Methods that are defined for the model, the best known first."""
+    known = [cls.__name__ for cls in methods().values() if case.kind in cls.models and cls.__name__ not in LEFT_OUT]
+    rest = sorted(set(known) - set(FIRST))
+    seeds = [f"TTAME, seed {seed}" for seed in SEEDS]
+    return [*(name for name in FIRST if name in known), "TTAME, untrained", *rest, *seeds]
+
+
+def slug(name: str) -> str:
+    """The name as a file's."""
+    return name.replace(", ", "-").replace(" ", "")
+
+
+def made(name: str, case: Case, folder: Path) -> Attribution:
+    """The method; trained ones from their file, or fitted now."""
+    plain, _, how = name.partition(", ")
+    cls: Any = next(cls for cls in methods().values() if cls.__name__ == plain)
+    if not cls.needs_fit:
+        return cls(case.model, **OPTIONS.get(name, {}))
+    kept = folder / f"{slug(name)}.safetensors"
+    if kept.exists():
+        return cls.load(kept, case.model)
+    explainer = cls(case.model)
+    if how == "untrained":
+        explainer.fit(case.training(), max_steps=1, lr=1e-12, schedule="paper", show_progress=False)
+    else:
+        seed = int(how.removeprefix("seed ") or 0)
+        explainer.fit(case.training(), max_steps=case.steps, seed=seed, checkpoint_dir=folder / f"{slug(name)}.fit")
+    explainer.save(kept)
+    return explainer
+
+
+def measure(name: str, case: Case, folder: Path, batch: int) -> None:
+    """Measure a method; what its file holds is not measured again."""
+    path = folder / f"{slug(name)}.jsonl"
+    try:
+        explainer = made(name, case, folder)
+        loader = DataLoader(case.images, batch_size=batch)
+        evaluate(case.model, {name: explainer}, loader, case.measures, controls=name == FIRST[0], path=path)
+    except UnsupportedModelError as error:
+        path.with_suffix(".refused").write_text(str(error), encoding="utf-8")
+        return
+    network = getattr(explainer, "network_", None)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    facts = {"commit": commit.stdout.strip(), "setting": setting(), "options": repr(explainer)}
+    if network is not None:
+        facts |= {"fit": explainer.report(), "classes seen": (explainer.class_counts_ > 0).tolist()}
+    path.with_suffix(".facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- the pages
+
+
+def gathered(case: str, work: Path) -> tuple[Table, dict[str, Any]]:
+    """One table of all methods that are through, and what is known of each."""
+    parts, facts, measures = [], {}, []
+    for path in sorted((work / case).glob("*.facts.json")):
+        results = path.with_name(path.name.replace(".facts.json", ".jsonl"))
+        with results.open(encoding="utf-8") as file:
+            told = json.loads(file.readline())["setting"]
+        parts.append(Records(told, results))
+        facts.update(dict.fromkeys(told["methods"], json.loads(path.read_text())))
+        measures = [m for family in FAMILIES.values() for m in family if m.name in told["measures"]]
+    described = {name: text for part in parts for name, text in part.setting["methods"].items()}
+    whole = Records({**parts[0].setting, "methods": described})
+    for part in sorted(parts, key=lambda part: place(next(iter(part.setting["methods"])))):
+        whole.merge(part)
+    return Table(whole, measures), facts
+
+
+def place(name: str) -> tuple[int, str]:
+    """Where a method stands in the tables."""
+    order = (*FIRST, *(f"{FIRST[2]}, {how}" for how in ("seed 1", "seed 2", "untrained")))
+    return (order.index(name) if name in order else len(order)), name
+
+
+def only(results: Table, images: set[int]) -> Table:
+    """The rows of some images."""
+    part = Records(results.records.setting)
+    part.rows = {key: row for key, row in results.records.rows.items() if key[1] in images}
+    part.costs = results.records.costs
+    return Table(part, results.measures)
+
+
+def compact(results: Table, wanted: list[str], costs: bool = False) -> str:
+    """Mean and half the interval's width of some measures, a line for each method; the best in bold."""
+    measures = [m for m in results.measures if m.name in wanted]
+    best = {}
+    for m in measures:
+        means = [results.estimate(method, m.name).mean for method in results.methods]
+        best[m.name] = min(means) if m.lower else max(means)
+    rows = []
+    for method in results.methods:
+        cells = []
+        for m in measures:
+            found = results.estimate(method, m.name)
+            cells.append(f"**{found.short(1)}**" if found.mean == best[m.name] else found.short(1))
+        cost = results.records.costs[method]
+        extra = [f"{cost.forward / cost.images:.4g}", f"{cost.times_forward:.3g}"] if costs else []
+        rows.append([method, *cells, *extra])
+    head = ["method", *(f"{m.name} {m.arrow}" for m in measures), *(["forward", "x forward"] if costs else [])]
+    return table(rows, head)
+
+
+def page(name: str, case: Case, results: Table, facts: dict[str, Any], refused: dict[str, str]) -> str:
+    """The tables of a case, as Markdown."""
+    groups = {
+        "Average drop, increase in confidence": [
+            m for m in (x.name for x in results.measures) if m[:3] in ("AD(", "IC(")
+        ],
+        "Drop and increase on the top 15 %; ROAD; insertion and deletion": [
+            "Drop%",
+            "Increase%",
+            "ROAD MoRF",
+            "ROAD LeRF",
+            "insertion",
+            "deletion",
+        ],
+        "Against the boxes": ["EBPG", "mIoU", "Bbox", "pointing game"],
+    }
+    lines = [f"# {case.says}", "", f"{len(results.images)} images; the model's own decision is explained."]
+    lines += ["Mean ± half the 95 % bootstrap interval; the best mean is bold; ↑ more is better, ↓ less is better.", ""]
+    seen = torch.tensor(facts.get("TTAME", {}).get("classes seen", [True]))
+    if not bool(seen.all()):
+        targets = {image: row.target for (_, image), row in results.records.rows.items()}
+        kept = {image for image, target in targets.items() if seen[target]}
+        groups_of = {
+            "All images": results,
+            f"The {len(kept)} images of classes that came up in the fits": only(results, kept),
+        }
+    else:
+        groups_of = {"": results}
+    for title, part in groups_of.items():
+        lines += [f"## {title}", ""] if title else []
+        for group, wanted in groups.items():
+            if any(m.name in wanted for m in results.measures):
+                lines += [
+                    f"{'###' if title else '##'} {group}",
+                    "",
+                    compact(part, wanted, costs=group.startswith("Ave")),
+                    "",
+                ]
+    lines += ["forward: samples through the model for one image; x forward: time as a multiple of a plain pass.", ""]
+    lines += [f"* {method}: {text}" for method, text in {**LEFT_OUT, **refused}.items()]
+    return "\n".join(lines) + "\n"
+
+
+def write(name: str, case: Case, work: Path, output: Path) -> None:
+    """The page, the numbers and the plots."""
+    results, facts = gathered(name, work)
+    refused = {path.stem: path.read_text() for path in sorted((work / name).glob("*.refused"))}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{name}.md").write_text(page(name, case, results, facts, refused), encoding="utf-8")
+    told = {method: {k: v for k, v in fact.items() if k != "classes seen"} for method, fact in facts.items()}
+    numbers = {"case": case.says, "measured": told, **json.loads(results.to_json())}
+    (output / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    shown = {*FIRST, "random map", "image edges"}
+    results.records.rows = {key: row for key, row in results.records.rows.items() if key[0] in shown}
+    results.plot().savefig(output / f"{name}.png")
+
+
+def main() -> None:
+    """Measure what is missing, or write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", choices=list(CASES))
+    parser.add_argument("--work", type=Path, required=True, help="where weights, explainers and results are kept")
+    parser.add_argument("--methods", nargs="+", help='such as GradCAM "TTAME, seed 1"')
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--write", action="store_true", help="only write the pages")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for name in options.cases:
+        case = CASES[name](options.work)
+        folder = options.work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if options.write:
+            write(name, case, options.work, options.output)
+            continue
+        for method in options.methods or names(case):
+            start = time.process_time()
+            measure(method, case, folder, options.batch)
+            print(f"{name} {method}: {time.process_time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
