@@ -21,7 +21,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ FAITHFUL = "ad,ic,drop,increase,road,insertion,deletion"
 PLACE = "ebpg,miou,bbox,pointing"
 FIRST = ("GradCAM", "GradCAMPlusPlus", "TTAME", "LCAMImg", "LCAMFm", "ScoreCAM", "RISE")
 OPTIONS: dict[str, dict[str, Any]] = {"RISE": {"n_masks": 1000}}
+DILATED = {
+    "TTAME": {"layers": ["layer2", "layer3", "layer4"]}
+}  # all of one grid, so that only the last is found by itself
 LEFT_OUT = {"ExtremalPerturbation": "hundreds of optimiser steps for each image"}
 SEEDS = (1, 2)
 
@@ -63,6 +66,7 @@ class Case:
         measures: names of families.
         kind: ``"cnn"`` or ``"vit"``.
         says: what was measured, in a sentence.
+        options: of methods, beside ``OPTIONS``.
     """
 
     model: nn.Module
@@ -72,6 +76,7 @@ class Case:
     measures: str
     kind: str
     says: str
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Boxed(Dataset[dict[str, Tensor]]):
@@ -138,10 +143,11 @@ def tiny(name: str) -> Callable[[Path], Case]:
             model.to(memory_format=torch.channels_last),
             Boxed(standardised(images[chosen]), boxes[chosen, None].double()),
             training,
-            2000,
+            780,
             f"{FAITHFUL},{PLACE}",
             "vit" if name.startswith("vit") else "cnn",
             f"{name} trained on Tiny-ImageNet-50 ({facts['accuracy']} % right), 500 validation images at 64 pixels",
+            DILATED if name.startswith("resnet") else {},
         )
 
     return case
@@ -171,12 +177,13 @@ def made(name: str, case: Case, folder: Path) -> Attribution:
     """The method; trained ones from their file, or fitted now."""
     plain, _, how = name.partition(", ")
     cls: Any = next(cls for cls in methods().values() if cls.__name__ == plain)
+    options = {**OPTIONS, **case.options}.get(plain, {})
     if not cls.needs_fit:
-        return cls(case.model, **OPTIONS.get(name, {}))
+        return cls(case.model, **options)
     kept = folder / f"{slug(name)}.safetensors"
     if kept.exists():
         return cls.load(kept, case.model)
-    explainer = cls(case.model)
+    explainer = cls(case.model, **options)
     if how == "untrained":
         explainer.fit(case.training(), max_steps=1, lr=1e-12, schedule="paper", show_progress=False)
     else:
