@@ -15,7 +15,7 @@ from attrib_zoo.backbone import layers as layer_rules
 from attrib_zoo.backbone.capture import frozen, unwrap
 from attrib_zoo.backbone.gridcheck import check_grids
 from attrib_zoo.backbone.layers import Tap
-from attrib_zoo.errors import InputError, OptionError
+from attrib_zoo.errors import InputError
 from attrib_zoo.masking import upsample
 from attrib_zoo.targets import TargetQuery
 
@@ -298,17 +298,3 @@ def check_images(inputs: Any, who: str) -> Tensor:
             "(a standard deviation of 0, or overflow in half precision)"
         )
     return inputs
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    """``value`` if it is one of the choices, else an :class:`OptionError` that lists them."""
-    if value not in choices:
-        raise OptionError(f"{name}: must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
-
-
-def check_at_least(name: str, value: Any, least: float) -> float:
-    """``value`` as a float if it is a number of at least ``least``, else an :class:`OptionError`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise OptionError(f"{name}: must be a number of at least {least:g}, got {value!r}")
-    return float(value)

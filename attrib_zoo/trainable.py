@@ -13,9 +13,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_choice, check_images, forward_args
+from attrib_zoo.attribution import check_images, forward_args
 from attrib_zoo.backbone.capture import run
 from attrib_zoo.backbone.layers import Grid, Tap
+from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.errors import (
     BackboneMismatchError,
     CheckpointError,
@@ -27,7 +28,7 @@ from attrib_zoo.masking import min_max
 from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import Checkpoint, fingerprint, read, write
-from attrib_zoo.training.data import Batches, check_count, check_repeatable, images_of, total_steps
+from attrib_zoo.training.data import Batches, check_repeatable, images_of, total_steps
 from attrib_zoo.training.fit import State, Terms, autocast, tell, train
 from attrib_zoo.training.fitted import Fitted, averages, class_count, ground
 from attrib_zoo.training.history import History
@@ -137,7 +138,7 @@ class TrainableAttribution(FittedAttribution):
             raise OptionError(f"lr: must be positive, got {lr!r}")
         steps = total_steps(loader, self.default_epochs if epochs is None else epochs, max_steps)
         check_repeatable(val_loader)
-        check_count("checkpoint_every", checkpoint_every)
+        check_number("checkpoint_every", checkpoint_every, least=1)
         folder = None if checkpoint_dir is None else _folder(checkpoint_dir)
         asked = schedule.facts() if isinstance(schedule, Schedule) else schedule
         plan = {"steps": steps, "seed": seed, "schedule": asked, "optimizer": named, "lr": lr}

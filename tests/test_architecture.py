@@ -12,6 +12,7 @@ PACKAGE = "attrib_zoo"
 
 ORDER = (
     "errors",
+    "checks",
     "wording",
     "targets",
     "masking",

@@ -20,12 +20,13 @@ from attrib_zoo.benchmark.cost import clock, measured, peak_bytes
 from attrib_zoo.benchmark.measures import TRUTH, Explain, Measure, Question, Wanted, chosen
 from attrib_zoo.benchmark.records import Records, Row
 from attrib_zoo.benchmark.table import Table
+from attrib_zoo.checks import check_number
 from attrib_zoo.errors import DataError, InputError, OptionError
 from attrib_zoo.metrics._scores import check_masking
 from attrib_zoo.targets import TargetQuery
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import fingerprint
-from attrib_zoo.training.data import check_count, images_of
+from attrib_zoo.training.data import images_of
 
 
 def evaluate(
@@ -81,7 +82,7 @@ def evaluate(
     if not methods:
         raise OptionError("methods: must name at least one method, got none")
     if max_images is not None:
-        check_count("max_images", max_images)
+        check_number("max_images", max_images, least=1)
     check_masking(masking)
     if score not in ("softmax", "sigmoid"):
         raise OptionError(f"score: must be 'softmax' or 'sigmoid', got {score!r}")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution, check_choice
+from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers import Tap
+from attrib_zoo.checks import check_choice
 from attrib_zoo.errors import LayerError
 from attrib_zoo.masking import upsample
 from attrib_zoo.targets import SCORES, Target, TargetQuery

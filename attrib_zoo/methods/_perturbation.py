@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution, check_choice
+from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import forward, run, select_args
 from attrib_zoo.backbone.kind import is_transformer
+from attrib_zoo.checks import check_choice
 from attrib_zoo.errors import OptionError, UnsupportedModelError
 from attrib_zoo.masking import ChunkSize, black, blend, blur, channel_stats, min_max, upsample
 from attrib_zoo.targets import SCORES, Target, TargetQuery
@@ -292,13 +293,3 @@ def resolve_baseline(baseline: Baseline, model: nn.Module, inputs: Tensor) -> Te
     if baseline == "blur":
         return blur(inputs, min(inputs.shape[-2:]) / _WIDEST)
     return 0.0 if isinstance(baseline, str) else float(baseline)
-
-
-def check_number(name: str, value: Any, *, least: float, most: float = math.inf, above: bool = False) -> Any:
-    """A finite number from ``least`` (or above it) to ``most``; an integer where ``least`` is one."""
-    whole = isinstance(least, int)
-    kind = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if kind and math.isfinite(value) and (value > least if above else value >= least) and value <= most:
-        return value
-    limits = f"{'above' if above else 'at least'} {least}" + ("" if most == math.inf else f" and at most {most}")
-    raise OptionError(f"{name}: must be {'an integer' if whole else 'a number'} {limits}, got {value!r}")

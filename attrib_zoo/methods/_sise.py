@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_choice
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers import Tap
+from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.masking import min_max, upsample
 from attrib_zoo.methods._cam import _gradients
 from attrib_zoo.methods._perturbation import (
@@ -18,7 +18,6 @@ from attrib_zoo.methods._perturbation import (
     Passes,
     Perturbation,
     at_least_float32,
-    check_number,
     read_scores,
     refuse_transformers,
 )

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution, check_choice
+from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import check_weights, forward, select_args
+from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.errors import OptionError, UnsupportedModelError
 from attrib_zoo.masking import ChunkSize, blur
-from attrib_zoo.methods._perturbation import _PerturbationAttribution, at_least_float32, check_number, progress
+from attrib_zoo.methods._perturbation import _PerturbationAttribution, at_least_float32, progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 _LEVELS = 8  # of the blurred images, the last of them sharp
@@ -96,13 +97,13 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
             )
         if not isinstance(areas, (tuple, list)) or not areas:
             raise OptionError(f"areas: must be a tuple of shares above 0 and below 1, got {areas!r}")
-        self.areas = tuple(float(check_number("areas", area, least=0.0, most=1.0, above=True)) for area in areas)
+        self.areas = tuple(check_number("areas", area, least=0.0, most=1.0, above=True) for area in areas)
         self.variant = check_choice("variant", variant, ("preserve", "delete", "dual"))
         self.contrastive = bool(contrastive)
-        self.max_iter: int = check_number("max_iter", max_iter, least=1)
+        self.max_iter = check_number("max_iter", max_iter, least=1)
         self.step: int | None = None if step is None else check_number("step", step, least=1)
         self.sigma: float | None = None if sigma is None else check_number("sigma", sigma, least=0.0, above=True)
-        self.blur: float = check_number("blur", blur, least=0.0, above=True)
+        self.blur = check_number("blur", blur, least=0.0, above=True)
         self.score = check_choice("score", score, SCORES)
         self.chunk_size = chunk_size
         ChunkSize(chunk_size)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_choice
+from attrib_zoo.checks import check_choice
 from attrib_zoo.methods._cam import GradientCAM
 
 

@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_choice
 from attrib_zoo.backbone.capture import run, select_args
+from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.masking import ChunkSize
 from attrib_zoo.methods._cam import GradientCAM, check_gradients, differentiate
 from attrib_zoo.methods._copies import each_chunk
 from attrib_zoo.methods._perturbation import Baseline, check_baseline, resolve_baseline
 from attrib_zoo.targets import TargetQuery
-from attrib_zoo.training.data import check_count
 
 
 class IntegratedGradCAM(GradientCAM):
@@ -78,7 +77,7 @@ class IntegratedGradCAM(GradientCAM):
         upsample: bool = True,
     ) -> None:
         super().__init__(model, layers, relu=relu, score=score, upsample=upsample)
-        check_count("n_steps", n_steps)
+        check_number("n_steps", n_steps, least=1)
         self.n_steps = n_steps
         self.baseline = check_baseline(baseline)
         self.subtract_baseline = bool(subtract_baseline)

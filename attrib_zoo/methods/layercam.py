@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_at_least
+from attrib_zoo.checks import check_number
 from attrib_zoo.masking import upsample as enlarge
 from attrib_zoo.methods._cam import GradientCAM
 
@@ -67,7 +67,7 @@ class LayerCAM(GradientCAM):
         upsample: bool = True,
     ) -> None:
         super().__init__(model, layers, relu=relu, score=score, upsample=upsample)
-        self.gamma = check_at_least("gamma", gamma, 1e-6)
+        self.gamma = check_number("gamma", gamma, least=1e-6)
 
     def combine(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """The positive gradient times the activation, summed over the feature maps."""

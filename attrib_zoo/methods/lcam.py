@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_at_least, check_choice
 from attrib_zoo.backbone.capture import forward
 from attrib_zoo.backbone.layers import Tap, is_attention
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.replay import replay
+from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.errors import OptionError, UnsupportedModelError
 from attrib_zoo.fitted import attend, head_dtype
 from attrib_zoo.masking import blend
@@ -57,10 +57,10 @@ class _LCAM(TrainableAttribution):
         self.recipe = check_choice("recipe", recipe, _RECIPES)
         self.ce_only = bool(ce_only)
         self.after_pool = bool(after_pool)
-        self.lambda_tv = check_at_least("lambda_tv", lambda_tv, 0)
-        self.lambda_av = check_at_least("lambda_av", lambda_av, 0)
-        self.lambda_ce = check_at_least("lambda_ce", lambda_ce, 0)
-        self.area_power = check_at_least("area_power", area_power, 1e-6)
+        self.lambda_tv = check_number("lambda_tv", lambda_tv, least=0.0)
+        self.lambda_av = check_number("lambda_av", lambda_av, least=0.0)
+        self.lambda_ce = check_number("lambda_ce", lambda_ce, least=0.0)
+        self.area_power = check_number("area_power", area_power, least=1e-6)
 
     @abstractmethod
     def _see(

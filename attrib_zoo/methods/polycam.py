@@ -7,18 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_choice
 from attrib_zoo.backbone.capture import run
 from attrib_zoo.backbone.layers import Tap
+from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.masking import upsample
-from attrib_zoo.methods._perturbation import (
-    Baseline,
-    Passes,
-    Perturbation,
-    at_least_float32,
-    check_number,
-    refuse_transformers,
-)
+from attrib_zoo.methods._perturbation import Baseline, Passes, Perturbation, at_least_float32, refuse_transformers
 from attrib_zoo.targets import TargetQuery
 
 
@@ -92,7 +85,7 @@ class PolyCAM(Perturbation):
         super().__init__(model, layers, score=score, baseline=baseline, chunk_size=chunk_size, upsample=upsample)
         self.variant = check_choice("variant", variant, ("pm", "p", "m"))
         self.lnorm = bool(lnorm)
-        self.perc: float = check_number("perc", perc, least=0.0, most=50.0)
+        self.perc = check_number("perc", perc, least=0.0, most=50.0)
         self.full_range = bool(full_range)
 
     def _resolve(self, inputs: Tensor, args: Any) -> tuple[Tap, ...]:

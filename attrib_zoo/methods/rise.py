@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward
+from attrib_zoo.checks import check_number
 from attrib_zoo.errors import OptionError
-from attrib_zoo.methods._perturbation import Baseline, Passes, Perturbation, check_number
+from attrib_zoo.methods._perturbation import Baseline, Passes, Perturbation
 from attrib_zoo.targets import TargetQuery
 
 
@@ -76,10 +77,10 @@ class RISE(Perturbation):
         super().__init__(model, score=score, baseline=baseline, chunk_size=chunk_size)
         if layers is not None:
             raise OptionError(f"layers: must be None, for RISE looks at no layer, got {layers!r}; leave it out")
-        self.n_masks: int = check_number("n_masks", n_masks, least=1)
-        self.s: int = check_number("s", s, least=2)
-        self.p1: float = check_number("p1", p1, least=0.0, most=1.0, above=True)
-        self.seed: int = check_number("seed", seed, least=0)
+        self.n_masks = check_number("n_masks", n_masks, least=1)
+        self.s = check_number("s", s, least=2)
+        self.p1 = check_number("p1", p1, least=0.0, most=1.0, above=True)
+        self.seed = check_number("seed", seed, least=0)
 
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs = forward(self.model, inputs, args)

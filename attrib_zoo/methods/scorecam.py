@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_choice
+from attrib_zoo.checks import check_choice
 from attrib_zoo.errors import OptionError
 from attrib_zoo.masking import min_max, upsample
 from attrib_zoo.methods._perturbation import Baseline, PerturbationCAM, read_scores

@@ -8,16 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_choice
 from attrib_zoo.backbone.layers import Tap
+from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.masking import min_max, upsample
-from attrib_zoo.methods._perturbation import (
-    Baseline,
-    PerturbationCAM,
-    at_least_float32,
-    check_number,
-    refuse_transformers,
-)
+from attrib_zoo.methods._perturbation import Baseline, PerturbationCAM, at_least_float32, refuse_transformers
 from attrib_zoo.targets import Target
 from attrib_zoo.wording import warn
 
@@ -83,8 +77,8 @@ class SIDU(PerturbationCAM):
         upsample: bool = True,
     ) -> None:
         super().__init__(model, layers, score=score, baseline=baseline, chunk_size=chunk_size, upsample=upsample)
-        self.sigma: float = check_number("sigma", sigma, least=0.0, above=True)
-        self.threshold: float = check_number("threshold", threshold, least=-torch.inf)
+        self.sigma = check_number("sigma", sigma, least=0.0, above=True)
+        self.threshold = check_number("threshold", threshold, least=-torch.inf)
         self.threshold_on = check_choice("threshold_on", threshold_on, ("raw", "minmax"))
 
     def _resolve(self, inputs: Tensor, args: Any) -> tuple[Tap, ...]:

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attrib_zoo.methods._perturbation import Baseline, check_number
+from attrib_zoo.checks import check_number
+from attrib_zoo.methods._perturbation import Baseline
 from attrib_zoo.methods._sise import BlockwiseSampling
 
 
@@ -89,7 +90,7 @@ class SISE(BlockwiseSampling):
             baseline=baseline,
             chunk_size=chunk_size,
         )
-        self.mu: float = check_number("mu", mu, least=0.0, most=1.0)
+        self.mu = check_number("mu", mu, least=0.0, most=1.0)
 
     def select(self, ratios: Tensor) -> Tensor:
         """Eq. 7: more than ``mu`` of the largest."""

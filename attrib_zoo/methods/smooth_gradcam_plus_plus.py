@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_at_least, check_choice
 from attrib_zoo.backbone.capture import select_args
+from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.masking import ChunkSize
 from attrib_zoo.methods._cam import GradientCAM, check_gradients, differentiate
 from attrib_zoo.methods._copies import check_seed, each_chunk
 from attrib_zoo.targets import TargetQuery
-from attrib_zoo.training.data import check_count
 
 
 class SmoothGradCAMPlusPlus(GradientCAM):
@@ -81,9 +80,9 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         upsample: bool = True,
     ) -> None:
         super().__init__(model, layers, relu=relu, score=score, upsample=upsample)
-        check_count("n_samples", n_samples)
+        check_number("n_samples", n_samples, least=1)
         self.n_samples = n_samples
-        self.noise = check_at_least("noise", noise, 0)
+        self.noise = check_number("noise", noise, least=0.0)
         self.numerator = check_choice("numerator", numerator, ("second", "first"))
         self.seed = check_seed(seed)
         ChunkSize(chunk_size)

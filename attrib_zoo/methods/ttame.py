@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_at_least, check_choice
 from attrib_zoo.backbone.capture import forward
 from attrib_zoo.backbone.layers import Tap
+from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.fitted import attend
 from attrib_zoo.masking import blend, upsample
 from attrib_zoo.methods._attention_head import ACTIVATIONS, AttentionHead
@@ -133,10 +133,10 @@ class TTAME(TrainableAttribution):
         super().__init__(model, layers, upsample=upsample)
         self.recipe = check_choice("recipe", recipe, tuple(_RECIPES))
         defaults = _RECIPES[recipe]
-        self.lambda_ce = check_at_least("lambda_ce", lambda_ce, 0)
-        self.lambda_tv = check_at_least("lambda_tv", lambda_tv, 0)
-        self.lambda_variation = check_at_least("lambda_variation", lambda_variation, 0)
-        self.area_power = check_at_least("area_power", area_power, 1e-6)
+        self.lambda_ce = check_number("lambda_ce", lambda_ce, least=0.0)
+        self.lambda_tv = check_number("lambda_tv", lambda_tv, least=0.0)
+        self.lambda_variation = check_number("lambda_variation", lambda_variation, least=0.0)
+        self.area_power = check_number("area_power", area_power, least=1e-6)
         given: dict[str, Any] = {
             "variation": variation,
             "border_penalty": border_penalty,
@@ -145,8 +145,8 @@ class TTAME(TrainableAttribution):
         }
         chosen = {name: defaults[name] if value is None else value for name, value in given.items()}
         self.variation = check_choice("variation", chosen["variation"], ("mean", "sum"))
-        self.border_penalty = check_at_least("border_penalty", chosen["border_penalty"], 0)
-        self.area_offset = check_at_least("area_offset", chosen["area_offset"], 0)
+        self.border_penalty = check_number("border_penalty", chosen["border_penalty"], least=0.0)
+        self.area_offset = check_number("area_offset", chosen["area_offset"], least=0.0)
         self.psi = check_choice("psi", chosen["psi"], ("auto", "random", "batch", "own"))
         self.num_layers = check_choice("num_layers", num_layers, (1, 2, 3))
         self.skip = bool(skip)

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_choice
 from attrib_zoo.backbone.layers import Tap
 from attrib_zoo.backbone.module import find
+from attrib_zoo.checks import check_choice
 from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.methods._cam import GradientCAM
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attrib_zoo.checks import check_number
 from attrib_zoo.errors import DataError, OptionError
 
 _KEYS = ("image", "images", "pixel_values", "inputs", "input", "x", "img")
@@ -40,9 +41,9 @@ def images_of(batch: Any) -> Tensor:
 
 def total_steps(loader: Iterable[Any], epochs: int, max_steps: int | None) -> int:
     """``max_steps``, or epochs times the loader's length."""
-    check_count("epochs", epochs)
+    check_number("epochs", epochs, least=1)
     if max_steps is not None:
-        check_count("max_steps", max_steps)
+        check_number("max_steps", max_steps, least=1)
     length = _length(loader)
     if length == 0:
         raise DataError(_EMPTY)
@@ -53,12 +54,6 @@ def total_steps(loader: Iterable[Any], epochs: int, max_steps: int | None) -> in
             "max_steps: must be given for a loader without a length, since the schedule needs the number of steps"
         )
     return epochs * length
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise an :class:`OptionError` where an option is no positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"{name}: must be a positive integer, got {value!r}")
 
 
 def check_repeatable(val_loader: Iterable[Any] | None) -> None:
