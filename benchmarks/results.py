@@ -188,7 +188,7 @@ def made(name: str, case: Case, folder: Path) -> Attribution:
         explainer.fit(case.training(), max_steps=1, lr=1e-12, schedule="paper", show_progress=False)
     else:
         seed = int(how.removeprefix("seed ") or 0)
-        explainer.fit(case.training(), max_steps=case.steps, seed=seed, checkpoint_dir=folder / f"{slug(name)}.fit")
+        explainer.fit(case.training(), max_steps=case.steps, seed=seed)
     explainer.save(kept)
     return explainer
 
