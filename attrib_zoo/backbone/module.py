@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
 from attrib_zoo.errors import LayerNotFoundError, UnsupportedModelError
+
+_NO_LAYERS = re.compile("Float|PackedParams")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -47,3 +51,11 @@ def find(model: nn.Module, name: str) -> nn.Module:
             raise LayerNotFoundError(f"layers: no layer {name!r} in {type(unwrap(model)).__name__}")
         module = unwrap(child)
     return module
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """One of torch's int8 layers; neither the float stand-ins that such models are made from, nor a box of weights."""
+    kind = type(module)
+    return (
+        kind.__module__.startswith("torch.") and "quantized" in kind.__module__ and not _NO_LAYERS.search(kind.__name__)
+    )

@@ -6,11 +6,14 @@ follows each other on the way from the input to the outputs are the units, and t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Tap
+from attrib_zoo.backbone.module import is_quantised
 from attrib_zoo.backbone.trace import Call, Output, Trace
 
 _SEVERAL_STAGES = 2.5  # one stage halves the grid at most
@@ -245,8 +248,28 @@ def _kind(item: Item) -> str:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(weight.numel() for weight in _weights(module))
 
 
 def _weighted(call: Call) -> bool:
-    return any(sum(size > 1 for size in parameter.shape) > 1 for parameter in call.module.parameters())
+    return any(_is_matrix(weight) for weight in _weights(call.module))
+
+
+def _weights(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters, and the weights of quantised layers, which are none: packed, or in buffers of small integers."""
+    yield from module.parameters()
+    for part in module.modules():
+        if is_quantised(part) and callable(weight := getattr(part, "weight", None)):
+            yield weight()
+        yield from (buffer for buffer in part.buffers(recurse=False) if _packed(buffer))
+
+
+def _packed(tensor: Tensor) -> bool:
+    """Whether a tensor holds rounded weights: 8-bit floats, or integers that are no flags or indices."""
+    kind = tensor.dtype
+    small = kind.itemsize == 1 if kind.is_floating_point else kind not in (torch.bool, torch.int64)
+    return tensor.ndim > 1 and small
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    return _packed(weight) or sum(size > 1 for size in weight.shape) > 1
