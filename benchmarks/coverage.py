@@ -85,17 +85,21 @@ def listed() -> list[tuple[str, str, str]]:
     return found
 
 
-def sample(models: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """One of each family that its name says is small."""
+def sample(models: Sequence[tuple[str, str, str]], rows: Sequence[dict[str, str]] = ()) -> list[tuple[str, str, str]]:
+    """One of each family: the one that took least time of those that ``rows`` has in full, else small by its name."""
     families: dict[tuple[str, str], list[str]] = defaultdict(list)
     for library, family, name in models:
         families[library, family].append(name)
+    took = {(row["library"], row["model"]): float(row["seconds"]) for row in rows if row["run"] == "full"}
 
-    def smallness(name: str) -> tuple[int, int, str]:
+    def smallness(library: str, name: str) -> tuple[float, int, int, str]:
         rank = next((i for i, word in enumerate(SMALL_WORDS) if word in name), len(SMALL_WORDS))
-        return rank, len(name), name
+        return took.get((library, name), float("inf")), rank, len(name), name
 
-    return [(*family, min(names, key=smallness)) for family, names in families.items()]
+    def smallest(library: str, names: Sequence[str]) -> str:
+        return min(names, key=lambda name: smallness(library, name))
+
+    return [(library, family, smallest(library, names)) for (library, family), names in families.items()]
 
 
 def build(library: str, name: str, **options: Any) -> nn.Module:
@@ -106,12 +110,23 @@ def build(library: str, name: str, **options: Any) -> nn.Module:
     return timm.create_model(name, num_classes=CLASSES, **options).eval()
 
 
-def awake(model: nn.Module) -> nn.Module:
-    """The model with random weights where linear layers begin at zero: behind such a head nothing has a gradient."""
+def awake(model: nn.Module, images: Tensor) -> nn.Module:
+    """The model with random weights as training might leave it: no linear layer of zeros, norms of these images.
+
+    Behind a head of zeros nothing has a gradient. And where batch norm divides by a variance that was never measured,
+    activations grow or fade from layer to layer, until a change of the image is less than their rounding.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear) and not bool(module.weight.any()):
             nn.init.normal_(module.weight, std=0.02)
-    return model
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of what is seen
+        norm.train()
+    with torch.no_grad():
+        model(images)
+    return model.eval()
 
 
 def without_memory(library: str, name: str) -> nn.Module:
@@ -171,7 +186,7 @@ def run(library: str, family: str, name: str, *, largest: float, seconds: int) -
             if millions <= largest:
                 torch.manual_seed(0)
                 model, images = smallest(library, name, bare)
-                steps(awake(model), images, row)
+                steps(awake(model, images), images, row)
             else:
                 device = next(bare.parameters()).device
                 own = (getattr(bare, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
@@ -331,7 +346,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     everything = listed()
-    wanted = sample(everything) if args.sample else everything
+    wanted = sample(everything, read(ROWS)) if args.sample else everything
     if args.models:
         names = {("torchvision", n[3:]) if n.startswith("tv:") else ("timm", n) for n in args.models}
         wanted = [entry for entry in everything if (entry[0], entry[2]) in names]

@@ -311,6 +311,16 @@ def test_a_backbone_inside_a_model_is_looked_into():
     assert names(Wrapped(), rule="gradient") == ["backbone.layer4"]
 
 
+@pytest.mark.parametrize("size", [96, 112, 128, 160])
+def test_a_state_is_no_map_though_it_has_as_many_tokens(size):
+    """EfficientViM's stages hand on 49, 25 and 9 states beside their images; norms of them are read by the head."""
+    model = timm("efficientvim_m1")
+    for rule, count in (("outputs", 3), ("stages", 1), ("gradient", 1)):
+        taps = resolve(model, None, images(size), rule=rule, count=count)
+        assert {tap.grid for tap in taps} == {Grid("nchw")}
+        assert not any(tap.name in ("norm.0", "norm.1", "norm.2") for tap in taps)
+
+
 class Aside(nn.Module):
     """Runs a branch that its output does not read, detaches, and works without a graph."""
 

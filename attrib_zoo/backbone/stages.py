@@ -20,6 +20,7 @@ _SEVERAL_STAGES = 2.5  # one stage halves the grid at most
 _HIERARCHICAL = 3  # grids
 _SMALLEST_OPENED = 1 / 6  # of the weights: a smaller module that shrinks the grid is a stem
 _MOST = 1 / 2
+_LEAST = 1 / 100
 _PROBED_UNITS = 3
 
 
@@ -55,9 +56,13 @@ class Item:
 
 
 def spatial(call: Call) -> list[Item]:
-    """The maps that a call puts out, one per grid: those that the model's outputs depend on, and new ones, if any."""
+    """The maps that a call puts out, one per grid: those that the model's outputs depend on, and new ones, if any.
+
+    Beside images, what looks like tokens is a state.
+    """
     maps = [output for output in call.outputs if output.grid is not None]
     maps = [output for output in maps if output.on_path] or maps
+    maps = [output for output in maps if output.grid and not output.grid.is_tokens] or maps
     best: dict[tuple[int, int], Output] = {}
     for output in [output for output in maps if not output.same] or maps:
         best.setdefault(output.hw, output)
@@ -137,14 +142,26 @@ class Stages:
         return next((inner for inner in norms if inner.output.hw == item.output.hw), item)
 
     def _main(self, units: list[Item]) -> list[Item]:
-        """Without token blocks of another class than most of their grid: those that only read out a class token."""
+        """Without tokens that are no map: those that only read out a class token or a state as large as a map.
+
+        They are of another class than most token blocks of their grid, or hold next to nothing beside its images.
+        """
         weights: dict[tuple[tuple[int, int], type[nn.Module]], int] = {}
+        images: dict[tuple[int, int], int] = {}
         for unit in units:
-            if _kind(unit) != "nchw":
-                key = unit.output.hw, type(unit.call.module)
-                weights[key] = weights.get(key, 0) + self._weights[unit.call]
+            held, hw = self._weights[unit.call], unit.output.hw
+            if _kind(unit) == "nchw":
+                images[hw] = images.get(hw, 0) + held
+            else:
+                weights[hw, type(unit.call.module)] = weights.get((hw, type(unit.call.module)), 0) + held
         main = {hw: max(weights[key] for key in weights if key[0] == hw) for hw, _ in weights}
-        return [u for u in units if not u.is_tokens or weights[u.output.hw, type(u.call.module)] == main[u.output.hw]]
+
+        def kept(unit: Item) -> bool:
+            hw = unit.output.hw
+            held = weights.get((hw, type(unit.call.module)), 0)
+            return not unit.is_tokens or (held == main[hw] and held >= _LEAST * images.get(hw, 0))
+
+        return [unit for unit in units if kept(unit)]
 
     def _open(self) -> list[Call]:
         """The sequence of calls that the network is made of, opened as far as needed."""
