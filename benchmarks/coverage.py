@@ -5,10 +5,10 @@
     python benchmarks/coverage.py --models resnet50 tv:vit_b_16
     python benchmarks/coverage.py --summary                  # write docs/explanation/coverage.md from the rows
 
-Weights are random, the image too. A model is run at 128 px where it takes that, else at its own size, and must pass:
-the three layers of T-TAME are found; no grid is refused (``gridcheck``); Grad-CAM; Score-CAM with four masks; one
-training step of T-TAME and a map. Models with more weights than ``--largest`` are only resolved, without memory, on the
-meta device, and marked so.
+Weights are random, the image too; batch norm has the image's statistics. A model is run at 128 px where it takes that,
+else at its own size, and must pass: the three layers of T-TAME are found; no grid is refused (``gridcheck``); Grad-CAM;
+Score-CAM with four masks; one training step of T-TAME and a map. Models with more weights than ``--largest`` are only
+resolved, without memory, on the meta device, and marked so.
 """
 
 from __future__ import annotations
@@ -302,8 +302,9 @@ def page(rows: Sequence[dict[str, str]], total: dict[str, int]) -> str:
         f"{verdicts['undecided']} undecided and {verdicts['wrong']} wrong. Undecided: with random weights the layer "
         "mixes the whole image, so that no cell answers to one place.",
         "",
-        "Weights and images are random, at 128 pixels where the model takes that, else at its own size; so this shows "
-        "that layers, layouts and gradients are right, not that maps are good.",
+        "Weights and images are random, at 128 pixels where the model takes that, else at its own size; batch norm has "
+        "the statistics of the images. So this shows that layers, layouts and gradients are right, not that maps are "
+        "good.",
         "",
         "| library | family | models | pass | resolved only | undecided grid | refused or failed |",
         "|---|---|---|---|---|---|---|",

@@ -619,10 +619,34 @@ def test_describe_is_a_table():
     text = str(describe(cls_vit(depth=4), images(32)))
     lines = [line.split() for line in text.splitlines()]
     assert text.startswith("VisionTransformer at 32x32\nlayer ")
-    assert ["blocks.0", "Block", "tokens", "4x4", "24", "1"] in lines
-    assert ["blocks.2", "Block", "tokens", "4x4", "24", "1", "outputs", "(3)"] in lines
-    assert ["blocks.3.norm1", "LayerNorm", "tokens", "4x4", "24", "1", "norms", "(3),", "gradient"] in lines
-    assert ["blocks.3", "Block", "tokens", "4x4", "24", "1", "outputs", "(3),", "stages"] in lines
+    assert ["blocks.0", "Block", "tokens", "4x4", "24", "1", "yes"] in lines
+    assert ["blocks.2", "Block", "tokens", "4x4", "24", "1", "yes", "outputs", "(3)"] in lines
+    assert ["blocks.3.norm1", "LayerNorm", "tokens", "4x4", "24", "1", "yes", "norms", "(3),", "gradient"] in lines
+    assert [
+        "blocks.3",
+        "Block",
+        "tokens",
+        "4x4",
+        "24",
+        "1",
+        "no",
+        "outputs",
+        "(3),",
+        "stages",
+    ] in lines  # only its class token is read
+
+
+class Ends(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+def test_a_description_does_not_guess_gradients():
+    model = cls_vit()
+    nn.init.zeros_(model.head.weight)
+    assert {row.gradient for row in describe(model, images(32)).rows} == {None}
+    assert {row.gradient for row in describe(nn.Sequential(resnet(), Ends()), images(64)).rows} == {None}
+    assert {row.gradient for row in describe(resnet(), images(64)).rows} == {True}
 
 
 def test_every_name_in_a_description_resolves():
