@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from attrib_zoo.backbone.gridcheck import Verdict
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -59,6 +61,22 @@ def test_a_model_that_works(sweep):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_grid_that_is_undecided_is_tested_with_the_statistics_of_the_images(sweep, monkeypatch):
+    asked = []
+
+    def probe(model, taps, images):
+        asked.append([norm.running_mean.any().item() for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)])
+        first = [Verdict(tap, "undecided", 0.0, 0.0, (), 0.0) for tap in taps]
+        return first if len(asked) == 1 else plain(model, taps, images)
+
+    plain = sweep.probe
+    monkeypatch.setattr(sweep, "probe", probe)
+    row = sweep.run("timm", "resnet", "test_resnet", largest=150, seconds=120)
+    assert (row["grid"], sweep.passed(row)) == ("right right right", True)
+    assert [all(each) for each in asked] == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_model_that_is_too_large_is_only_resolved(sweep):
     row = sweep.run("timm", "resnet", "test_resnet", largest=0.001, seconds=120)
     assert (row["run"], row["layers"], row["gradcam"], row["reason"]) == ("resolution only", "ok", "", "")
@@ -96,11 +114,11 @@ def test_the_statistics_are_those_of_the_images(sweep):
     layers = [part for _ in range(3) for part in (nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU())]
     model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     nn.init.zeros_(model[-1].weight)
+    assert sweep.awake(model)[-1].weight.any()
     images = torch.randn(2, 3, 64, 64)
-    awake = sweep.awake(model.eval(), images)
-    assert not any(module.training for module in awake.modules())
-    assert awake[-1].weight.any()
-    for norm, seen in ((awake[2], awake[:2](images)), (awake[-5], awake[:-5](images))):
+    found = sweep.measured(model.eval(), images)
+    assert not any(module.training for module in found.modules())
+    for norm, seen in ((found[2], found[:2](images)), (found[-5], found[:-5](images))):
         torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)), rtol=0.01, atol=0.01)
         torch.testing.assert_close(norm.running_var, seen.transpose(0, 1).flatten(1).var(1), rtol=0.01, atol=0.01)
 
