@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.attribution import check_images, forward_args
-from attrib_zoo.backbone.capture import run
+from attrib_zoo.backbone.capture import check_gradient, run
 from attrib_zoo.backbone.layers import Grid, Tap
 from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.errors import (
@@ -181,6 +181,7 @@ class TrainableAttribution(FittedAttribution):
     ) -> State:
         """The network, its optimiser and its counters before the first step, or where the checkpoint left them."""
         images = check_images(batches.peek(), type(self).__name__)
+        check_gradient(self.model, images, args)
         taps = self.taps(images, args)
         outputs, features = run(self.model, images, args, taps)
         generator = torch.Generator().manual_seed(plan["seed"])

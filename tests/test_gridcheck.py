@@ -160,6 +160,18 @@ def test_a_layer_that_mixes_the_image_is_used_and_a_line_is_logged(caplog):
     assert "'mix' of Behind mixes the whole image, so that its grid cannot be tested" in caplog.text
 
 
+def test_chance_is_no_answer():
+    """Each cell a random mixture of all, as in deep layers that nobody trained: where there are few cells, four places
+    may seem to fit one reading or another."""
+    found = []
+    for seed in range(12):
+        mixture = torch.randn(16, 16, generator=torch.Generator().manual_seed(seed))
+        model = Behind(lambda t, mixture=mixture: mixture @ t).eval()
+        found.append(verdict(model, ("mix", Grid("tokens", hw=(4, 4))), images(32)).said)
+    assert "wrong" not in found
+    assert found.count("undecided") >= 11  # one in twenty may pass
+
+
 class Dead(Behind):
     """Its layer does not move at all."""
 
@@ -199,6 +211,15 @@ def cost(model: Counted, call: Any) -> int:
     before = model.images
     call()
     return model.images - before
+
+
+def test_twelve_places_more_where_four_leave_a_doubt():
+    model = Counted(Behind(lambda t: t.mean(1, keepdim=True).expand_as(t)).eval())
+    layers = [("model.mix", Grid("tokens", hw=(4, 4))), "model.vit.blocks.0"]
+    taps = resolve(model, layers, images(32))
+    assert cost(model, lambda: check_grids(model, taps[:1], images(32))) == 5  # the block alone is clear
+    assert cost(model, lambda: check_grids(model, taps, images(32))) == 4 * 5
+    assert cost(model, lambda: check_grids(model, taps, images(32))) == 0
 
 
 def test_five_images_once_per_layer_and_size():

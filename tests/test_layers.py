@@ -311,6 +311,16 @@ def test_a_backbone_inside_a_model_is_looked_into():
     assert names(Wrapped(), rule="gradient") == ["backbone.layer4"]
 
 
+@pytest.mark.parametrize("size", [96, 112, 128, 160])
+def test_a_state_is_no_map_though_it_has_as_many_tokens(size):
+    """EfficientViM's stages hand on 49, 25 and 9 states beside their images; norms of them are read by the head."""
+    model = timm("efficientvim_m1")
+    for rule, count in (("outputs", 3), ("stages", 1), ("gradient", 1)):
+        taps = resolve(model, None, images(size), rule=rule, count=count)
+        assert {tap.grid for tap in taps} == {Grid("nchw")}
+        assert not any(tap.name in ("norm.0", "norm.1", "norm.2") for tap in taps)
+
+
 class Aside(nn.Module):
     """Runs a branch that its output does not read, detaches, and works without a graph."""
 
@@ -609,10 +619,34 @@ def test_describe_is_a_table():
     text = str(describe(cls_vit(depth=4), images(32)))
     lines = [line.split() for line in text.splitlines()]
     assert text.startswith("VisionTransformer at 32x32\nlayer ")
-    assert ["blocks.0", "Block", "tokens", "4x4", "24", "1"] in lines
-    assert ["blocks.2", "Block", "tokens", "4x4", "24", "1", "outputs", "(3)"] in lines
-    assert ["blocks.3.norm1", "LayerNorm", "tokens", "4x4", "24", "1", "norms", "(3),", "gradient"] in lines
-    assert ["blocks.3", "Block", "tokens", "4x4", "24", "1", "outputs", "(3),", "stages"] in lines
+    assert ["blocks.0", "Block", "tokens", "4x4", "24", "1", "yes"] in lines
+    assert ["blocks.2", "Block", "tokens", "4x4", "24", "1", "yes", "outputs", "(3)"] in lines
+    assert ["blocks.3.norm1", "LayerNorm", "tokens", "4x4", "24", "1", "yes", "norms", "(3),", "gradient"] in lines
+    assert [
+        "blocks.3",
+        "Block",
+        "tokens",
+        "4x4",
+        "24",
+        "1",
+        "no",
+        "outputs",
+        "(3),",
+        "stages",
+    ] in lines  # only its class token is read
+
+
+class Ends(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+def test_a_description_does_not_guess_gradients():
+    model = cls_vit()
+    nn.init.zeros_(model.head.weight)
+    assert {row.gradient for row in describe(model, images(32)).rows} == {None}
+    assert {row.gradient for row in describe(nn.Sequential(resnet(), Ends()), images(64)).rows} == {None}
+    assert {row.gradient for row in describe(resnet(), images(64)).rows} == {True}
 
 
 def test_every_name_in_a_description_resolves():

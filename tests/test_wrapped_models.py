@@ -12,8 +12,8 @@ import torch
 from engine_cases import lively, resnet, swin, untouched, vit
 from torch import Tensor, nn
 
-from attrib_zoo import RISE, TTAME, GradCAM
-from attrib_zoo.errors import UnsupportedModelError
+from attrib_zoo import RISE, TTAME, GradCAM, ScoreCAM
+from attrib_zoo.errors import LayerError, UnsupportedModelError
 
 SIZE = 64
 
@@ -209,12 +209,30 @@ def test_outputs_with_logits_are_refused_with_the_line_that_helps():
 # --- types ----------------------------------------------------------------------------------------------------------
 
 
-def test_bf16():
-    inputs = images()
-    found = heat(resnet().to(torch.bfloat16), inputs.to(torch.bfloat16)).float()
-    expected = heat(resnet(), inputs)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
+HALVES = [torch.bfloat16, torch.float16]
+METHODS: dict[str, Any] = {
+    "gradient": lambda model, x: GradCAM(model).attribute(x, 1),
+    "masked": lambda model, x: ScoreCAM(model).attribute(x, 1),
+    "trained": lambda model, x: fitted(model, x).attribute(x),
+}
+
+
+def fitted(model: nn.Module, inputs: Tensor) -> TTAME:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fit: the 'short' schedule needs at least")
+        return TTAME(model).fit([inputs], max_steps=2, show_progress=False)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("build", "size"), [(resnet, 64), (vit, 32)])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(method, build, size, dtype):
+    inputs = images(2, size)
+    found, expected = (METHODS[method](build().to(kind), inputs.to(kind)) for kind in (dtype, torch.float32))
+    assert (found.dtype, expected.dtype) == (dtype, torch.float32)
+    scale = float(expected.abs().max())
+    assert scale > 0
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.1 * scale)
 
 
 def test_bf16_model_with_images_of_another_type():
@@ -223,26 +241,228 @@ def test_bf16_model_with_images_of_another_type():
         heat(resnet().to(torch.bfloat16), images())
 
 
-class Quantised(nn.Module):
-    """Convolutions in float, the head in int8: what dynamic quantisation makes."""
+# --- int8 -----------------------------------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
+needs_int8 = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines or not hasattr(torch.ao, "quantization"),
+    reason="no quantised operators here",
+)
+
+
+class Quantised(nn.Module):
+    """Convolutions in float, linear layers in int8: what dynamic quantisation makes."""
+
+    def __init__(self, body: nn.Module | None = None) -> None:
         super().__init__()
-        body = resnet()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.body = torch.ao.quantization.quantize_dynamic(body, {nn.Linear}, dtype=torch.qint8)
+            self.body = torch.ao.quantization.quantize_dynamic(body or resnet(), {nn.Linear}, dtype=torch.qint8)
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
 
 
+def of_integers(*, convert: bool = True) -> nn.Module:
+    """All of it in int8, by static quantisation; as it is before, in float with observers, if not converted."""
+    quantization = torch.ao.quantization
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+    model = lively(nn.Sequential(quantization.QuantStub(), *layers, *head, quantization.DeQuantStub()))
+    model.qconfig = quantization.get_default_qconfig("fbgemm")
+    model = quantization.fuse_modules(model, [["1", "2"], ["3", "4"]])
+    quantization.prepare(model, inplace=True)
+    model(images())
+    return quantization.convert(model) if convert else model
+
+
+@needs_int8
 @pytest.mark.filterwarnings("ignore")
 def test_quantised_models_are_refused():
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("no quantised operators here")
-    for model in (Quantised().eval(), nn.DataParallel(Quantised().eval())):
+    for model in (Quantised(), nn.DataParallel(Quantised())):
         with pytest.raises(UnsupportedModelError, match=r"quantised \('body.fc'\); pass the float model"):
             heat(model, images())
-    found = RISE(Quantised().eval(), n_masks=4).attribute(images(), 1)  # asks for scores only
+    found = RISE(Quantised(), n_masks=4).attribute(images(), 1)  # asks for scores only
     assert found.any()
+
+
+@needs_int8
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", METHODS)
+def test_integers_throughout_are_refused_by_all_that_look_at_layers(method):
+    model, inputs = of_integers(), images()
+    with pytest.raises(UnsupportedModelError, match=r"is quantised \('\d'\); pass the float .*RISE, which looks at no"):
+        METHODS[method](model, inputs)
+    assert RISE(model, n_masks=4).attribute(inputs, 1).any()
+
+
+@needs_int8
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build", [resnet, vit])
+def test_integer_linear_layers_train_no_explainer(build):
+    """torch gives no error: without the model's own gradient only the regularisers would be trained."""
+    with pytest.raises(UnsupportedModelError, match=r"must have gradients, but it is quantised .*ScoreCAM\(model, lay"):
+        fitted(Quantised(build()), images(2, 32))
+
+
+@needs_int8
+@pytest.mark.filterwarnings("ignore")
+def test_integer_linear_layers_have_maps_to_mask_with():
+    inputs, name = images(2, 32), "blocks.1"
+    found = ScoreCAM(Quantised(vit()), f"body.{name}").attribute(inputs, 1)
+    expected = ScoreCAM(vit(), name).attribute(inputs, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * float(expected.max()))
+    assert [t.name for t in TTAME(Quantised(vit())).taps(inputs)] == [f"body.blocks.{i}" for i in range(3)]
+
+
+@needs_int8
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_prepared_for_integers_is_a_float_model():
+    from torchvision.models.quantization import shufflenet_v2_x0_5
+
+    assert heat(of_integers(convert=False), images()).any()
+    model = shufflenet_v2_x0_5(weights=None, num_classes=5).eval()  # its sums and concatenations are stand-ins
+    assert heat(model, images(1), relu=False).any()
+
+
+# weights in int8, everything else in float: nothing of torch's, so as other libraries do it
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    scale = weight.abs().flatten(1).amax(1).view(-1, *[1] * (weight.ndim - 1)) / 127
+    return (weight / scale).round().to(torch.int8), scale
+
+
+class Linear8(nn.Module):
+    """A linear layer whose weight is a buffer."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scale = rounded(linear.weight.detach())
+        self.register_buffer("qweight", weight)
+        self.register_buffer("scale", scale.flatten())
+        self.bias, self.in_features, self.out_features = linear.bias, linear.in_features, linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.qweight.to(x.dtype)) * self.scale + self.bias
+
+
+class Weight8(Tensor):
+    """A tensor that looks like float and is int8 inside."""
+
+    @staticmethod
+    def __new__(cls, weight: Tensor, scale: Tensor) -> Weight8:
+        return Tensor._make_wrapper_subclass(cls, weight.shape, dtype=scale.dtype, device=weight.device)
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        self.weight, self.scale = weight, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["weight", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(value: Any) -> Any:
+            return value.weight.to(value.scale.dtype) * value.scale if isinstance(value, cls) else value
+
+        if function.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.alias, torch.ops.aten._to_copy):
+            return cls(args[0].weight, args[0].scale)  # stays what it is, as those of other libraries do
+        if "linear" not in str(function) and "mm" not in str(function) and function is not torch.ops.aten.t.default:
+            raise NotImplementedError(f"Weight8: {function}")
+        return function(*map(plain, args), **(kwargs or {}))
+
+
+class Dequantise(nn.Module):
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.to(self.scale.dtype) * self.scale
+
+
+def in_buffers(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Linear8(child))
+    return model
+
+
+def in_subclasses(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(Weight8(*rounded(module.weight.detach())), requires_grad=False)
+    return model
+
+
+def parametrised(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear):
+            weight, scale = rounded(module.weight.detach())
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            nn.utils.parametrize.register_parametrization(module, "weight", Dequantise(scale), unsafe=True)
+    return model
+
+
+def in_float(model: nn.Module) -> nn.Module:
+    """The same rounded weights, written back."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight, scale = rounded(module.weight.detach())
+            module.weight = nn.Parameter(weight * scale)
+    return model
+
+
+@pytest.mark.parametrize("quantise", [in_buffers, in_subclasses, parametrised])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_in_integers_change_nothing(method, quantise):
+    inputs = images(2, 32)
+    model = quantise(vit())
+    assert [tap.name for tap in TTAME(model).taps(inputs)] == [f"blocks.{i}" for i in range(3)]
+    torch.testing.assert_close(METHODS[method](model, inputs), METHODS[method](in_float(vit()), inputs))
+
+
+# --- models whose gradient ends ---------------------------------------------------------------------------------------
+
+
+class Detached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = resnet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.detach()) + 0 * self.body.fc.bias
+
+
+class NoGrad(Detached):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Foreign(Detached):
+    """A kernel without a gradient beside a way that has one, so that the outputs have some gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.quantize_per_tensor(torch.randn(5, 5), 0.1, 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(weight, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.body(x)
+        return scores + torch.ops.quantized.linear_dynamic(scores, self.packed)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (Detached, "no gradient path from the images"),
+        (NoGrad, "no gradient path from the images to the outputs of NoGrad; a no_grad block lies between"),
+        pytest.param(Foreign, "the operator quantized::linear_dynamic has none", marks=needs_int8),
+    ],
+)
+def test_a_model_without_a_gradient_trains_no_explainer(model, says):
+    with pytest.raises((LayerError, UnsupportedModelError), match=says):
+        fitted(model().eval(), images(2, 32))

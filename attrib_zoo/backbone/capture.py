@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Tap
-from attrib_zoo.backbone.module import find, unwrap
+from attrib_zoo.backbone.module import find, is_quantised, unwrap
 from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs
 
 __all__ = [
     "call_model",
+    "check_gradient",
     "check_weights",
     "forward",
     "frozen",
@@ -135,15 +137,46 @@ def check_weights(bare: nn.Module) -> None:
             "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
             "build or load the model outside inference_mode"
         )
-    for name, module in bare.named_modules():
-        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
-            raise UnsupportedModelError(_quantised(name))
+    quantised = {name: type(m).__module__ for name, m in bare.named_modules() if is_quantised(m)}
+    if quantised:
+        fixed = [name for name, kind in quantised.items() if ".dynamic" not in kind]
+        raise UnsupportedModelError(_quantised(fixed[0]) if fixed else _without_gradient(next(iter(quantised))))
+
+
+def check_gradient(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> None:
+    """Raise where the gradient of the outputs does not reach the images; one pass and its backward, on one image.
+
+    What is trained through such a model would see its own regularisers only.
+
+    Raises:
+        UnsupportedModelError: some layer has no gradient.
+        LayerError: the outputs have no graph at all.
+    """
+    rows = torch.zeros(1, dtype=torch.long, device=inputs.device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with run_from_inputs(model, inputs[:1], select_args(args, rows, len(inputs)), ()) as (outputs, images, _):
+            gradient = torch.autograd.grad(outputs.float().sum(), images, allow_unused=True)[0]
+    unknown = [str(w.message).split(": an autograd kernel")[0] for w in caught if "autograd kernel" in str(w.message)]
+    if gradient is None or unknown:
+        what = f"the operator {unknown[0]} has none" if unknown else "it ends on the way (a detach()?)"
+        raise UnsupportedModelError(
+            f"model: the gradient of its outputs must reach the images, but {what}; pass a model of ordinary "
+            "floating-point layers, or use a method that needs no gradient"
+        )
 
 
 def _quantised(name: str) -> str:
     return (
         f"model: its layers must have gradients and floating-point maps, but it is quantised ({name!r}); pass the "
         "float model that it was made from, or use RISE, which looks at no layer"
+    )
+
+
+def _without_gradient(name: str) -> str:
+    return (
+        f"model: its layers must have gradients, but it is quantised ({name!r}); pass the float model that it was "
+        "made from, or name the layer to a method without gradients, as in ScoreCAM(model, layers=...), or use RISE"
     )
 
 

@@ -33,15 +33,19 @@ from attrib_zoo.errors import LayerError
 __all__ = ["Verdict", "check_grids", "probe", "unchecked"]
 
 _PLACES = ((0.21, 0.34), (0.29, 0.79), (0.66, 0.16), (0.83, 0.71))  # no mirror or turn takes them to themselves
+_MORE_PLACES = tuple(((0.46 + 0.7549 * k) % 0.94, (0.46 + 0.5698 * k) % 0.94) for k in range(12))  # evenly scattered
 _CELLS = (8, 8)  # what an image is divided into where no layer has tokens
 _SMALLEST = 1 / 16  # of the image, along each side: what is changed
 _BROAD = 0.2  # of the image: how far a coarse answer reaches
 _MARGIN = 0.15  # by which another reading must win
 _CLEAR = 0.55  # what a reading that wins must reach
 _SEEN = 0.15  # below, a reading explains nothing
+_SURE = 0.45  # from here on four places are enough
+_SHUFFLES = 19  # of the places, all of which a reading must beat: one in twenty does by chance
 _FEWEST = 16  # cells: with fewer, chance alone may look like an answer
 _SPARE = 0.4  # of the tokens at most are no patches, in a reading that nobody gave
 _SHARP = 0.5  # of the change, in as few cells as the places that were changed take
+_SCATTERED = 0.35  # of such a share must be explained, or these cells lie elsewhere
 
 _IMAGES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 
@@ -109,7 +113,8 @@ class Verdict:
         own: how well its reading predicts which cells move: 1 perfectly, 0 not at all.
         other: the same of the best other reading, 0 where there is none.
         better: the readings that clearly win.
-        sharpness: share of the change in the cells that change most, as many as were changed in the image.
+        sharpness: share of the change in the cells that change most, as many as were changed in the image; a quarter
+            of the places have no more.
     """
 
     tap: Tap
@@ -131,7 +136,7 @@ def check_grids(
 ) -> None:
     """Refuse a layer whose map is not where the image is; each layer once per model and input size.
 
-    One pass over five images; none for layers that were tested before.
+    One pass over five images, three more where it leaves a doubt; none for layers that were tested before.
 
     Args:
         model: the classifier; wrappers are looked through.
@@ -168,24 +173,55 @@ def check_grids(
 
 
 def probe(model: nn.Module, taps: Sequence[Tap], inputs: Tensor, args: Sequence[Any] = ()) -> list[Verdict]:
-    """Change four places of the first image, and say for each layer whether the right cells move."""
-    rows = torch.zeros(1 + len(_PLACES), dtype=torch.long, device=inputs.device)
+    """Change four places of the first image, and say for each layer whether the right cells move.
+
+    Chance makes cells move too, more so where there are few. So layers that are not clearly right are shown twelve
+    more places, four in a pass.
+    """
+    finest = max((grid for tap in taps if (grid := tap.grid.hw) is not None), default=_CELLS)
+    changes, boxes = _moved(model, taps, inputs, args, _PLACES, finest)
+    shape = inputs.shape
+    verdicts = [_judge(tap, change, boxes, shape) for tap, change in zip(taps, changes, strict=True)]
+    unsure = [i for i, verdict in enumerate(verdicts) if verdict.said != "right" or verdict.own < _SURE]
+    if not unsure:
+        return verdicts
+    passes = [(boxes, [changes[i] for i in unsure])]
+    for start in range(0, len(_MORE_PLACES), len(_PLACES)):
+        places = _MORE_PLACES[start : start + len(_PLACES)]
+        more, where = _moved(model, [taps[i] for i in unsure], inputs, args, places, finest)
+        passes.append((where, more))
+    everywhere = torch.cat([where for where, _ in passes])
+    for position, i in enumerate(unsure):
+        verdicts[i] = _judge(taps[i], torch.cat([found[position] for _, found in passes]), everywhere, shape)
+    return verdicts
+
+
+def _moved(
+    model: nn.Module,
+    taps: Sequence[Tap],
+    inputs: Tensor,
+    args: Sequence[Any],
+    places: Sequence[tuple[float, float]],
+    finest: tuple[int, int],
+) -> tuple[list[Tensor], Tensor]:
+    """For each layer the squared change ``(Q, ...)`` of its output by each place, and where these are ``(Q, 4)``."""
+    rows = torch.zeros(1 + len(places), dtype=torch.long, device=inputs.device)
     devices = [inputs.device] if inputs.is_cuda else []
     outputs: dict[int, Tensor] = {}
 
     def keep(position: int, activation: Tensor) -> None:
         taps[position].grid.to_map(activation)  # refuses what has another shape
-        outputs[position] = activation.detach().clone()
+        output = activation.detach().to(torch.float64)
+        outputs[position] = (output[1:] - output[:1]).square()
 
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices), frozen(model) as bare:
-        finest = max((grid for tap in taps if (grid := tap.grid.hw) is not None), default=_CELLS)
-        images, boxes = _changed(inputs.detach()[rows], finest)
+        images, boxes = _changed(inputs.detach()[rows], places, finest)
         with listening(bare, taps, keep):
             call_model(bare, images, select_args(args, rows, len(inputs)))
-    return [_judge(tap, outputs[position], boxes, inputs.shape) for position, tap in enumerate(taps)]
+    return [outputs[position] for position in range(len(taps))], boxes
 
 
-def _changed(images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _changed(images: Tensor, places: Sequence[tuple[float, float]], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The image as it is and with one place changed each, ``(1 + Q, C, H, W)``; and top, bottom, left, right of each.
 
     A place is one cell of the grid, or as many as make a sixteenth of the image.
@@ -194,7 +230,7 @@ def _changed(images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     span = float(images[0].to(torch.float32).std(correction=0)) or 1.0
     generator = torch.Generator().manual_seed(0)
     boxes = []
-    for row, place in enumerate(_PLACES, start=1):
+    for row, place in enumerate(places, start=1):
         (top, bottom), (left, right) = (
             _side(at, cells, full) for at, cells, full in zip(place, grid, images.shape[-2:], strict=True)
         )
@@ -213,9 +249,8 @@ def _side(at: float, cells: int, full: int) -> tuple[int, int]:
     return (low, high) if high > low else (min(low, full - 1), min(low, full - 1) + 1)
 
 
-def _judge(tap: Tap, output: Tensor, boxes: Tensor, shape: Sequence[int]) -> Verdict:
-    change = (output[1:].to(torch.float64) - output[:1].to(torch.float64)).square()
-    readings = _readings(tap.grid, tuple(output.shape), (shape[2], shape[3]))
+def _judge(tap: Tap, change: Tensor, boxes: Tensor, shape: Sequence[int]) -> Verdict:
+    readings = _readings(tap.grid, tuple(change.shape), (shape[2], shape[3]))
     scores = [_score(reading.cells(change), reading.hw, boxes) for reading in readings]
     own, other = scores[0], max(scores[1:], default=0.0)
     sharpness = _sharpness(readings[0].cells(change), readings[0].hw, boxes)
@@ -226,8 +261,9 @@ def _judge(tap: Tap, output: Tensor, boxes: Tensor, shape: Sequence[int]) -> Ver
         winners = [i for i in range(1, len(readings)) if scores[i] >= max(own + _MARGIN, other - _MARGIN / 2)]
         winners.sort(key=lambda i: (readings[i].rest, -readings[i].hw[0] * readings[i].hw[1], -scores[i]))
         better = tuple(readings[i] for i in winners)
-    scattered = enough and own < _SEEN and sharpness >= _SHARP
-    said = "wrong" if wins or scattered else "right" if own >= _SEEN else "undecided"
+    scattered = enough and sharpness >= _SHARP and own < _SCATTERED * sharpness
+    seen = own >= max(_SEEN, _by_chance(readings[0].cells(change), readings[0].hw, boxes))
+    said = "wrong" if wins or scattered else "right" if seen else "undecided"
     return Verdict(tap, said, own, other, better, sharpness)
 
 
@@ -265,6 +301,15 @@ def _score(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
     return max(_fit(answer, _wanted(hw, places.to(cells.device))) for places in moved)
 
 
+def _by_chance(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
+    """The best score of answers that belong to other places; 0 for so few places that they say nothing about it."""
+    if len(cells) <= len(_PLACES):
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    shuffles = [torch.randperm(len(cells), generator=generator) for _ in range(_SHUFFLES)]
+    return max(_score(cells[order.to(cells.device)], hw, boxes) for order in shuffles)
+
+
 def _fit(answer: Tensor, wanted: Sequence[Tensor]) -> float:
     return sum(_alike(answer, _centred(each)) for each in wanted) / len(wanted)
 
@@ -293,14 +338,14 @@ def _alike(answer: Tensor, wanted: Tensor) -> float:
 
 
 def _sharpness(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
-    """The least share of the change that lies in as many cells as the place covers."""
+    """The share of the change that lies in as many cells as a place covers; a quarter of the places have no more."""
     total = cells.sum(1)
     if not bool(torch.isfinite(total).all()) or not bool((total > 0).all()):
         return 0.0
     covered = (_wanted(hw, boxes.to(cells.device))[0] > 0).sum(1)
     ordered = cells.sort(1, descending=True).values
     shares = [float(ordered[q, : int(covered[q])].sum() / total[q]) for q in range(len(cells))]
-    return min(shares)
+    return sorted(shares)[len(shares) // 4 - 1]
 
 
 def _beyond_doubt(traced: Trace, tap: Tap) -> bool:

@@ -22,7 +22,7 @@ from attrib_zoo.backbone.lookup import Layer, find_layer
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.stages import Item, Stages
 from attrib_zoo.backbone.trace import Trace, trace
-from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.errors import AttribZooError, OptionError, UnsupportedModelError
 
 __all__ = ["Description", "Grid", "Layer", "Layers", "Tap", "Trace", "describe", "is_attention", "look", "resolve"]
 
@@ -127,7 +127,16 @@ def _with_gradient(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence
     candidates = stages.deepest()
     if len(candidates) == 1:
         return candidates[0]
-    taps = [item.tap(traced) for item in candidates]
+    for item, reached in zip(candidates, _reached(traced, candidates, inputs, args), strict=True):
+        if reached:
+            return item
+    _log.info("no layer of %s gets a gradient; is its head untrained?", type(traced.model).__name__)
+    return stages.norm(stages.last(1)[0])
+
+
+def _reached(traced: Trace, items: Sequence[Item], inputs: Tensor, args: Sequence[Any]) -> list[bool]:
+    """Whether the outputs have a gradient to each map, on the first image."""
+    taps = [item.tap(traced) for item in items]
     rows = torch.zeros(1, dtype=torch.long, device=inputs.device)
     devices = [inputs.device] if inputs.is_cuda else []
     with torch.random.fork_rng(devices=devices), frozen(traced.model) as bare:
@@ -137,11 +146,7 @@ def _with_gradient(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence
             # unequal weights: the sum of a softmax has no gradient
             score = (scores * torch.linspace(1, 2, len(scores), dtype=scores.dtype, device=scores.device)).sum()
             gradients = torch.autograd.grad(score, maps, allow_unused=True)
-    for item, gradient in zip(candidates, gradients, strict=True):
-        if gradient is not None and bool(gradient.ne(0).any()):
-            return item
-    _log.info("no layer of %s gets a gradient; is its head untrained?", type(traced.model).__name__)
-    return stages.norm(stages.last(1)[0])
+    return [gradient is not None and bool(gradient.ne(0).any()) for gradient in gradients]
 
 
 # --- what is there --------------------------------------------------------------------------------------------
@@ -158,6 +163,7 @@ class Row:
         hw: rows and columns of its map.
         on_path: whether the outputs depend on it.
         taken_by: the defaults that choose it.
+        gradient: whether the outputs have a gradient to the map; None where that cannot be told (a head of zeros).
     """
 
     name: str
@@ -166,6 +172,7 @@ class Row:
     hw: tuple[int, int]
     on_path: bool
     taken_by: tuple[str, ...]
+    gradient: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,7 @@ class Description:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        header = ("layer", "module", "layout", "grid", "channels", "prefix", "taken by")
+        header = ("layer", "module", "layout", "grid", "channels", "prefix", "gradient", "taken by")
         lines = [header, *(self._cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
@@ -199,6 +206,7 @@ class Description:
             f"{row.hw[0]}x{row.hw[1]}",
             str(row.tap.channels),
             str(row.tap.grid.prefix),
+            "?" if row.gradient is None else "yes" if row.gradient else "no",
             ", ".join((*row.taken_by, *unused)),
         )
 
@@ -225,6 +233,7 @@ def describe(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Desc
             items[tap] = item
             takers.setdefault(tap, []).append(label if count == 1 else f"{label} ({count})")
     items.update((item.tap(traced), item) for item in Stages(traced).units)
+    ordered = sorted(items.items(), key=lambda entry: entry[1].place)
     rows = [
         Row(
             tap.name,
@@ -233,10 +242,22 @@ def describe(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Desc
             item.output.hw,
             item.output.on_path,
             tuple(takers.get(tap, ())),
+            gradient,
         )
-        for tap, item in sorted(items.items(), key=lambda entry: entry[1].place)
+        for (tap, item), gradient in zip(
+            ordered, _told(traced, [item for _, item in ordered], inputs, args), strict=True
+        )
     ]
     return Description(type(traced.model).__name__, traced.size, tuple(rows))
+
+
+def _told(traced: Trace, items: Sequence[Item], inputs: Tensor, args: Sequence[Any]) -> Sequence[bool | None]:
+    """Whether each map has a gradient, where some map has."""
+    try:
+        found = _reached(traced, items, inputs, args)
+    except AttribZooError:  # a model without gradients
+        found = []
+    return found if any(found) else [None] * len(items)
 
 
 def is_attention(model: nn.Module, tap: Tap) -> bool:

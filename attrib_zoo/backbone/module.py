@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import torch
 from torch import nn
 
 from attrib_zoo.errors import LayerNotFoundError, UnsupportedModelError
+
+_NO_LAYERS = re.compile("Float|PackedParams")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -47,3 +52,27 @@ def find(model: nn.Module, name: str) -> nn.Module:
             raise LayerNotFoundError(f"layers: no layer {name!r} in {type(unwrap(model)).__name__}")
         module = unwrap(child)
     return module
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """One of torch's int8 layers; neither the float stand-ins that such models are made from, nor a box of weights."""
+    kind = type(module)
+    return (
+        kind.__module__.startswith("torch.") and "quantized" in kind.__module__ and not _NO_LAYERS.search(kind.__name__)
+    )
+
+
+def refuse_shards(model: nn.Module) -> None:
+    """Raise for FullyShardedDataParallel, in which the weights of all layers are pieces of one flat tensor.
+
+    Raises:
+        UnsupportedModelError: a part of the model is wrapped in it.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported wherever there is such a model
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise UnsupportedModelError(
+            "model: FullyShardedDataParallel flattens the weights of its layers, which must be told apart; use "
+            "torch.distributed.fsdp.fully_shard instead, or explain an ordinary copy of the model that has loaded "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict, or use RISE, which looks at no layer"
+        )

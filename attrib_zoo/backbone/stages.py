@@ -6,17 +6,21 @@ follows each other on the way from the input to the outputs are the units, and t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Tap
+from attrib_zoo.backbone.module import is_quantised
 from attrib_zoo.backbone.trace import Call, Output, Trace
 
 _SEVERAL_STAGES = 2.5  # one stage halves the grid at most
 _HIERARCHICAL = 3  # grids
 _SMALLEST_OPENED = 1 / 6  # of the weights: a smaller module that shrinks the grid is a stem
 _MOST = 1 / 2
+_LEAST = 1 / 100
 _PROBED_UNITS = 3
 
 
@@ -52,9 +56,13 @@ class Item:
 
 
 def spatial(call: Call) -> list[Item]:
-    """The maps that a call puts out, one per grid: those that the model's outputs depend on, and new ones, if any."""
+    """The maps that a call puts out, one per grid: those that the model's outputs depend on, and new ones, if any.
+
+    Beside images, what looks like tokens is a state.
+    """
     maps = [output for output in call.outputs if output.grid is not None]
     maps = [output for output in maps if output.on_path] or maps
+    maps = [output for output in maps if output.grid and not output.grid.is_tokens] or maps
     best: dict[tuple[int, int], Output] = {}
     for output in [output for output in maps if not output.same] or maps:
         best.setdefault(output.hw, output)
@@ -134,14 +142,26 @@ class Stages:
         return next((inner for inner in norms if inner.output.hw == item.output.hw), item)
 
     def _main(self, units: list[Item]) -> list[Item]:
-        """Without token blocks of another class than most of their grid: those that only read out a class token."""
+        """Without tokens that are no map: those that only read out a class token or a state as large as a map.
+
+        They are of another class than most token blocks of their grid, or hold next to nothing beside its images.
+        """
         weights: dict[tuple[tuple[int, int], type[nn.Module]], int] = {}
+        images: dict[tuple[int, int], int] = {}
         for unit in units:
-            if _kind(unit) != "nchw":
-                key = unit.output.hw, type(unit.call.module)
-                weights[key] = weights.get(key, 0) + self._weights[unit.call]
+            held, hw = self._weights[unit.call], unit.output.hw
+            if _kind(unit) == "nchw":
+                images[hw] = images.get(hw, 0) + held
+            else:
+                weights[hw, type(unit.call.module)] = weights.get((hw, type(unit.call.module)), 0) + held
         main = {hw: max(weights[key] for key in weights if key[0] == hw) for hw, _ in weights}
-        return [u for u in units if not u.is_tokens or weights[u.output.hw, type(u.call.module)] == main[u.output.hw]]
+
+        def kept(unit: Item) -> bool:
+            hw = unit.output.hw
+            held = weights.get((hw, type(unit.call.module)), 0)
+            return not unit.is_tokens or (held == main[hw] and held >= _LEAST * images.get(hw, 0))
+
+        return [unit for unit in units if kept(unit)]
 
     def _open(self) -> list[Call]:
         """The sequence of calls that the network is made of, opened as far as needed."""
@@ -245,8 +265,28 @@ def _kind(item: Item) -> str:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(weight.numel() for weight in _weights(module))
 
 
 def _weighted(call: Call) -> bool:
-    return any(sum(size > 1 for size in parameter.shape) > 1 for parameter in call.module.parameters())
+    return any(_is_matrix(weight) for weight in _weights(call.module))
+
+
+def _weights(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters, and the weights of quantised layers, which are none: packed, or in buffers of small integers."""
+    yield from module.parameters()
+    for part in module.modules():
+        if is_quantised(part) and callable(weight := getattr(part, "weight", None)):
+            yield weight()
+        yield from (buffer for buffer in part.buffers(recurse=False) if _packed(buffer))
+
+
+def _packed(tensor: Tensor) -> bool:
+    """Whether a tensor holds rounded weights: 8-bit floats, or integers that are no flags or indices."""
+    kind = tensor.dtype
+    small = kind.itemsize == 1 if kind.is_floating_point else kind not in (torch.bool, torch.int64)
+    return tensor.ndim > 1 and small
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    return _packed(weight) or sum(size > 1 for size in weight.shape) > 1

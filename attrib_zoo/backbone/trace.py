@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import call_model, frozen, select_args
 from attrib_zoo.backbone.flow import Flow, tensors
 from attrib_zoo.backbone.grid import Grid
+from attrib_zoo.backbone.module import refuse_shards
 from attrib_zoo.errors import InputError
 
 BATCH = 2  # with one image the batch axis could not be told from others of size one
@@ -120,6 +121,7 @@ def trace(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
     rows = torch.arange(BATCH, device=inputs.device) % len(inputs)
     devices = [inputs.device] if inputs.is_cuda else []
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices), frozen(model) as bare:
+        refuse_shards(bare)
         images = inputs.detach()[rows]
         flow = Flow(images)
         recorder = _Recorder(flow)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,22 @@ def fingerprint(model: nn.Module) -> str:
         if not isinstance(tensor, Tensor):
             continue
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous()
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+        for data in _plain(tensor.detach()):
+            whole = data.cpu().contiguous()
+            digest.update(whole.reshape(-1).view(torch.uint8).numpy().data if whole.numel() else b"")
     return digest.hexdigest()
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The ordinary tensors that hold the values: of a sharded one all of it, of a quantised one what is inside."""
+    gather, flatten = (getattr(tensor, name, None) for name in ("full_tensor", "__tensor_flatten__"))
+    if callable(gather):  # every process takes part
+        yield gather()
+    elif callable(flatten):
+        for name in flatten()[0]:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
