@@ -66,7 +66,7 @@ def by_hand(files, loaded) -> Table:
 
 def test_evaluate_is_the_librarys_evaluate(done, by_hand) -> None:
     folder, _ = done
-    assert by_hand.methods == ["GradCAM", "LayerCAM", "random map", "image edges"]
+    assert by_hand.methods == ["GradCAM", "LayerCAM", "random map", "image edges", "centre blob"]
     rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     cells = [(method, measure.name) for method in by_hand.methods for measure in by_hand.measures]
     assert [(row["method"], row["measure"]) for row in rows] == cells
@@ -91,7 +91,7 @@ def test_evaluate_writes_every_format_and_says_where(done) -> None:
     assert (folder / "differences.md").read_text().startswith("| minus GradCAM")
     with Image.open(folder / "plots.png") as picture:
         assert picture.width >= 480
-    assert len((folder / "results.jsonl").read_text().splitlines()) == 1 + 4 * 2
+    assert len((folder / "results.jsonl").read_text().splitlines()) == 1 + 5 * 2
     page = (folder / "report.html").read_text()
     assert "test_resnet on 6 images of photos" in page
     assert any(f"{name}, " in page for name in NAMES)
