@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,9 +159,12 @@ def _beside(**options: Any) -> Callable[[Question], Tensor]:
 
 
 def _overlap(asked: Question) -> Tensor:
-    """What mIoU gives to as many pixels that are taken blindly, to first order."""
-    area, taken = _AREA(asked), 0.2
-    return area * taken / (area + taken - area * taken)
+    """What mIoU gives on average to as many pixels drawn blindly, to second order in how many of them lie inside."""
+    size = asked.inputs.shape[-2] * asked.inputs.shape[-1]
+    region, taken = _AREA(asked) * size, math.ceil(_TOP * size)
+    inside, both = region * taken / size, region + taken
+    variance = inside * (size - region) * (size - taken) / (size * max(size - 1, 1))
+    return inside / (both - inside) + both * variance / (both - inside) ** 3
 
 
 # Of a constant map: the energy inside, all pixels taken at once, all pixels pointing at once.
@@ -173,6 +177,7 @@ _SHARE = _where(metrics.class_discrimination, others=True, ranked=False)  # 0.5 
 _TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 _KEEPS = (1.0, 0.5, 0.15)
 _STEPS = 32
+_TOP = 0.2  # of the pixels, in mIoU
 _GRID = tuple(i / _STEPS for i in range(_STEPS + 1))
 
 FAMILIES: dict[str, tuple[Measure, ...]] = {
@@ -189,7 +194,7 @@ FAMILIES: dict[str, tuple[Measure, ...]] = {
         Measure("deletion", _curve(metrics.deletion_curve, steps=_STEPS), lower=True, points=_GRID, area=True),
     ),
     "ebpg": (Measure("EBPG", _where(metrics.energy_pointing_game, ranked=False), needs="region", chance=_AREA),),
-    "miou": (Measure("mIoU", _where(metrics.miou, keep=0.2), needs="region", chance=_overlap),),
+    "miou": (Measure("mIoU", _where(metrics.miou, keep=_TOP), needs="region", chance=_overlap),),
     "bbox": (Measure("Bbox", _where(metrics.bbox_score), needs="region", chance=_ALL),),
     "pointing": (Measure("pointing game", _where(metrics.pointing_game), needs="region", chance=_ANYWHERE),),
     "discrimination": (Measure("discrimination", _SHARE, needs="others", chance=_SHARE),),
