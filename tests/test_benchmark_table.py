@@ -207,11 +207,19 @@ def test_latex_reads_back():
 
 
 def test_pandas_has_a_row_for_each_image_and_method():
+    """Seen with pandas 3.1.1, which no extra installs."""
     pytest.importorskip("pandas")
-    frame = by_hand(FOUR, [LOW]).to_pandas()
-    assert list(frame.columns) == ["method", "image", "target", "clean", "AD(50)"]
-    assert frame.groupby("method")["AD(50)"].mean()["B"] == pytest.approx(0.4)
+    table = by_hand(FOUR, [LOW, AREA], curve=(1, 1, 1))
+    frame = table.to_pandas()
+    assert list(frame.columns) == ["method", "image", "target", "clean", "AD(50)", "area"]
     assert len(frame) == 12
+    assert [str(kind) for kind in frame.dtypes[1:]] == ["int64", "int64", "float64", "float64", "float64"]
+    means = 100 * frame.groupby("method", sort=False)["AD(50)"].mean()  # fractions, as the measures give them
+    assert list(means.index) == table.methods
+    assert means.tolist() == pytest.approx([table.estimate(m, "AD(50)").mean for m in table.methods], nan_ok=True)
+    row = frame[(frame.method == "B") & (frame.image == 3)].iloc[0]
+    assert (row.target, row.clean, row["AD(50)"]) == (0, 0.5, 0.6)
+    assert frame[frame.method == "B"]["AD(50)"].isna().tolist() == [False, True, False, False]
 
 
 def test_percents_are_percents():
