@@ -244,7 +244,7 @@ class Table:
         return json.dumps({"setting": self.records.setting, "methods": methods}, indent=1)
 
     def to_pandas(self) -> Any:
-        """A DataFrame with a row for each image and method: method, image, target, clean, and the measures; needs pandas.
+        """A DataFrame with a row for each image and method: method, image, target, clean, the measures. Needs pandas.
 
         Values are as the measures give them: fractions, where the table prints percent.
         """
