@@ -27,7 +27,7 @@ Which image regions made the model decide? Explains torchvision and timm classif
 
 _EVALUATE = """\
 Measure methods on a folder of images, each explained for what the model decides: average drop (ad) and increase
-in confidence (ic), ROAD (road), insertion and deletion ... Two controls stand beside them. Writes one HTML page,
+in confidence (ic), ROAD (road), insertion and deletion ... Controls stand beside them. Writes one HTML page,
 tables, plots, and per-image results that a second run continues.
 
   attrib-zoo evaluate --model resnet50 --data photos/ --method gradcam,scorecam --output results/

@@ -68,6 +68,22 @@ def test_a_tables_numbers_are_those_of_the_metrics(model):
     assert [rows["cam", i].clean for i in range(7)] == pytest.approx(clean, rel=1e-5)
 
 
+def test_road_as_the_authors_released_it(model):
+    maps = {"cam": GradCAM(model)}  # with zeros
+    table = run(model, maps, wanted="road-released", seed=5)
+    target = model(IMAGES).argmax(1)
+    options = {"fractions": (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9), "reduce": "accuracy", "ties": "threshold"}
+    for name, order in (("ROAD MoRF, released", "morf"), ("ROAD LeRF, released", "lerf")):
+        attributions = torch.cat(
+            [maps["cam"].attribute(x, t) for x, t in zip(IMAGES.split(3), target.split(3), strict=True)]
+        )
+        wanted = metrics.road(model, IMAGES, attributions, target, order=order, seed=list(range(5, 12)), **options)
+        torch.testing.assert_close(table.values("cam", name), 100 * wanted.double(), rtol=1e-4, atol=1e-3)
+        assert {round(7 * float(v) / 100, 3) % 1 for v in table.values("cam", name)} == {0}
+        assert table.curve("cam", name).shape == (7,)
+    assert [m.lower for m in table.measures] == [True, False]
+
+
 def test_regions_are_measured_where_the_data_has_them(model):
     masks = torch.zeros(7, 16, 16, dtype=torch.bool)
     masks[:, :8] = True

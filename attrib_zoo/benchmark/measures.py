@@ -175,6 +175,8 @@ _SHARE = _where(metrics.class_discrimination, others=True, ranked=False)  # 0.5 
 
 
 _TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 10))
+_POINTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+_RELEASED = {"fractions": _POINTS, "reduce": "accuracy", "ties": "threshold"}
 _KEEPS = (1.0, 0.5, 0.15)
 _STEPS = 32
 _TOP = 0.2  # of the pixels, in mIoU
@@ -188,6 +190,10 @@ FAMILIES: dict[str, tuple[Measure, ...]] = {
     "road": (
         Measure("ROAD MoRF", _curve(metrics.road_curve, order="morf", fractions=_TENTHS), lower=True, points=_TENTHS),
         Measure("ROAD LeRF", _curve(metrics.road_curve, order="lerf", fractions=_TENTHS), points=_TENTHS),
+    ),
+    "road-released": tuple(
+        Measure(f"{name}, released", _curve(metrics.road_curve, order=order, **_RELEASED), lower, points=_POINTS)
+        for name, order, lower in (("ROAD MoRF", "morf", True), ("ROAD LeRF", "lerf", False))
     ),
     "insertion": (Measure("insertion", _curve(metrics.insertion_curve, steps=_STEPS), points=_GRID, area=True),),
     "deletion": (
@@ -218,6 +224,8 @@ FAMILIES: dict[str, tuple[Measure, ...]] = {
 """Family -> its measures; ``metrics="ad,road"`` takes all of a family, ``"AD(50)"`` one.
 
 Insertion and deletion take 32 steps here; ``metrics.insertion`` has as many as the image has rows, as its paper does.
+``road-released`` is what the authors of T-TAME have in their code, not in their equations: the share of decisions that
+stay, at seven percentages, where all pixels of one value fall together. Their AD and IC hide with ``masking="raw"``.
 """
 
 Wanted = str | Sequence[str | Measure] | Mapping[str, Function]
