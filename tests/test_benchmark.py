@@ -461,8 +461,13 @@ def test_boxes_make_a_perfect_map_too_and_copies_of_images_have_copies_of_it(mod
     assert table.values("chance", "Bbox").tolist() == pytest.approx([100 * 35 / 256] * 7)
     assert table.values("perfect map", "sensitivity").tolist() == [0] * 7
     truth = {"masks": torch.arange(3.0).view(3, 1, 1).expand(3, 2, 2)}
-    copies = perfect(truth)(torch.zeros(6, 3, 2, 2), None)[:, 0, 0, 0].tolist()
+    copies = perfect(truth)(torch.zeros(6, 3, 2, 2), None)[:, 0, 1, 1].tolist()
     assert copies == [0, 0, 1, 1, 2, 2]
+    whole = [{"image": IMAGES, "masks": torch.ones(7, 16, 16)}]
+    everything = run(model, loader=whole, wanted="ebpg,bbox,pointing", controls=True)
+    for measure in everything.measures:  # also where the object fills the image
+        assert everything.values("perfect map", measure.name).tolist() == [100] * 7
+    assert torch.equal(whole[0]["masks"], torch.ones(7, 16, 16))
     assert perfect(truth)(torch.zeros(1, 3, 2, 2), None).flatten().tolist() == [0] * 4
 
 

@@ -66,8 +66,9 @@ def perfect(truth: Mapping[str, Any]) -> Explain:
     def explain(inputs: Tensor, target: Tensor) -> Tensor:
         told = truth.get("masks")
         region = box_masks(truth["boxes"], inputs.shape[-2:]) if told is None else told
-        region = region.unsqueeze(1) if region.ndim == 3 else region
-        return region.to(inputs).repeat_interleave(max(1, len(inputs) // len(region)), 0)[: len(inputs)]
+        maps = (region.unsqueeze(1) if region.ndim == 3 else region).to(inputs, copy=True)
+        maps[maps.flatten(1).amin(1) > 0, :, 0, 0] = 0  # a map of ones, scaled to [0, 1], would be one of zeros
+        return maps.repeat_interleave(max(1, len(inputs) // len(maps)), 0)[: len(inputs)]
 
     return explain
 
