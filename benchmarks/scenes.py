@@ -82,9 +82,8 @@ def questions(data: Scenes, target: Tensor, masks: Tensor, others: Tensor) -> li
     return [{key: value[i : i + BATCH] for key, value in told.items()} for i in range(0, len(data), BATCH)]
 
 
-def planted(kind: str, ready: dict[str, Attribution], options: argparse.Namespace) -> Table:
+def planted(model: nn.Module, kind: str, ready: dict[str, Attribution], options: argparse.Namespace) -> Table:
     """Two objects, both of which the model names; every other image is asked about the second."""
-    model = synthetic.trained(kind, seed=options.seed)
     data = scenes(2 * options.images, seed=options.seed + SEEDS["scenes"])
     data = data.rows(synthetic.recognised(model, data)).rows(slice(options.images))
     rows, asked = torch.arange(len(data)), torch.arange(len(data)) % 2
@@ -94,7 +93,7 @@ def planted(kind: str, ready: dict[str, Attribution], options: argparse.Namespac
 
 
 def marked(
-    kind: str, ready: dict[str, Attribution], options: argparse.Namespace
+    unmarked: nn.Module, kind: str, ready: dict[str, Attribution], options: argparse.Namespace
 ) -> tuple[Table, Table, dict[str, list[float]]]:
     """The mark of the red class in images without a red object, for the model that uses it and the one that does not.
 
@@ -106,7 +105,7 @@ def marked(
     batches = questions(data, torch.full((len(data),), RED), data.marks, data.masks.any(1))
     tables, sure = [], {}
     for name, mark in (("with", RED), ("without", None)):
-        model = synthetic.trained(kind, seed=options.seed, mark=mark)
+        model = unmarked if mark is None else synthetic.trained(kind, seed=options.seed, mark=mark)
         with torch.no_grad():
             sure[name] = [float(model(d.inputs).softmax(1)[:, RED].mean()) for d in (plain, data)]
         path = options.work / f"mark-{kind}-{name}.jsonl" if options.work else None
@@ -171,8 +170,9 @@ def main() -> None:
     start = time.process_time()
     found = {}
     for kind in options.kinds:
-        ready = explainers(synthetic.trained(kind, seed=options.seed), kind, options.seed)
-        found[kind] = (planted(kind, ready, options), *marked(kind, ready, options))
+        model = synthetic.trained(kind, seed=options.seed)
+        ready = explainers(model, kind, options.seed)
+        found[kind] = (planted(model, kind, ready, options), *marked(model, kind, ready, options))
         print(f"{kind}: {time.process_time() - start:.0f} s", flush=True)
     written(options, found, time.process_time() - start)
 

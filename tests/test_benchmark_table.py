@@ -222,6 +222,20 @@ def test_pandas_has_a_row_for_each_image_and_method():
     assert frame[frame.method == "B"]["AD(50)"].isna().tolist() == [False, True, False, False]
 
 
+def test_what_only_some_rows_have():
+    table = by_hand({"a": [1.0, 2.0], "random map": [1.0, 2.0]}, [LOW, AREA], curve=(1, 2, 3))
+    assert table.controls == ["random map"]  # also where no run has named them
+    rows = table.records.rows
+    rows["a", 1].values["AD(50)"], rows["a", 1].curves["area"] = NAN, [NAN] * 3
+    assert table.cells()[1][0][3] == "2", "as many images as any measure has"
+    assert table.curve("a", "area").tolist() == [1, 2, 3]
+    del rows["a", 1].curves["area"]
+    assert table.curve("a", "area").tolist() == [1, 2, 3]
+    lacking = by_hand({"a": [1.0, 2.0], "chance": [NAN, 2.0]}, [LOW])
+    assert "chance, AD(50): 1 image without a value (no region, or no finite map)" in lacking.notes()
+    assert not any("chance" in note for note in by_hand({"a": [1.0], "chance": [NAN]}, [LOW]).notes())
+
+
 def test_percents_are_percents():
     table = by_hand({"a": [0.1, 0.3]}, [LOW, Measure("share", lambda asked: asked.clean, percent=False)])
     assert table.values("a", "AD(50)").tolist() == pytest.approx([10, 30])

@@ -153,6 +153,11 @@ def _where(
     return compute
 
 
+def _share(**options: Any) -> Callable[[Question], Tensor]:
+    """Energy on the asked object rather than the others; of a constant map that is its share of their area."""
+    return _where(metrics.class_discrimination, others=True, ranked=False, **options)
+
+
 def _beside(**options: Any) -> Callable[[Question], Tensor]:
     """Energy on the distractors."""
     return lambda asked: asked.ask(metrics.energy_pointing_game, masks=asked.truth["distractor_masks"], **options)
@@ -171,7 +176,6 @@ def _overlap(asked: Question) -> Tensor:
 _AREA = _where(metrics.energy_pointing_game, ranked=False, normalize=False)
 _ALL = _where(metrics.bbox_score, ranked=False, ties="threshold")
 _ANYWHERE = _where(metrics.pointing_game, ranked=False, ties="threshold")
-_SHARE = _where(metrics.class_discrimination, others=True, ranked=False)  # 0.5 where there is no energy at all
 
 
 _TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 10))
@@ -203,7 +207,7 @@ FAMILIES: dict[str, tuple[Measure, ...]] = {
     "miou": (Measure("mIoU", _where(metrics.miou, keep=_TOP), needs="region", chance=_overlap),),
     "bbox": (Measure("Bbox", _where(metrics.bbox_score), needs="region", chance=_ALL),),
     "pointing": (Measure("pointing game", _where(metrics.pointing_game), needs="region", chance=_ANYWHERE),),
-    "discrimination": (Measure("discrimination", _SHARE, needs="others", chance=_SHARE),),
+    "discrimination": (Measure("discrimination", _share(), needs="others", chance=_share(normalize=False)),),
     "distractors": (
         Measure("distractors", _beside(), lower=True, needs="distractors", chance=_beside(normalize=False)),
     ),
