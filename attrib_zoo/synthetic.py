@@ -166,13 +166,10 @@ def scenes(
     if drop is not None and not 0 <= drop < most:
         raise OptionError(f"drop: must be None or the number of an object, 0 to {most - 1}, got {drop!r}")
 
-    if mark not in (None, "all") and not (type(mark) is int and 0 <= mark < count):
-        raise OptionError(f"mark: must be None, 'all' or a class, 0 to {count - 1}, got {mark!r}")
-
     uniform = Uniform(n, seed)
     things = lay_out(uniform, cue, count, fewest, most)
     corners = place_marks(uniform, things)
-    marked = _marked(things.label.masked_fill(~things.there, -1), mark)
+    marked = _marked(things.label.masked_fill(~things.there, -1), mark, count)
     there = things.there.clone()
     if drop is not None:
         there[:, MAX_DISTRACTORS + drop] = False
@@ -200,8 +197,10 @@ def scenes(
     )
 
 
-def _marked(labels: Tensor, mark: int | str | None) -> Tensor:
+def _marked(labels: Tensor, mark: int | str | None, classes: int) -> Tensor:
     """Which images bear the mark, ``(N,)`` bool; ``labels`` ``(N, M)``."""
+    if mark not in (None, "all") and not (type(mark) is int and 0 <= mark < classes):
+        raise OptionError(f"mark: must be None, 'all' or a class, 0 to {classes - 1}, got {mark!r}")
     if isinstance(mark, int):
         return (labels == mark).any(1)
     return torch.full((len(labels),), mark == "all")

@@ -146,7 +146,11 @@ def written(options: argparse.Namespace, found: dict[str, Any], seconds: float) 
         lines = [f"trained {name} the mark, {a:.3f} and {b:.3f}" for name, (a, b) in sure.items()]
         names = ["method", "energy on the mark, used", "the same, not used", "difference", "of mark and objects"]
         cues = measure.table(list(cue_rows(used, unused)), [*names, "points at it"])
-        parts += [f"## {kind.upper()}: the mark", f"Confidence in red without and with it: {'; '.join(lines)}.", cues]
+        parts += [
+            f"## {kind.upper()}: the mark",
+            "Confidence in red without and with it:\n" + "; ".join(lines) + ".",
+            cues,
+        ]
     (options.output / "scenes.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     page = options.output / "scenes.md"
     text = page.read_text(encoding="utf-8").split(MARKER)[0] if page.exists() else ""
