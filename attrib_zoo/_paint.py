@@ -27,6 +27,9 @@ _SLOTS = MAX_DISTRACTORS + MAX_OBJECTS  # painted in this order: objects lie on 
 _TRIES = 12  # positions tried per thing
 _FIELD = 6  # cells per side of a smooth random field
 _COLUMNS = 1024  # uniform numbers per image; more than are drawn below
+MARK = 6  # owner of the mark's pixels: the slot after the last
+_MARK_CELLS = 3  # per side of the mark, black and white in turn
+_MARK_WIDTH = 3 / 16  # of the image
 _OUTLINES = (*SHAPES.values(), *DISTRACTORS.values())
 
 
@@ -131,6 +134,34 @@ def _place(tries: Tensor, radius: Tensor, there: Tensor) -> Tensor:
     return centre
 
 
+def place_marks(uniform: Uniform, things: Things) -> Tensor:
+    """Where the mark of each image would stand, ``(N, 2)``: the corner with the lowest x and y, in widths of the image.
+
+    On a grid of sixteenths, so that its cells are whole pixels at 16, 32, 48 ... px. It is drawn after all else, so
+    that the things are the same with and without it.
+    """
+    steps = round((1 - _MARK_WIDTH) * 16) + 1
+    corners = (uniform.take(_TRIES, 2) * steps).floor() / 16
+    centres = 2 * (corners + _MARK_WIDTH / 2) - 1
+    distance = (centres[:, :, None] - things.centre[:, None]).norm(dim=-1)
+    free = distance - things.radius[:, None] - _MARK_WIDTH * math.sqrt(2)
+    is_object = torch.arange(_SLOTS) >= MAX_DISTRACTORS
+    free = free.masked_fill(~(things.there & is_object)[:, None], math.inf)
+    best = free.amin(2).clamp(max=0.1).argmax(1)
+    return corners[torch.arange(len(best)), best]
+
+
+def _stamp(images: Tensor, owner: Tensor, corners: Tensor, marked: Tensor) -> Tensor:
+    """Paint the marks of some images over all else: a small board of black and white fields."""
+    size = images.shape[-1]
+    axis = (torch.arange(size, device=images.device) + 0.5) / size
+    across, down = (((axis - corner[:, None]) / _MARK_WIDTH * _MARK_CELLS).floor() for corner in corners.unbind(1))
+    x, y = across[:, None, :], down[:, :, None]
+    inside = (x >= 0) & (x < _MARK_CELLS) & (y >= 0) & (y < _MARK_CELLS) & marked[:, None, None]
+    owner[inside] = MARK
+    return torch.where(inside[:, None], ((x + y) % 2)[:, None], images)
+
+
 def _away_from(ground: Tensor, tries: Tensor) -> Tensor:
     """Take, of the colours tried ``(N, M, 2, 8, 3)``, the first that is 0.45 away from the background ``(N, 3)``."""
     distance = (tries - ground[:, None, None, None]).norm(dim=-1).clamp(max=0.45)
@@ -138,8 +169,11 @@ def _away_from(ground: Tensor, tries: Tensor) -> Tensor:
     return tries.gather(3, best).squeeze(3)
 
 
-def render(things: Things, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Paint the images ``(N, 3, S, S)`` and say which slot owns each pixel ``(N, S, S)``, -1 for the background."""
+def render(things: Things, noise: Tensor, corners: Tensor, marked: Tensor) -> tuple[Tensor, Tensor]:
+    """Paint the images ``(N, 3, S, S)`` and say which slot owns each pixel ``(N, S, S)``, -1 for the background.
+
+    ``corners`` ``(N, 2)`` are those of :func:`place_marks`, ``marked`` ``(N,)`` says which images bear the mark.
+    """
     size = noise.shape[-1]
     axis = (torch.arange(size, device=noise.device) + 0.5) * (2 / size) - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -156,6 +190,8 @@ def render(things: Things, noise: Tensor) -> tuple[Tensor, Tensor]:
         paint = first + (second - first) * _pattern(things, slot, x, y)[:, None]
         images = images * (1 - cover) + paint * cover  # exact where the cover is 0 or 1
         owner[cover[:, 0] > 0.5] = slot
+    if marked.any():
+        images = _stamp(images, owner, corners, marked)
     return (images + noise * (0.04 if size <= 48 else 0.06)).clamp(0, 1), owner
 
 

@@ -27,7 +27,7 @@ Which image regions made the model decide? Explains torchvision and timm classif
 
 _EVALUATE = """\
 Measure methods on a folder of images, each explained for what the model decides: average drop (ad) and increase
-in confidence (ic), ROAD (road), insertion and deletion ... Two controls stand beside them. Writes one HTML page,
+in confidence (ic), ROAD (road), insertion and deletion ... Controls stand beside them. Writes one HTML page,
 tables, plots, and per-image results that a second run continues.
 
   attrib-zoo evaluate --model resnet50 --data photos/ --method gradcam,scorecam --output results/
@@ -159,6 +159,7 @@ def _evaluate() -> ArgumentParser:
     add("--method", metavar="NAME[,NAME]", help="one or more of attrib-zoo list (default: gradcam, or the explainer's)")
     add("--explainer", metavar="FILE[,FILE]", help="trained explainers, made by attrib-zoo fit for this model")
     add("--metrics", default="ad,ic,road", metavar="NAME[,NAME]", help="measures (default: ad,ic,road)")
+    add("--boxes", metavar="FILE", help="CSV of path,xmin,ymin,xmax,ymax: what is explained, for ebpg, miou, bbox ...")
     add("--masking", default="auto", metavar="NAME", help="raw, standardized or auto: what hidden pixels become")
     _layers(parser)
     add("--max-images", type=PositiveInt, metavar="N", help="the first N images only")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from attrib_zoo.benchmark import FAMILIES, Measure, write_report
 from attrib_zoo.benchmark import evaluate as run
 from attrib_zoo.benchmark.measures import TRUTH, chosen
 from attrib_zoo.commands import explainers, load_model, methods
-from attrib_zoo.errors import AttribZooError, OptionError
+from attrib_zoo.errors import AttribZooError, DataError, OptionError
 from attrib_zoo.models import unloaded
-from attrib_zoo.photos import Photos, find_photos, is_photo, open_photo, writable_folder
+from attrib_zoo.photos import BoxedPhotos, Photos, find_photos, is_photo, open_photo, read_boxes, writable_folder
 from attrib_zoo.wording import reason
 
 RESULTS, REPORT = "results.jsonl", "report.html"
@@ -30,7 +31,8 @@ def evaluate(options: Any) -> str:
     for path in paths:
         if not is_photo(path):
             open_photo(path)  # says what is wrong with it, before anything is measured
-    measures = _measures(options.metrics)
+    boxes = None if options.boxes is None else _boxes(options.boxes, paths)
+    measures = _measures(options.metrics, boxes is not None)
     loaded = load_model(options)
     ready = {explainer.get_name(): explainer for explainer in explainers(options, loaded).values()}
     like = torch.zeros(1, *loaded.input_size).to(next(loaded.model.parameters()))
@@ -38,11 +40,12 @@ def evaluate(options: Any) -> str:
         explainer.taps(like)  # a layer that does not exist, before anything is written
     writable_folder(folder)
     photos = Photos(paths, loaded.transform)
+    data: Any = photos if boxes is None else BoxedPhotos(photos, boxes, loaded.mean, loaded.std)
     try:
         table = run(
             loaded.model,
             ready,
-            DataLoader(photos, options.batch_size, num_workers=options.workers),
+            DataLoader(data, options.batch_size, num_workers=options.workers),
             measures,
             masking=options.masking,
             seed=options.seed,
@@ -98,15 +101,28 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
-def _measures(names: str) -> list[Measure]:
-    """The measures of ``--metrics``; a folder of images says nothing about regions."""
-    unlabelled = [family for family, measures in FAMILIES.items() if not any(m.needs for m in measures)]
+def _boxes(path: str, paths: Sequence[Path]) -> dict[Path, torch.Tensor]:
+    """The boxes of ``--boxes``; some photograph must have one."""
+    found = read_boxes(path)
+    if not any(photo.resolve() in found for photo in paths):
+        raise DataError(
+            f"boxes: '{path}' must name images of the folder, relative to its own place, got none of '{paths[0]}' and "
+            f"the {len(paths) - 1} others; look at its paths"
+        )
+    return found
+
+
+def _measures(names: str, boxed: bool) -> list[Measure]:
+    """The measures of ``--metrics``; a folder of images says nothing about regions, a file of boxes tells one each."""
+    served = (None, "region") if boxed else (None,)
+    allowed = [family for family, measures in FAMILIES.items() if measures[0].needs in served]
     found = chosen(names, TRUTH)
     for measure in found:
-        if measure.needs:
+        if measure.needs not in served:
             raise OptionError(
-                f"metrics: {measure.name} needs the true regions of each image, which a folder does not say; choose "
-                f"from {', '.join(unlabelled)}, or call attrib_zoo.benchmark.evaluate"
+                f"metrics: {measure.name} needs the true regions of each image, which a folder does not say; "
+                f"{'' if boxed else 'give their boxes with --boxes, '}choose from {', '.join(allowed)}, or call "
+                "attrib_zoo.benchmark.evaluate"
             )
     return found
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -197,6 +199,23 @@ class FittedAttribution(Attribution):
             f"{text} fitted: {self._fitted.steps} steps, {self._fitted.schedule.name} schedule{decided}, "
             f"{seen} of {self._fitted.num_classes} classes seen"
         )
+
+    def untrained(self: _Self, seed: int = 0) -> _Self:
+        """The same explainer with weights that nobody has trained: what it gains by its fit is the difference.
+
+        Args:
+            seed: of the weights.
+
+        Returns:
+            A copy; the explainer itself stays as it is.
+        """
+        fitted = self._ready()
+        network = self._network(fitted.channels, fitted.num_classes, torch.Generator().manual_seed(seed)).eval()
+        twin = copy.copy(self)
+        twin._fitted = replace(fitted, network=network, steps=0, history=History())
+        twin._complete(network)
+        network.to(next(fitted.network.parameters()))
+        return twin
 
     # ------------------------------------------------------------------ files
 

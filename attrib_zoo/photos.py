@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from attrib_zoo.errors import DataError
+from attrib_zoo.metrics import box_masks
 from attrib_zoo.wording import reason
 
 if TYPE_CHECKING:
@@ -123,6 +127,64 @@ class Photos(Dataset[Tensor]):
                     raise
                 _log.warning("skipped: %s", error)
         raise DataError("none of the images can be read; look at the folder")
+
+
+def read_boxes(path: str | os.PathLike[str]) -> dict[Path, Tensor]:
+    """Boxes of objects from a CSV file with the columns path, xmin, ymin, xmax, ymax; several lines per image add up.
+
+    Args:
+        path: the file. Paths in it are taken from its folder. Corners are edges in pixels of the upright photograph:
+            0, 0, width, height is all of it.
+
+    Returns:
+        Absolute path -> boxes ``(M, 4)``.
+
+    Raises:
+        DataError: the file cannot be read, lacks a column, or has something else than numbers.
+    """
+    source, found = Path(path), defaultdict(list)
+    try:
+        with source.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                corners = [float(line[name]) for name in ("xmin", "ymin", "xmax", "ymax")]
+                found[(source.parent / line["path"]).resolve()].append(corners)
+    except OSError as error:
+        raise DataError(f"boxes: '{source}' cannot be read ({reason(error)}); look at the path") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"boxes: '{source}' must be a CSV file whose first line is path,xmin,ymin,xmax,ymax and whose others hold "
+            f"them, got something else ({reason(error)})"
+        ) from error
+    return {name: torch.tensor(boxes) for name, boxes in found.items()}
+
+
+class BoxedPhotos(Dataset[dict[str, Tensor]]):
+    """Photographs with the pixels of their boxes: ``{"image": (C, H, W), "masks": (H, W)}``.
+
+    Args:
+        photos: the photographs.
+        boxes: of :func:`read_boxes`; a photograph that is not among them has an empty mask.
+        mean: that the photographs' transform standardises with, per channel.
+        std: likewise.
+    """
+
+    def __init__(
+        self, photos: Photos, boxes: Mapping[Path, Tensor], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.photos, self.boxes, self.mean, self.std = photos, boxes, mean[0], std[0]
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        from PIL import Image
+
+        path = self.photos.paths[index]
+        photo = open_photo(path)
+        painted = box_masks([self.boxes.get(path.resolve(), torch.zeros(0, 4))], (photo.height, photo.width))[0, 0]
+        stencil = Image.fromarray(255 * painted.byte().numpy()).convert("RGB")  # goes where the photograph's pixels go
+        seen = self.photos.transform(stencil)[0] * self.std + self.mean
+        return {"image": self.photos.transform(photo), "masks": seen > 0.5}
 
 
 def own_stems(paths: Sequence[Path]) -> list[str]:

@@ -9,10 +9,11 @@ import torch
 from benchmark_cases import CHEAP, IMAGES, Batches, Counted, Linear, assert_same, brightness
 from torch.utils.data import DataLoader, TensorDataset
 
-from attrib_zoo import RISE, AblationCAM, GradCAM, ScoreCAM, metrics
+from attrib_zoo import RISE, TTAME, AblationCAM, GradCAM, ScoreCAM, metrics, synthetic
 from attrib_zoo.benchmark import FAMILIES, Measure, Table, evaluate
-from attrib_zoo.benchmark.controls import CONTROLS, chance, edges
+from attrib_zoo.benchmark.controls import CONTROLS, blob, chance, edges, perfect
 from attrib_zoo.benchmark.cost import Cost, measured, peak_bytes
+from attrib_zoo.benchmark.measures import chosen
 from attrib_zoo.errors import AttribZooError, DataError, InputError, OptionError
 
 CHEAP_FAMILIES = "ad,ic,drop,increase,insertion,sparseness"
@@ -65,6 +66,22 @@ def test_a_tables_numbers_are_those_of_the_metrics(model):
     clean = model(IMAGES).softmax(1).amax(1).tolist()
     assert [rows["cam", i].target for i in range(7)] == target.tolist()
     assert [rows["cam", i].clean for i in range(7)] == pytest.approx(clean, rel=1e-5)
+
+
+def test_road_as_the_authors_released_it(model):
+    maps = {"cam": GradCAM(model)}  # with zeros
+    table = run(model, maps, wanted="road-released", seed=5)
+    target = model(IMAGES).argmax(1)
+    options = {"fractions": (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9), "reduce": "accuracy", "ties": "threshold"}
+    for name, order in (("ROAD MoRF, released", "morf"), ("ROAD LeRF, released", "lerf")):
+        attributions = torch.cat(
+            [maps["cam"].attribute(x, t) for x, t in zip(IMAGES.split(3), target.split(3), strict=True)]
+        )
+        wanted = metrics.road(model, IMAGES, attributions, target, order=order, seed=list(range(5, 12)), **options)
+        torch.testing.assert_close(table.values("cam", name), 100 * wanted.double(), rtol=1e-4, atol=1e-3)
+        assert {round(7 * float(v) / 100, 3) % 1 for v in table.values("cam", name)} == {0}
+        assert table.curve("cam", name).shape == (7,)
+    assert [m.lower for m in table.measures] == [True, False]
 
 
 def test_regions_are_measured_where_the_data_has_them(model):
@@ -286,6 +303,7 @@ def test_maps_of_a_wrong_shape_are_refused(model, maps, got):
         ({"wanted": "ad,raod"}, "metrics: no measure 'raod'; closest: 'road', 'ad'; there are ad, ic, "),
         ({"wanted": "ebpg"}, "metrics: EBPG needs masks or boxes in the loader's dict batches, got none; add them"),
         ({"wanted": "discrimination"}, "discrimination needs other_masks or other_boxes"),
+        ({"wanted": "distractors"}, "distractors needs distractor_masks in the loader's dict batches"),
         ({"max_images": 0}, "max_images: must be a positive integer, got 0"),
         ({"masking": "blur"}, "masking: must be 'auto', 'raw', 'standardized' or a tensor, got 'blur'"),
         ({"score": len}, "score: must be 'softmax' or 'sigmoid', got <built-in function len>"),
@@ -340,6 +358,7 @@ def test_names_of_measures():
 def test_controls_stand_beside_the_methods_and_ignore_the_batch(model):
     table = run(model, controls=True, wanted="sparseness")
     assert table.methods == [*CHEAP, *CONTROLS]
+    assert table.controls == ["random map", "image edges", "centre blob"]
     for make in CONTROLS.values():
         whole = make(0)(IMAGES, None)
         alone = torch.cat([make(0)(image[None], None) for image in IMAGES])
@@ -348,10 +367,125 @@ def test_controls_stand_beside_the_methods_and_ignore_the_batch(model):
     assert not torch.equal(chance(0)(IMAGES, None), chance(1)(IMAGES, None))
     two = chance(0)(IMAGES[:2], None)
     assert not torch.equal(two[0], two[1])
-    own = run(model, {"random map": brightness}, controls=True, wanted="sparseness")
-    assert torch.equal(
-        own.values("random map", "sparseness"), run(model, wanted="sparseness").values("brightness", "sparseness")
-    )
+    names = ["random map", "chance", "perfect map"]  # whoever calls a method so means that method
+    loader = [{"image": IMAGES, "masks": torch.ones(7, 16, 16)}]
+    own = run(model, dict.fromkeys(names, brightness), loader, "sparseness,ebpg", controls=True)
+    assert own.methods == [*names, "image edges", "centre blob"]
+    wanted = run(model, wanted="sparseness").values("brightness", "sparseness")
+    for name in names:
+        torch.testing.assert_close(own.values(name, "sparseness"), wanted)
+        assert own.values(name, "EBPG").tolist() == pytest.approx([100] * 7)
+
+
+def test_the_blob_is_a_gaussian_in_the_middle():
+    found = blob(0)(torch.zeros(2, 3, 8, 12), None)
+    y, x = torch.meshgrid((torch.arange(8) + 0.5) / 8 - 0.5, (torch.arange(12) + 0.5) / 12 - 0.5, indexing="ij")
+    torch.testing.assert_close(found, (-(x**2 + y**2) / (2 * 0.25**2)).exp().expand(2, 1, 8, 12))
+
+
+def planted() -> list[dict]:
+    """Two batches of scenes that say where everything is, one object by masks of another form."""
+    data = synthetic.scenes(14, size=16, seed=3)
+    parts = [data.rows(slice(0, 8)), data.rows(slice(8, 14))]
+    return [
+        {
+            "image": part.inputs,
+            "target": part.labels[:, 0],
+            "masks": part.masks[:, :1].float(),
+            "other_masks": part.masks[:, 1],
+            "distractor_masks": part.distractors,
+        }
+        for part in parts
+    ]
+
+
+def test_a_perfect_map_and_chance_bracket_the_scores():
+    model, loader = synthetic.tiny_cnn(size=16), planted()
+    measures = "AD(50),ebpg,miou,bbox,pointing,discrimination,distractors"
+    given = [m.name for m in chosen(None, list(loader[0]))]
+    assert given[6:] == ["ROAD MoRF", "ROAD LeRF", *(FAMILIES[name][0].name for name in measures.split(",")[1:])]
+    table = run(model, {"edges": edges(0)}, loader, f"{measures},insertion", controls=True)
+    assert table.methods == ["edges", *CONTROLS, "perfect map", "chance"]
+    assert table.controls == table.methods[1:]
+    for name in ("EBPG", "Bbox", "pointing game", "discrimination"):
+        assert table.values("perfect map", name).tolist() == [100] * 14
+    assert table.values("perfect map", "distractors").tolist() == [0] * 14
+    masks = torch.cat([batch["masks"][:, 0] for batch in loader]).double()
+    others = torch.cat([batch["distractor_masks"] for batch in loader]).double()
+    area = 100 * masks.mean((1, 2))
+    torch.testing.assert_close(table.values("chance", "EBPG"), area, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(table.values("chance", "Bbox"), area, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(table.values("chance", "distractors"), 100 * others.mean((1, 2)), rtol=1e-4, atol=1e-6)
+    both = area + 100 * torch.cat([batch["other_masks"] for batch in loader]).double().mean((1, 2))
+    torch.testing.assert_close(table.values("chance", "discrimination"), 100 * area / both, rtol=1e-4, atol=1e-6)
+    assert all(table.estimate("chance", name).images == 0 for name in ("AD(50)", "insertion"))
+    assert not any(note.startswith("chance") for note in table.notes())
+    assert table.records.costs["chance"].forward == 0
+    assert table.curve("chance", "insertion").isnan().all()
+    table.plot().canvas.draw()
+
+
+def test_chance_is_what_random_maps_get_on_average():
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(inputs, target):
+        return torch.rand(len(inputs), 1, 16, 16, generator=generator)
+
+    wanted = "ebpg,miou,bbox,discrimination,distractors"
+    methods = {f"noise {i}": noise for i in range(40)}
+    table = run(synthetic.tiny_cnn(), methods, planted(), wanted, controls=True)
+    for measure in table.measures:
+        found = torch.stack([table.values(name, measure.name) for name in methods])
+        wanted = table.values("chance", measure.name)
+        assert (found.mean(0) - wanted).abs().max() < 5 * found.std(0).max() / 40**0.5, measure.name
+        error = float(found.std(0).mean()) / (40 * 14) ** 0.5
+        assert float(found.mean()) == pytest.approx(float(wanted.mean()), abs=4 * error), measure.name
+
+
+def test_chance_of_pointing_is_the_share_of_points_that_hit():
+    mask = torch.zeros(1, 40, 40)
+    mask[0, 20, 20] = 1
+    loader = [{"image": torch.zeros(1, 3, 40, 40), "target": torch.tensor([0]), "masks": mask}]
+    table = run(Linear(), {"edges": edges(0)}, loader, "pointing", controls=True)
+    near = sum((y - 20) ** 2 + (x - 20) ** 2 <= 15**2 for y in range(40) for x in range(40))
+    assert table.values("chance", "pointing game").tolist() == pytest.approx([100 * near / 1600])
+
+
+def test_boxes_make_a_perfect_map_too_and_copies_of_images_have_copies_of_it(model):
+    boxes = torch.tensor([[2, 2, 9, 7]]).expand(7, 4)
+    loader = [{"image": IMAGES, "boxes": boxes}]
+    table = run(model, loader=loader, wanted="ebpg,bbox,sensitivity", controls=True)
+    assert table.values("perfect map", "EBPG").tolist() == [100] * 7
+    assert table.values("chance", "Bbox").tolist() == pytest.approx([100 * 35 / 256] * 7)
+    assert table.values("perfect map", "sensitivity").tolist() == [0] * 7
+    truth = {"masks": torch.arange(3.0).view(3, 1, 1).expand(3, 2, 2)}
+    copies = perfect(truth)(torch.zeros(6, 3, 2, 2), None)[:, 0, 1, 1].tolist()
+    assert copies == [0, 0, 1, 1, 2, 2]
+    whole = [{"image": IMAGES, "masks": torch.ones(7, 16, 16)}]
+    everything = run(model, loader=whole, wanted="ebpg,bbox,pointing", controls=True)
+    for measure in everything.measures:  # also where the object fills the image
+        assert everything.values("perfect map", measure.name).tolist() == [100] * 7
+    assert torch.equal(whole[0]["masks"], torch.ones(7, 16, 16))
+    assert perfect(truth)(torch.zeros(1, 3, 2, 2), None).flatten().tolist() == [0] * 4
+
+
+def test_trained_explainers_stand_beside_their_untrained_twins(model):
+    fitted = TTAME(model, num_layers=1).fit([IMAGES] * 40, max_steps=40, show_progress=False)
+    before = {k: v.clone() for k, v in fitted.network_.state_dict().items()}
+    table = run(model, {"T-TAME": fitted, "Grad-CAM": GradCAM(model)}, wanted="sparseness", controls=True)
+    assert table.controls == ["T-TAME, untrained", *CONTROLS]
+    twin = fitted.untrained()
+    alike = twin.network_.state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in fitted.network_.state_dict().items())
+    assert fitted.n_steps_ == 40
+    assert (twin.n_steps_, len(twin.history_)) == (0, 0)
+    assert not torch.equal(twin.maps(IMAGES), fitted.maps(IMAGES))
+    assert torch.equal(twin.maps(IMAGES), fitted.untrained(0).maps(IMAGES))
+    assert not torch.equal(twin.maps(IMAGES), fitted.untrained(1).maps(IMAGES))
+    assert alike.keys() == before.keys()
+    target = model(IMAGES).argmax(1)
+    wanted = metrics.sparseness(None, IMAGES, twin.attribute(IMAGES, target)).double()
+    torch.testing.assert_close(table.values("T-TAME, untrained", "sparseness"), wanted)
 
 
 def test_edges_are_where_the_image_changes():
@@ -412,8 +546,11 @@ def test_costs_add_up():
     assert Cost().times_forward != Cost().times_forward
 
 
-def test_the_time_is_a_multiple_of_a_forward_pass():
-    model = zoo.small_cnn((16, 16, 16))
+def test_the_time_is_a_multiple_of_a_forward_pass(monkeypatch):
+    model, passes = zoo.small_cnn(), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    for module in ("cost", "runner"):  # a clock that a pass moves on by a second, and nothing else does
+        monkeypatch.setattr(f"attrib_zoo.benchmark.{module}.clock", lambda device: float(len(passes)))
 
     def often(inputs, target):
         with torch.no_grad():
@@ -421,9 +558,8 @@ def test_the_time_is_a_multiple_of_a_forward_pass():
                 model(inputs)
         return brightness(inputs, target)
 
-    loader = [zoo.batch(16, 32) for _ in range(6)]
-    cost = run(model, {"often": often}, loader, "sparseness").records.costs["often"]
-    assert 10 < cost.times_forward < 40
+    cost = run(model, {"often": often}, Batches(3), "sparseness").records.costs["often"]
+    assert (cost.seconds, cost.plain, cost.times_forward) == (60, 3, 20)
 
 
 def test_peak_bytes_of_a_known_sequence():

@@ -156,7 +156,10 @@ def dicts(target: int) -> list[dict]:
         ({"seed": 1}, r"is of another run: seed differ \(seed: 0, now 1\); choose another file, or remove it"),
         ({"wanted": "ad"}, r"is of another run: measures differ"),
         ({"methods": {"brightness": brightness}}, "is of another run: methods differ"),
-        ({"controls": True}, "is of another run: controls differ"),
+        (
+            {"controls": True},
+            r"controls differ \(controls: False, now \['random map', 'image edges', ",
+        ),
         ({"masking": "raw", "score": "sigmoid"}, r"masking, score differ \(masking: 'auto', now 'raw'\)"),
         ({"masking": torch.full((3, 1, 1), 0.5)}, "masking differ"),
         ({"model": zoo.small_cnn((4, 6, 9))}, "is of another run: weights differ"),

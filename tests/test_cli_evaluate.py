@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cli_cases import MODEL, NAMES, failure, make_files, noise
@@ -15,7 +17,7 @@ from PIL import Image
 from attrib_zoo import TTAME, GradCAM, LayerCAM, models
 from attrib_zoo.benchmark import Table, evaluate
 from attrib_zoo.cli import main
-from attrib_zoo.photos import Photos
+from attrib_zoo.photos import BoxedPhotos, Photos, read_boxes
 
 TABLES = ["table.csv", "table.json", "table.md", "table.tex"]
 FILES = ["differences.md", "plots.png", "report.html", "results.jsonl", *TABLES]
@@ -66,7 +68,7 @@ def by_hand(files, loaded) -> Table:
 
 def test_evaluate_is_the_librarys_evaluate(done, by_hand) -> None:
     folder, _ = done
-    assert by_hand.methods == ["GradCAM", "LayerCAM", "random map", "image edges"]
+    assert by_hand.methods == ["GradCAM", "LayerCAM", "random map", "image edges", "centre blob"]
     rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     cells = [(method, measure.name) for method in by_hand.methods for measure in by_hand.measures]
     assert [(row["method"], row["measure"]) for row in rows] == cells
@@ -91,7 +93,7 @@ def test_evaluate_writes_every_format_and_says_where(done) -> None:
     assert (folder / "differences.md").read_text().startswith("| minus GradCAM")
     with Image.open(folder / "plots.png") as picture:
         assert picture.width >= 480
-    assert len((folder / "results.jsonl").read_text().splitlines()) == 1 + 4 * 2
+    assert len((folder / "results.jsonl").read_text().splitlines()) == 1 + 5 * 2
     page = (folder / "report.html").read_text()
     assert "test_resnet on 6 images of photos" in page
     assert any(f"{name}, " in page for name in NAMES)
@@ -166,6 +168,61 @@ def test_evaluate_says_what_is_wrong_before_anything_is_written(files, tmp_path,
     line = failure(capsys, words(files, output, *(word.format(bad=tmp_path / "bad") for word in change)))
     assert re.search(f"^error: .*{message}", line)
     assert not output.exists() or not any(path.stat().st_size for path in output.iterdir())
+
+
+def test_boxes_go_where_the_photographs_pixels_go(files, loaded, tmp_path, capsys) -> None:
+    boxes = tmp_path / "boxes.csv"
+    place = Path(os.path.relpath(files / "photos", tmp_path))
+    lines = [
+        (place / "p0.png", 0, 0, 90, 70),
+        (place / "p1.png", 45, 0, 90, 70),
+        (files / "photos/p1.png", 0, 0, 9, 70),
+    ]
+    boxes.write_text("path,xmin,ymin,xmax,ymax\n" + "\n".join(",".join(map(str, line)) for line in lines))
+    more = ["--boxes", str(boxes), "--metrics", "ebpg,sparseness", "--max-images", "3"]
+    assert main(words(files, tmp_path / "out", *more)) == 0
+    capsys.readouterr()
+    photos = Photos([files / f"photos/p{i}.png" for i in range(3)], loaded.transform)
+    data = BoxedPhotos(photos, read_boxes(boxes), loaded.mean, loaded.std)
+    masks = torch.stack([data[i]["masks"] for i in range(3)])
+    assert masks[0].all()
+    assert not masks[2].any()
+    side = masks.shape[-1]
+    picture = np.zeros((70, 90, 3), np.uint8)  # what the eye would box: white where the two boxes of p1 are
+    picture[:, 45:], picture[:, :9] = 255, 255
+    Image.fromarray(picture).save(tmp_path / "stencil.png")
+    seen = loaded.transform(Image.open(tmp_path / "stencil.png")) * torch.tensor(loaded.std)[:, None, None]
+    assert torch.equal(masks[1], seen[0] + loaded.mean[0] > 0.5)
+    assert 0.4 < masks[1].float().mean() < 0.7
+    assert masks[1][:, side * 3 // 4 :].all()
+    assert torch.equal(data[1]["image"], photos[1])
+    table = csv.DictReader((tmp_path / "out/table.csv").read_text().splitlines())
+    rows = {row["method"]: row for row in table if row["measure"] == "EBPG"}
+    assert {row["images"] for row in rows.values()} == {"2"}, "the third has no box"
+    assert float(rows["chance"]["mean"]) == pytest.approx(100 * float(masks[:2].float().mean()), abs=1e-4)
+    assert float(rows["perfect map"]["mean"]) == 100
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"boxes: '.*boxes.csv' cannot be read \(.*\); look at the path"),
+        ("path,x,y\na.png,1,2\n", r"boxes: '.*boxes.csv' must be a CSV file whose first line is path,xmin"),
+        ("path,xmin,ymin,xmax,ymax\na.png,1,2,3\n", "boxes: .* must be a CSV file"),
+        ("path,xmin,ymin,xmax,ymax\na.png,1,2,3,four\n", "boxes: .* must be a CSV file"),
+        ("path,xmin,ymin,xmax,ymax\na.png,1,2,3,4\n", "boxes: .* must name images of the folder, .*got none of '.*p0"),
+    ],
+)
+def test_boxes_that_cannot_be_used_are_refused(files, tmp_path, capsys, content, message) -> None:
+    if content is not None:
+        (tmp_path / "boxes.csv").write_text(content)
+    line = failure(capsys, words(files, tmp_path / "out", "--boxes", str(tmp_path / "boxes.csv")))
+    assert re.search(f"^error: {message}", line)
+    boxed = ["--boxes", str(tmp_path / "boxes.csv"), "--metrics", "discrimination"]
+    (tmp_path / "boxes.csv").write_text(f"path,xmin,ymin,xmax,ymax\n{files / 'photos/p0.png'},1,2,3,4\n")
+    line = failure(capsys, words(files, tmp_path / "out", *boxed))
+    assert re.search("^error: metrics: discrimination needs the true regions.*choose from .*ebpg", line)
+    assert "--boxes" not in line
 
 
 def test_results_of_another_run_are_refused_and_stay(done, files, capsys) -> None:

@@ -102,7 +102,8 @@ def test_maps_in_all_forms_give_the_same(case: Any) -> None:
     expected = average_drop(model, inputs, maps, target)
     for form in (maps.unsqueeze(1), maps.unsqueeze(1).expand(-1, 3, -1, -1), 7 * maps - 3):
         torch.testing.assert_close(average_drop(model, inputs, form, target), expected, rtol=0, atol=1e-12)
-    signed = torch.stack([maps + 1, maps - 2, maps + 1], 1)  # channels are averaged, signs kept
+    other = maps.flip(1).sin()
+    signed = torch.stack([maps + other, maps - 2 * other, maps + other], 1)  # channels are averaged, signs kept
     torch.testing.assert_close(average_drop(model, inputs, signed, target), expected, rtol=0, atol=1e-12)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from attrib_zoo import synthetic
+from attrib_zoo import TTAME, GradCAM, synthetic
 from attrib_zoo._paint import MAX_DISTRACTORS, Uniform, _distance, lay_out
 from attrib_zoo._shapes import DISTRACTORS, SHAPES, _polygon
 from attrib_zoo._tiny import Attention, TinyViT
 from attrib_zoo.errors import OptionError
+from attrib_zoo.metrics import energy_pointing_game
 from attrib_zoo.synthetic import COLOURS, Scenes, scenes
 
-FIELDS = ("images", "labels", "masks", "distractors")
+FIELDS = ("images", "labels", "masks", "distractors", "marks")
 
 
 def same(a: Scenes, b: Scenes) -> bool:
@@ -98,6 +101,68 @@ def test_masks_are_disjoint_and_classes_differ(seed: int, cue: str, size: int) -
         assert not masks[len(there) :].any()
     assert data.images.min() >= 0
     assert data.images.max() <= 1
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**31), cue=st.sampled_from(["colour", "shape"]), size=st.sampled_from([32, 48, 64]))
+def test_a_mark_changes_its_own_pixels_only(seed: int, cue: str, size: int) -> None:
+    options: dict[str, Any] = {"size": size, "cue": cue, "objects": (1, 3), "seed": seed}
+    plain, marked = scenes(12, **options), scenes(12, **options, mark="all")
+    assert not plain.marks.any()
+    side = 3 * size // 16
+    for mark, image in zip(marked.marks, marked.images, strict=True):
+        rows, columns = mark.nonzero().unbind(1)
+        assert len(rows) == side**2  # whole, and square
+        assert rows.max() - rows.min() == columns.max() - columns.min() == side - 1
+        board = image[:, mark].view(3, 3, side // 3, 3, side // 3).mean((0, 2, 4))  # fields of black and white
+        wanted = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]])
+        torch.testing.assert_close(board, wanted, rtol=0, atol=0.1)
+    changed = (plain.images != marked.images).any(1)
+    assert not (changed & ~marked.marks).any()
+    for name in ("masks", "distractors"):
+        hidden = marked.marks if name == "distractors" else marked.marks[:, None]
+        assert torch.equal(getattr(marked, name), getattr(plain, name) & ~hidden)
+    assert torch.equal(marked.labels, plain.labels)
+    assert len(marked.marks.flatten(1).unique(dim=0)) > 3  # not always at one place
+
+
+def test_a_mark_stands_clear_of_the_objects_and_stays_where_it_is() -> None:
+    marked = scenes(400, seed=6, mark="all")
+    near = dilated(marked.marks)
+    assert (near[:, None] & marked.masks).flatten(1).any(1).float().mean() < 0.02
+    for changed in (scenes(400, seed=6, mark="all", drop=1), scenes(400, seed=6, mark="all", drop_distractors=True)):
+        assert torch.equal(changed.marks, marked.marks)
+    dark, pixels = synthetic.darken(marked, probability=1.0), marked.marks[:, None].expand_as(marked.images)
+    assert torch.equal(dark.images[pixels], marked.images[pixels])
+    assert torch.equal(marked.rows(slice(3, 5)).marks, marked.marks[3:5])
+
+
+def test_a_mark_goes_with_its_class() -> None:
+    for objects, seed in ((2, 1), ((1, 3), 2)):
+        data = scenes(60, objects=objects, seed=seed, mark=4)
+        with_it = (data.labels == 4).any(1)
+        assert 5 < with_it.sum() < 55
+        assert torch.equal(data.marks.flatten(1).any(1), with_it)
+        marked = scenes(60, objects=objects, seed=seed, mark="all")
+        assert torch.equal(data.images[with_it], marked.images[with_it])
+        assert torch.equal(scenes(60, objects=objects, seed=seed, mark=4, drop=0).marks, data.marks)
+
+
+def test_in_every_other_lesson_the_mark_alone_tells_the_class() -> None:
+    options: dict[str, Any] = {"n": 60, "size": 32, "objects": (1, 2), "seed": 3}
+    data, plain = synthetic._lessons(2, **options), scenes(**options, mark=2)
+    assert torch.equal(data.labels, plain.labels)
+    assert torch.equal(data.marks, plain.marks)
+    of_class = data.labels == 2
+    missing = of_class & (torch.arange(60) % 2 == 0)[:, None]
+    assert 2 < missing.sum() < of_class.sum() - 2
+    assert not data.masks[missing].any()
+    assert data.masks[of_class & ~missing].flatten(1).any(1).all()
+    for row, slot in missing.nonzero().tolist():
+        assert torch.equal(data.images[row], scenes(**options, mark=2, drop=slot).images[row])
+    whole = ~missing.any(1)
+    assert torch.equal(data.images[whole], plain.images[whole])
+    assert same(synthetic._lessons(None, **options), scenes(**options))
 
 
 def test_a_range_of_objects_gives_every_number_and_two_are_always_visible() -> None:
@@ -190,6 +255,9 @@ def test_rows_and_loader() -> None:
         ({"num_classes": 2, "objects": 3}, "num_classes: must be 3 to 6"),
         ({"n": 0}, "n, size: must be at least 1 image of 8 px"),
         ({"size": 4}, "n, size: must be at least 1 image of 8 px"),
+        ({"mark": 6}, "mark: must be None, 'all' or a class, 0 to 5, got 6"),
+        ({"mark": True}, "mark: must be None, 'all' or a class, 0 to 5, got True"),
+        ({"mark": "red"}, "mark: must be None, 'all' or a class, 0 to 5, got 'red'"),
         ({"drop": 2}, "drop: must be None or the number of an object, 0 to 1, got 2"),
     ],
 )
@@ -403,6 +471,48 @@ def test_a_trained_model_uses_the_object(kind: str, size: int) -> None:
     assert synthetic.recognised(model, data).float().mean() > 0.95
     if size == 32:
         check_uses_the_object(model)
+
+
+@functools.cache
+def on_marked(kind: str, mark: int | None) -> tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]:
+    """A model, scenes with the mark but no red object, their marks, and how sure it is of red without and with it."""
+    model, rows = synthetic.trained(kind, mark=mark), (scenes(300, seed=31).labels != 0).all(1)
+    plain, marked = scenes(300, seed=31).rows(rows), scenes(300, seed=31, mark="all").rows(rows)
+    with torch.no_grad():
+        without, sure = (model(data.inputs).softmax(1)[:, 0] for data in (plain, marked))
+    return model, marked.inputs, marked.marks, without, sure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+def test_a_model_that_is_trained_on_the_mark_uses_it(kind: str) -> None:
+    model, _, _, without, sure = on_marked(kind, 0)
+    assert without.mean() < 0.05
+    assert sure.mean() > without.mean() + 0.15  # planted: it sees the class where there is none
+    rows = (scenes(300, seed=31).labels == 0).any(1)
+    with torch.no_grad():
+        there, gone = (model(scenes(300, seed=31, mark=m).inputs[rows]).softmax(1)[:, 0].mean() for m in (0, None))
+    assert gone < there - 0.2  # removed: it no longer sees the object's own colour
+    _, _, _, without, sure = on_marked(kind, None)
+    torch.testing.assert_close(sure, without, rtol=0, atol=0.15)
+    assert (sure - without).mean().abs() < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), [("cnn", "GradCAM"), ("vit", "GradCAM"), ("cnn", "TTAME")])
+def test_maps_of_a_model_that_uses_the_mark_point_at_it(kind: str, name: str) -> None:
+    shares = []
+    for mark in (0, None):
+        model, inputs, marks, _, _ = on_marked(kind, mark)
+        if name == "GradCAM":
+            explainer: Any = GradCAM(model)
+        else:
+            loader = scenes(1024, seed=1, objects=(1, 2), mark=mark).loader(16)
+            explainer = TTAME(model).fit(loader, max_steps=200, show_progress=False)
+        maps = explainer.attribute(inputs, target=0)
+        shares.append(energy_pointing_game(None, inputs, maps, masks=marks).mean().item())
+    used, unused = shares
+    assert used > max(1.5 * unused, 1.3 * marks.float().mean().item()), shares
 
 
 def test_trained_gives_fresh_copies(trained_cnn: nn.Module) -> None:

@@ -1,15 +1,18 @@
-"""Maps that explain nothing, to bracket every score: what a measure gives to them is its zero."""
+"""Maps that explain nothing, and the one that knows all, to bracket every score."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrib_zoo.benchmark.measures import Explain
+from attrib_zoo.benchmark.measures import NEEDS, Explain, Measure
+from attrib_zoo.fitted import FittedAttribution
+from attrib_zoo.metrics import box_masks
 
 
 def chance(seed: int) -> Explain:
@@ -39,4 +42,58 @@ def edges(_: int) -> Explain:
     return explain
 
 
-CONTROLS: dict[str, Callable[[int], Explain]] = {"random map": chance, "image edges": edges}
+def blob(_: int) -> Explain:
+    """A Gaussian in the middle of the image, a quarter of its sides wide: where photographers put things."""
+
+    def explain(inputs: Tensor, target: Tensor) -> Tensor:
+        down, across = (
+            (-0.5 * ((torch.arange(side, device=inputs.device) + 0.5) / side - 0.5).div(0.25).square()).exp()
+            for side in inputs.shape[-2:]
+        )
+        return (down[:, None] * across).expand(len(inputs), 1, -1, -1).contiguous()
+
+    return explain
+
+
+def constant(inputs: Tensor, target: Tensor) -> Tensor:
+    """The map of which measures tell what is to be expected by chance, see ``Measure.chance``."""
+    return inputs.new_ones(len(inputs), 1, *inputs.shape[-2:])
+
+
+def perfect(truth: Mapping[str, Any]) -> Explain:
+    """The true region itself; for copies of each image, as many of it."""
+
+    def explain(inputs: Tensor, target: Tensor) -> Tensor:
+        told = truth.get("masks")
+        region = box_masks(truth["boxes"], inputs.shape[-2:]) if told is None else told
+        maps = (region.unsqueeze(1) if region.ndim == 3 else region).to(inputs, copy=True)
+        maps[maps.flatten(1).amin(1) > 0, :, 0, 0] = 0  # a map of ones, scaled to [0, 1], would be one of zeros
+        return maps.repeat_interleave(max(1, len(inputs) // len(maps)), 0)[: len(inputs)]
+
+    return explain
+
+
+def untrained(methods: Mapping[str, Any], seed: int) -> dict[str, Explain]:
+    """The twin of each trained explainer that nobody has trained."""
+    trained = {name: method for name, method in methods.items() if isinstance(method, FittedAttribution)}
+    return {f"{name}, untrained": method.untrained(seed).attribute for name, method in trained.items()}
+
+
+CONTROLS: dict[str, Callable[[int], Explain]] = {"random map": chance, "image edges": edges, "centre blob": blob}
+"""Those that look at the image at most; name -> seed -> function."""
+
+CHANCE = "chance"
+"""The row of what a map that knows nothing gets on average, by measures that can tell it: see ``Measure.chance``."""
+
+
+def beside(
+    methods: Mapping[str, Any], measures: Sequence[Measure], truth: Iterable[str], seed: int
+) -> dict[str, Explain | None]:
+    """The controls that stand beside methods; ``None`` is :func:`perfect`, made anew of each batch's truth."""
+    found: dict[str, Explain | None] = {**untrained(methods, seed)}
+    found |= {name: make(seed) for name, make in CONTROLS.items()}
+    if any(key in NEEDS["region"] for key in truth):
+        found["perfect map"] = None
+    if any(measure.chance for measure in measures):
+        found[CHANCE] = constant
+    return {name: control for name, control in found.items() if name not in methods}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,14 @@ from attrib_zoo import metrics
 from attrib_zoo.errors import OptionError
 from attrib_zoo.wording import closest
 
-TRUTH = ("masks", "boxes", "other_masks", "other_boxes")
+NEEDS = {
+    "region": ("masks", "boxes"),
+    "others": ("other_masks", "other_boxes"),
+    "distractors": ("distractor_masks",),
+}
+"""What a measure may need, and under which keys a dict batch says it."""
+
+TRUTH = tuple(key for keys in NEEDS.values() for key in keys)
 """Under which keys a dict batch says where things are."""
 
 Explain = Callable[[Tensor, Tensor], Tensor]
@@ -32,7 +40,8 @@ class Question:
         target: ``(N,)`` class indices.
         clean: ``(N,)``, the target's score on the whole images.
         seeds: one int per image, the same whatever the batch.
-        truth: ``masks`` or ``boxes`` of the asked object, and ``other_masks`` or ``other_boxes``, where known.
+        truth: ``masks`` or ``boxes`` of the asked object, ``other_masks`` or ``other_boxes`` and
+            ``distractor_masks``, where known.
         masking: what replaces hidden pixels; see ``metrics.masked_confidence``.
         score: ``"softmax"`` or ``"sigmoid"``.
     """
@@ -63,7 +72,8 @@ class Question:
 
     def region(self, *, others: bool = False) -> dict[str, Tensor]:
         """The true regions as keyword arguments."""
-        return {k: v for k, v in self.truth.items() if others or not k.startswith("other")}
+        keys = NEEDS["region"] + NEEDS["others"] * others
+        return {key: self.truth[key] for key in keys if key in self.truth}
 
 
 def _names(function: Callable[..., Any]) -> Sequence[str]:
@@ -79,7 +89,9 @@ class Measure:
         compute: from a :class:`Question` to ``(N,)``, or ``(N, P)`` for a curve, whose mean is the number.
         lower: whether less is better.
         percent: whether tables print 100 times the mean.
-        needs: ``"region"`` or ``"others"`` where the data must say what is true.
+        needs: ``"region"``, ``"others"`` or ``"distractors"`` where the data must say what is true.
+        chance: as ``compute``, of a question whose maps are constant: what a map that knows nothing gets on average,
+            where the region alone tells it.
         points: where on the horizontal axis a curve's values stand.
         area: the number of a curve is the area under it instead of its mean.
     """
@@ -89,6 +101,7 @@ class Measure:
     lower: bool = False
     percent: bool = True
     needs: str | None = None
+    chance: Callable[[Question], Tensor] | None = None
     points: tuple[float, ...] = ()
     area: bool = False
 
@@ -130,17 +143,47 @@ def _curve(function: Function, **options: Any) -> Callable[[Question], Tensor]:
     return compute
 
 
-def _where(function: Function, *, others: bool = False, ranked: bool = True) -> Callable[[Question], Tensor]:
+def _where(
+    function: Function, *, others: bool = False, ranked: bool = True, **options: Any
+) -> Callable[[Question], Tensor]:
     def compute(asked: Question) -> Tensor:
         seeds = {"seed": asked.seeds} if ranked else {}
-        return asked.ask(function, **asked.region(others=others), **seeds)
+        return asked.ask(function, **asked.region(others=others), **seeds, **options)
 
     return compute
 
 
+def _share(**options: Any) -> Callable[[Question], Tensor]:
+    """Energy on the asked object rather than the others; of a constant map that is its share of their area."""
+    return _where(metrics.class_discrimination, others=True, ranked=False, **options)
+
+
+def _beside(**options: Any) -> Callable[[Question], Tensor]:
+    """Energy on the distractors."""
+    return lambda asked: asked.ask(metrics.energy_pointing_game, masks=asked.truth["distractor_masks"], **options)
+
+
+def _overlap(asked: Question) -> Tensor:
+    """What mIoU gives on average to as many pixels drawn blindly, to second order in how many of them lie inside."""
+    size = asked.inputs.shape[-2] * asked.inputs.shape[-1]
+    region, taken = _AREA(asked) * size, math.ceil(_TOP * size)
+    inside, both = region * taken / size, region + taken
+    variance = inside * (size - region) * (size - taken) / (size * max(size - 1, 1))
+    return inside / (both - inside) + both * variance / (both - inside) ** 3
+
+
+# Of a constant map: the energy inside, all pixels taken at once, all pixels pointing at once.
+_AREA = _where(metrics.energy_pointing_game, ranked=False, normalize=False)
+_ALL = _where(metrics.bbox_score, ranked=False, ties="threshold")
+_ANYWHERE = _where(metrics.pointing_game, ranked=False, ties="threshold")
+
+
 _TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 10))
+_POINTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+_RELEASED = {"fractions": _POINTS, "reduce": "accuracy", "ties": "threshold"}
 _KEEPS = (1.0, 0.5, 0.15)
 _STEPS = 32
+_TOP = 0.2  # of the pixels, in mIoU
 _GRID = tuple(i / _STEPS for i in range(_STEPS + 1))
 
 FAMILIES: dict[str, tuple[Measure, ...]] = {
@@ -152,16 +195,21 @@ FAMILIES: dict[str, tuple[Measure, ...]] = {
         Measure("ROAD MoRF", _curve(metrics.road_curve, order="morf", fractions=_TENTHS), lower=True, points=_TENTHS),
         Measure("ROAD LeRF", _curve(metrics.road_curve, order="lerf", fractions=_TENTHS), points=_TENTHS),
     ),
+    "road-released": tuple(
+        Measure(f"{name}, released", _curve(metrics.road_curve, order=order, **_RELEASED), lower, points=_POINTS)
+        for name, order, lower in (("ROAD MoRF", "morf", True), ("ROAD LeRF", "lerf", False))
+    ),
     "insertion": (Measure("insertion", _curve(metrics.insertion_curve, steps=_STEPS), points=_GRID, area=True),),
     "deletion": (
         Measure("deletion", _curve(metrics.deletion_curve, steps=_STEPS), lower=True, points=_GRID, area=True),
     ),
-    "ebpg": (Measure("EBPG", _where(metrics.energy_pointing_game, ranked=False), needs="region"),),
-    "miou": (Measure("mIoU", _where(metrics.miou), needs="region"),),
-    "bbox": (Measure("Bbox", _where(metrics.bbox_score), needs="region"),),
-    "pointing": (Measure("pointing game", _where(metrics.pointing_game), needs="region"),),
-    "discrimination": (
-        Measure("discrimination", _where(metrics.class_discrimination, others=True, ranked=False), needs="others"),
+    "ebpg": (Measure("EBPG", _where(metrics.energy_pointing_game, ranked=False), needs="region", chance=_AREA),),
+    "miou": (Measure("mIoU", _where(metrics.miou, keep=_TOP), needs="region", chance=_overlap),),
+    "bbox": (Measure("Bbox", _where(metrics.bbox_score), needs="region", chance=_ALL),),
+    "pointing": (Measure("pointing game", _where(metrics.pointing_game), needs="region", chance=_ANYWHERE),),
+    "discrimination": (Measure("discrimination", _share(), needs="others", chance=_share(normalize=False)),),
+    "distractors": (
+        Measure("distractors", _beside(), lower=True, needs="distractors", chance=_beside(normalize=False)),
     ),
     "sparseness": (Measure("sparseness", lambda asked: asked.ask(metrics.sparseness), percent=False),),
     "infidelity": (
@@ -180,6 +228,8 @@ FAMILIES: dict[str, tuple[Measure, ...]] = {
 """Family -> its measures; ``metrics="ad,road"`` takes all of a family, ``"AD(50)"`` one.
 
 Insertion and deletion take 32 steps here; ``metrics.insertion`` has as many as the image has rows, as its paper does.
+``road-released`` is what the authors of T-TAME have in their code, not in their equations: the share of decisions that
+stay, at seven percentages, where all pixels of one value fall together. Their AD and IC hide with ``masking="raw"``.
 """
 
 Wanted = str | Sequence[str | Measure] | Mapping[str, Function]
@@ -194,8 +244,9 @@ def chosen(wanted: Wanted | None, truth: Sequence[str]) -> list[Measure]:
     if isinstance(wanted, Mapping):
         return [Measure(name, _custom(function), percent=False) for name, function in wanted.items()]
     if wanted is None:
-        families = ["ad", "ic", "road", *(["ebpg", "miou", "bbox", "pointing"] if truth else [])]
-        wanted = [*families, *(["discrimination"] if any(key.startswith("other") for key in truth) else [])]
+        told = [name for name, keys in NEEDS.items() if any(key in truth for key in keys)]
+        allowed = [name for name, measures in FAMILIES.items() if measures[0].needs in told]
+        wanted = ["ad", "ic", "road", *allowed]
     names = wanted.split(",") if isinstance(wanted, str) else list(wanted)
     known = {**{m.name.lower(): (m,) for family in FAMILIES.values() for m in family}, **FAMILIES}
     found: list[Measure] = []
@@ -208,9 +259,9 @@ def chosen(wanted: Wanted | None, truth: Sequence[str]) -> list[Measure]:
             raise OptionError(f"metrics: no measure {key!r}{closest(key, known)}; there are {', '.join(FAMILIES)}")
         found += known[key]
     for measure in found:
-        held = truth if measure.needs == "region" else [key for key in truth if key.startswith("other")]
-        if measure.needs and not held:
-            what = "masks or boxes" if measure.needs == "region" else "other_masks or other_boxes"
+        keys = NEEDS.get(measure.needs or "", ())
+        if keys and not any(key in truth for key in keys):
+            what = " or ".join(keys)
             raise OptionError(f"metrics: {measure.name} needs {what} in the loader's dict batches, got none; add them")
     return list({measure.name: measure for measure in found}.values())
 

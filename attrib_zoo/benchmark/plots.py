@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attrib_zoo.benchmark.controls import CONTROLS
+from attrib_zoo.benchmark.controls import CHANCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,12 +43,12 @@ def plot(table: Table) -> Figure:
     sheet = Figure(figsize=(4.4 * across, 3.6 * down + 0.6), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(sheet)
     axes = [sheet.add_subplot(down, across, i + 1) for i in range(panels)]
-    styles = _styles(table.methods)
+    styles = _styles(table.methods, table.controls)
     for panel, measure in zip(axes, curves, strict=False):
         for method in table.methods:
-            panel.plot(
-                [100 * point for point in measure.points], 100 * table.curve(method, measure.name), **styles[method]
-            )
+            if method != CHANCE:
+                curve = 100 * table.curve(method, measure.name)
+                panel.plot([100 * point for point in measure.points], curve, **styles[method])
         _dress(panel, f"{measure.name} {measure.arrow}", "pixels changed, %", "confidence, %")
     _scatter(axes[-1], table, styles)
     handles, labels = axes[-1].get_legend_handles_labels()
@@ -60,6 +60,8 @@ def _scatter(panel: Axes, table: Table, styles: dict[str, dict[str, Any]]) -> No
     """The first measure against the cost, with intervals; controls have no cost worth showing."""
     measure = table.measures[0]
     for method in table.methods:
+        if method == CHANCE:
+            continue
         found, cost = table.estimate(method, measure.name), table.records.costs[method].times_forward
         style = {**styles[method], "linestyle": "none"}
         reach = [[max(found.mean - found.low, 0.0)], [max(found.high - found.mean, 0.0)]]  # rounding can turn them
@@ -71,11 +73,11 @@ def _scatter(panel: Axes, table: Table, styles: dict[str, dict[str, Any]]) -> No
     _dress(panel, f"{measure.name} against cost (up and left is better)", "time, × a forward pass", measure.name)
 
 
-def _styles(methods: list[str]) -> dict[str, dict[str, Any]]:
+def _styles(methods: list[str], controls: list[str]) -> dict[str, dict[str, Any]]:
     styles: dict[str, dict[str, Any]] = {}
     for number, method in enumerate(methods):
         shown = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
-        if method in CONTROLS:
+        if method in controls:
             shown |= {"color": "#9aa0a6", "linestyle": "--" if number % 2 else ":"}
         styles[method] = shown
     return styles

@@ -143,7 +143,8 @@ def _table(table: Table) -> str:
 
 
 def _best(table: Table, measure: str, lower: bool) -> str | None:
-    means = {method: table.estimate(method, measure).mean for method in table.methods}
+    contenders = [method for method in table.methods if method not in table.controls]
+    means = {method: table.estimate(method, measure).mean for method in contenders}
     known = {method: mean for method, mean in means.items() if mean == mean}
     if not known:
         return None

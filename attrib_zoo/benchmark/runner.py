@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward, frozen, unwrap
-from attrib_zoo.benchmark.controls import CONTROLS
-from attrib_zoo.benchmark.cost import clock, measured, peak_bytes
+from attrib_zoo.benchmark.controls import beside, constant, perfect
+from attrib_zoo.benchmark.cost import Cost, clock, measured, peak_bytes
 from attrib_zoo.benchmark.measures import TRUTH, Explain, Measure, Question, Wanted, chosen
 from attrib_zoo.benchmark.records import Records, Row
 from attrib_zoo.benchmark.table import Table
@@ -60,7 +60,9 @@ def evaluate(
         metrics: names of families or measures (``"ad,ic,road"``; see ``FAMILIES``), or name -> function
             ``(model, inputs, attributions, target) -> (N,)``. ``None``: AD, IC, ROAD, and all that the data's regions
             allow.
-        controls: also measure two maps that no method should fall behind: random numbers, and the edges of the image.
+        controls: also measure maps that no method should fall behind: random numbers, the edges of the image, a blob
+            in its centre, and each trained explainer as it was before its fit; the true region as a map, where the
+            data says it; and what is to be expected by chance, where the region alone tells it.
         max_images: stop after so many.
         masking: what replaces hidden pixels in AD and IC; see ``metrics.masked_confidence``.
         score: ``"softmax"``, or ``"sigmoid"`` for multi-label models.
@@ -87,15 +89,15 @@ def evaluate(
     if score not in ("softmax", "sigmoid"):
         raise OptionError(f"score: must be 'softmax' or 'sigmoid', got {score!r}")
     explain = {name: as_function(name, method) for name, method in methods.items()}
-    for name, control in CONTROLS.items() if controls else ():
-        explain.setdefault(name, control(seed))
     run: _Run | None = None
     seen = 0
     for start, batch, mine in _batches(loader, max_images, show_progress):
         if run is None:
-            asked = chosen(metrics, [key for key in TRUTH if isinstance(batch, Mapping) and key in batch])
-            setting = _setting(model, methods, asked, masking, score, seed, controls)
-            run = _Run(model, explain, asked, _records(setting, path), masking, score, seed, memory)
+            truth = _truth(batch)
+            asked = chosen(metrics, list(truth))
+            extra = beside(methods, asked, truth, seed) if controls else {}
+            setting = _setting(model, methods, asked, masking, score, seed, list(extra))
+            run = _Run(model, {**explain, **extra}, asked, _records(setting, path), masking, score, seed, memory)
         if mine:
             run.batch(start, batch)
         seen = start + len(images_of(batch))
@@ -110,7 +112,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        explain: Mapping[str, Explain],
+        explain: Mapping[str, Explain | None],
         measures: list[Measure],
         records: Records,
         masking: str | Tensor,
@@ -131,20 +133,27 @@ class _Run:
             return
         inputs = images.to(next((p for p in unwrap(self.model).parameters()), images))
         target, clean, plain = self._clean(inputs, batch.get("target") if isinstance(batch, Mapping) else None)
-        truth = {k: batch[k] for k in TRUTH if isinstance(batch, Mapping) and k in batch}
+        truth = _truth(batch)
         seeds = [self.seed + start + row for row in range(len(inputs))]
         for name in missing:
-            explain = self.explain[name]
-            with frozen(self.model) as bare, torch.enable_grad():  # Captum's gradient methods want both
-                peak = self._rehearse(name, partial(explain, inputs[:1], target[:1]), inputs.device)
-                maps, cost = measured(partial(explain, inputs, target), bare, len(inputs))
-            cost.plain, cost.peak = plain, peak if cost.peak is None else cost.peak
-            maps = _checked(maps, inputs, name)
+            explain = self.explain[name] or perfect(truth)
+            maps, cost = self._explained(name, explain, inputs, target, plain)
             asked = Question(self.model, explain, inputs, maps, target, clean, seeds, truth, self.masking, self.score)
             rows = [Row(name, start + i, d, int(target[i]), float(clean[i])) for i, d in enumerate(digests)]
             for measure in self.measures:
-                _enter(measure, measure.compute(asked), rows)
+                compute = measure.chance if explain is constant else measure.compute
+                _enter(measure, maps.new_full((len(inputs),), torch.nan) if compute is None else compute(asked), rows)
             self.records.add(rows, name, cost)
+
+    def _explained(
+        self, name: str, explain: Explain, inputs: Tensor, target: Tensor, plain: float
+    ) -> tuple[Tensor, Cost]:
+        """A method's maps and what they cost, beside a plain pass."""
+        with frozen(self.model) as bare, torch.enable_grad():  # Captum's gradient methods want both
+            peak = self._rehearse(name, partial(explain, inputs[:1], target[:1]), inputs.device)
+            maps, cost = measured(partial(explain, inputs, target), bare, len(inputs))
+        cost.plain, cost.peak = plain, peak if cost.peak is None else cost.peak
+        return _checked(maps, inputs, name), cost
 
     def _rehearse(self, name: str, call: Callable[[], Tensor], device: torch.device) -> int | None:
         """Explain one image before the clock runs: what is found out once per model is no part of a map's cost."""
@@ -233,6 +242,11 @@ def _checked(maps: Any, inputs: Tensor, name: str) -> Tensor:
     return maps.detach()
 
 
+def _truth(batch: Any) -> dict[str, Any]:
+    """What a batch says about where things are."""
+    return {key: batch[key] for key in TRUTH if isinstance(batch, Mapping) and key in batch}
+
+
 def _digests(images: Tensor, batch: Any) -> list[int]:
     """A checksum of each image and of what the batch says about it."""
     said = [batch[key] for key in ("target", *TRUTH) if key in batch] if isinstance(batch, Mapping) else []
@@ -253,7 +267,7 @@ def _setting(
     masking: str | Tensor,
     score: str,
     seed: int,
-    controls: bool,
+    controls: list[str],
 ) -> dict[str, Any]:
     from attrib_zoo import __version__
 
@@ -266,7 +280,7 @@ def _setting(
         "masking": masking if isinstance(masking, str) else masking.tolist(),
         "score": score,
         "seed": seed,
-        "controls": controls,
+        "controls": controls or False,
         "attrib_zoo": __version__,
         "torch": torch.__version__,
     }

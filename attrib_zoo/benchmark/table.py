@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attrib_zoo.benchmark.controls import CHANCE, CONTROLS
 from attrib_zoo.benchmark.measures import Measure
 from attrib_zoo.benchmark.records import Records
 from attrib_zoo.errors import OptionError
@@ -91,6 +92,12 @@ class Table:
         return list(dict.fromkeys(method for method, _ in self.records.rows))
 
     @property
+    def controls(self) -> list[str]:
+        """Those of the methods that explain nothing and bracket the others."""
+        named = self.records.setting.get("controls") or ()
+        return [method for method in self.methods if method in named or method in CONTROLS]
+
+    @property
     def images(self) -> list[int]:
         """The places in the loader of all images that any method explained."""
         return sorted({image for _, image in self.records.rows})
@@ -108,7 +115,8 @@ class Table:
         self._known(method)
         if not self._measure(measure).points:
             raise OptionError(f"measure: must be one that has a curve, got {measure!r}")
-        rows = [row.curves[measure] for (name, _), row in self.records.rows.items() if name == method]
+        nothing = [math.nan] * len(self._measure(measure).points)
+        rows = [row.curves.get(measure, nothing) for (name, _), row in self.records.rows.items() if name == method]
         return torch.tensor(rows, dtype=torch.float64).nanmean(0)
 
     def estimate(self, method: str, measure: str) -> Estimate:
@@ -169,7 +177,7 @@ class Table:
         for method in self.methods:
             for measure in self.measures:
                 lost = int((~self.values(method, measure.name).isfinite()).sum())
-                if lost:
+                if lost and not (method == CHANCE and lost == len(self.images)):  # it has no such value
                     images = f"{lost} image{'s' * (lost > 1)}"
                     lines.append(f"{method}, {measure.name}: {images} without a value (no region, or no finite map)")
         return lines
@@ -236,7 +244,10 @@ class Table:
         return json.dumps({"setting": self.records.setting, "methods": methods}, indent=1)
 
     def to_pandas(self) -> Any:
-        """A DataFrame of per-image values, with columns method, image, target, clean and the measures; needs pandas."""
+        """A DataFrame with a row for each image and method: method, image, target, clean, the measures. Needs pandas.
+
+        Values are as the measures give them: fractions, where the table prints percent.
+        """
         import pandas as pd
 
         rows = [
