@@ -45,7 +45,7 @@ from attrib_zoo.photos import Photos
 ROOT = Path(__file__).resolve().parent.parent
 FAITHFUL = "ad,ic,drop,increase,road,insertion,deletion"
 PLACE = "ebpg,miou,bbox,pointing"
-FIRST = ("GradCAM", "GradCAMPlusPlus", "TTAME", "LCAMImg", "LCAMFm", "ScoreCAM", "RISE")
+FIRST = ("TTAME", "LCAMImg", "LCAMFm", "GradCAM", "GradCAMPlusPlus", "ScoreCAM", "RISE")
 OPTIONS: dict[str, dict[str, Any]] = {"RISE": {"n_masks": 1000}}
 DILATED = {
     "TTAME": {"layers": ["layer2", "layer3", "layer4"]}
@@ -165,7 +165,7 @@ def names(case: Case) -> list[str]:
     known = [cls.__name__ for cls in methods().values() if case.kind in cls.models and cls.__name__ not in LEFT_OUT]
     rest = sorted(set(known) - set(FIRST))
     seeds = [f"TTAME, seed {seed}" for seed in SEEDS]
-    return [*(name for name in FIRST if name in known), "TTAME, untrained", *rest, *seeds]
+    return [*(name for name in FIRST if name in known), *rest, *seeds]
 
 
 def slug(name: str) -> str:
@@ -184,11 +184,7 @@ def made(name: str, case: Case, folder: Path) -> Attribution:
     if kept.exists():
         return cls.load(kept, case.model)
     explainer = cls(case.model, **options)
-    if how == "untrained":
-        explainer.fit(case.training(), max_steps=1, lr=1e-12, schedule="paper", show_progress=False)
-    else:
-        seed = int(how.removeprefix("seed ") or 0)
-        explainer.fit(case.training(), max_steps=case.steps, seed=seed)
+    explainer.fit(case.training(), max_steps=case.steps, seed=int(how.removeprefix("seed ") or 0))
     explainer.save(kept)
     return explainer
 
@@ -227,16 +223,18 @@ def gathered(case: str, work: Path) -> tuple[Table, dict[str, Any]]:
         facts.update(dict.fromkeys(told["methods"], json.loads(path.read_text())))
         measures = [m for family in FAMILIES.values() for m in family if m.name in told["measures"]]
     described = {name: text for part in parts for name, text in part.setting["methods"].items()}
-    whole = Records({**parts[0].setting, "methods": described})
-    for part in sorted(parts, key=lambda part: place(next(iter(part.setting["methods"])))):
+    controls = [name for part in parts for name in part.setting["controls"] or ()]
+    whole = Records({**parts[0].setting, "methods": described, "controls": controls})
+    for part in parts:
         whole.merge(part)
+    whole.rows = dict(sorted(whole.rows.items(), key=lambda row: place(row[0][0], controls)))
     return Table(whole, measures), facts
 
 
-def place(name: str) -> tuple[int, str]:
-    """Where a method stands in the tables."""
-    order = (*FIRST, *(f"{FIRST[2]}, {how}" for how in ("seed 1", "seed 2", "untrained")))
-    return (order.index(name) if name in order else len(order)), name
+def place(name: str, controls: list[str]) -> tuple[bool, int, str]:
+    """Where a method stands in the tables: the best known first, controls last."""
+    order = controls if name in controls else FIRST
+    return name in controls, order.index(name) if name in order else len(order), name
 
 
 def only(results: Table, images: set[int]) -> Table:
@@ -247,12 +245,21 @@ def only(results: Table, images: set[int]) -> Table:
     return Table(part, results.measures)
 
 
+GROUPS = {
+    "Average drop, increase in confidence": ["AD(100)", "AD(50)", "AD(15)", "IC(100)", "IC(50)", "IC(15)"],
+    "ROAD, insertion and deletion; the top 15 % alone": [
+        *("ROAD MoRF", "ROAD LeRF", "insertion", "deletion", "Drop%", "Increase%"),
+    ],
+    "Against the boxes": ["EBPG", "mIoU", "Bbox", "pointing game"],
+}
+
+
 def compact(results: Table, wanted: list[str], costs: bool = False) -> str:
     """Mean and half the interval's width of some measures, a line for each method; the best in bold."""
     measures = [m for m in results.measures if m.name in wanted]
     best = {}
     for m in measures:
-        means = [results.estimate(method, m.name).mean for method in results.methods]
+        means = [results.estimate(method, m.name).mean for method in results.methods if method not in results.controls]
         best[m.name] = min(means) if m.lower else max(means)
     rows = []
     for method in results.methods:
@@ -269,42 +276,21 @@ def compact(results: Table, wanted: list[str], costs: bool = False) -> str:
 
 def page(name: str, case: Case, results: Table, facts: dict[str, Any], refused: dict[str, str]) -> str:
     """The tables of a case, as Markdown."""
-    groups = {
-        "Average drop, increase in confidence": [
-            m for m in (x.name for x in results.measures) if m[:3] in ("AD(", "IC(")
-        ],
-        "Drop and increase on the top 15 %; ROAD; insertion and deletion": [
-            "Drop%",
-            "Increase%",
-            "ROAD MoRF",
-            "ROAD LeRF",
-            "insertion",
-            "deletion",
-        ],
-        "Against the boxes": ["EBPG", "mIoU", "Bbox", "pointing game"],
-    }
     lines = [f"# {case.says}", "", f"{len(results.images)} images; the model's own decision is explained."]
     lines += ["Mean ± half the 95 % bootstrap interval; the best mean is bold; ↑ more is better, ↓ less is better.", ""]
     seen = torch.tensor(facts.get("TTAME", {}).get("classes seen", [True]))
+    parts = {"": results}
     if not bool(seen.all()):
-        targets = {image: row.target for (_, image), row in results.records.rows.items()}
-        kept = {image for image, target in targets.items() if seen[target]}
-        groups_of = {
+        kept = {image for (_, image), row in results.records.rows.items() if seen[row.target]}
+        parts = {
             "All images": results,
             f"The {len(kept)} images of classes that came up in the fits": only(results, kept),
         }
-    else:
-        groups_of = {"": results}
-    for title, part in groups_of.items():
+    for title, part in parts.items():
         lines += [f"## {title}", ""] if title else []
-        for group, wanted in groups.items():
+        for number, (group, wanted) in enumerate(GROUPS.items()):
             if any(m.name in wanted for m in results.measures):
-                lines += [
-                    f"{'###' if title else '##'} {group}",
-                    "",
-                    compact(part, wanted, costs=group.startswith("Ave")),
-                    "",
-                ]
+                lines += [f"{'###' if title else '##'} {group}", "", compact(part, wanted, costs=number == 0), ""]
     lines += ["forward: samples through the model for one image; x forward: time as a multiple of a plain pass.", ""]
     lines += [f"* {method}: {text}" for method, text in {**LEFT_OUT, **refused}.items()]
     return "\n".join(lines) + "\n"
@@ -316,7 +302,7 @@ def write(name: str, case: Case, work: Path, output: Path) -> None:
     refused = {path.stem: path.read_text() for path in sorted((work / name).glob("*.refused"))}
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.md").write_text(page(name, case, results, facts, refused), encoding="utf-8")
-    told = {method: {k: v for k, v in fact.items() if k != "classes seen"} for method, fact in facts.items()}
+    told = {method: {key: fact[key] for key in fact if key != "classes seen"} for method, fact in facts.items()}
     numbers = {"case": case.says, "measured": told, **json.loads(results.to_json())}
     (output / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     shown = {*FIRST, "random map", "image edges"}

@@ -258,12 +258,12 @@ def test_a_raised_threshold_above_one_is_told():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mu": -0.1}, "mu: must be a number at least 0.0 and at most 1.0, got -0.1"),
+        ({"mu": -0.1}, "mu: must be a number of at least 0 and at most 1, got -0.1"),
         ({"mu": "0"}, "mu: must be a number"),
         ({"fusion": "sum"}, "fusion: must be one of 'hard', 'soft', 'simple', got 'sum'"),
         ({"grad_score": "p"}, "grad_score: must be one of"),
-        ({"otsu_scale": 0.5}, "otsu_scale: must be a number at least 1.0"),
-        ({"temperature": 0}, "temperature: must be a number above 0.0"),
+        ({"otsu_scale": 0.5}, "otsu_scale: must be a number of at least 1,"),
+        ({"temperature": 0}, "temperature: must be a number above 0,"),
     ],
 )
 def test_wrong_options(options, words):
