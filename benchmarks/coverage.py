@@ -302,7 +302,7 @@ def page(rows: Sequence[dict[str, str]], total: dict[str, int]) -> str:
         "",
         "Written by `python benchmarks/coverage.py --summary` from [the rows](../results/coverage.csv), one per model.",
         "",
-        f"**{len(rows)} models were run**: {of}. They come from {len({(r['library'], r['family']) for r in rows})} "
+        f"**{len(rows)} models were looked at**: {of}. They come from {len({(r['library'], r['family']) for r in rows})} "
         "families (source files of the two libraries). What was not run is not claimed.",
         "",
         f"* {len(good)} of the {len(full)} that were run in full pass everything: three layers found, Grad-CAM, "
