@@ -296,14 +296,15 @@ def page(rows: Sequence[dict[str, str]], total: dict[str, int]) -> str:
     other = [row for row in rows if row["run"] == "no classifier"]
     bad = [row for row in rows if not passed(row) and row not in other]
     verdicts = Counter(verdict for row in full for verdict in row["grid"].split())
+    families = {(row["library"], row["family"]) for row in rows}
     of = " and ".join(f"{sum(r['library'] == lib for r in rows)} of {count} of {lib}" for lib, count in total.items())
     lines = [
         "# Coverage",
         "",
         "Written by `python benchmarks/coverage.py --summary` from [the rows](../results/coverage.csv), one per model.",
         "",
-        f"**{len(rows)} models were looked at**: {of}. They come from {len({(r['library'], r['family']) for r in rows})} "
-        "families (source files of the two libraries). What was not run is not claimed.",
+        f"**{len(rows)} models were looked at**: {of}. They come from {len(families)} families (source files of the "
+        "two libraries). What was not run is not claimed.",
         "",
         f"* {len(good)} of the {len(full)} that were run in full pass everything: three layers found, Grad-CAM, "
         "Score-CAM with four masks, a training step of T-TAME and a map.",
@@ -320,10 +321,10 @@ def page(rows: Sequence[dict[str, str]], total: dict[str, int]) -> str:
         "| library | family | models | pass | resolved only | undecided grid | refused or failed |",
         "|---|---|---|---|---|---|---|",
     ]
-    families: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    members_of: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
-        families[row["library"], row["family"]].append(row)
-    for (library, family), members in sorted(families.items()):
+        members_of[row["library"], row["family"]].append(row)
+    for (library, family), members in sorted(members_of.items()):
         counts = (
             len(members),
             sum(passed(row) and row["run"] == "full" for row in members),
