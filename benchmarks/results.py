@@ -2,14 +2,15 @@
 
     export ATTRIB_ZOO_DATA=FOLDER
     python benchmarks/train_backbone.py resnet10t --output WORK     # and: vit
-    python benchmarks/results.py resnet10t --work WORK [--methods GradCAM TTAME ...] [--minutes 60]
+    python benchmarks/results.py resnet10t --work WORK [--methods GradCAM TTAME ...] [--images 100]
     python benchmarks/results.py squeezenet --work WORK
     python benchmarks/results.py squeezenet resnet10t vit --work WORK --write
 
 ``squeezenet``: 250 photographs of ImageNet at 224 pixels, SqueezeNet 1.1 with ImageNet weights; trained explainers are
 fitted on Tiny-ImageNet enlarged to 224. The others: 500 validation images of Tiny-ImageNet-50 with their boxes at 64
 pixels, backbones and explainers trained on its training images. The model's own decision is explained. Stop and run
-again at will. ``--write`` makes ``docs/results/CASE.md``, ``.json`` and ``.png`` of what is there.
+again at will; ``--images`` stops a slow method early, and a later run without it goes on. ``--write`` makes
+``docs/results/CASE.md``, ``.json`` and ``.png`` of what is there.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from attrib_zoo import models
+from attrib_zoo import metrics, models
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.benchmark import FAMILIES, Table, evaluate
+from attrib_zoo.benchmark import Measure, Table, evaluate
+from attrib_zoo.benchmark.measures import TRUTH, Question, chosen
 from attrib_zoo.benchmark.records import Records
 from attrib_zoo.commands import methods
 from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.photos import Photos
 
 ROOT = Path(__file__).resolve().parent.parent
-FAITHFUL = "ad,ic,drop,increase,road,insertion,deletion"
-PLACE = "ebpg,miou,bbox,pointing"
+FAITHFUL = ["ad", "ic", "drop", "increase", "road", "insertion", "deletion"]
+PLACE = ["ebpg", "miou", "bbox", "pointing"]
 FIRST = ("TTAME", "LCAMImg", "LCAMFm", "GradCAM", "GradCAMPlusPlus", "ScoreCAM", "RISE")
 OPTIONS: dict[str, dict[str, Any]] = {"RISE": {"n_masks": 1000}}
 DILATED = {
@@ -63,7 +65,7 @@ class Case:
         images: gives an image, or a dict with its boxes.
         training: batches for the fits.
         steps: of a fit.
-        measures: names of families.
+        measures: names of families, or measures.
         kind: ``"cnn"`` or ``"vit"``.
         says: what was measured, in a sentence.
         options: of methods, beside ``OPTIONS``.
@@ -73,7 +75,7 @@ class Case:
     images: Dataset[Any]
     training: Callable[[], DataLoader[Any]]
     steps: int
-    measures: str
+    measures: list[str | Measure]
     kind: str
     says: str
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -97,6 +99,25 @@ def drawn(count: int, most: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].tolist()
 
 
+def coarse() -> list[str | Measure]:
+    """``FAITHFUL`` with about half of the points of each curve, for images of 224 pixels."""
+    fractions, steps = (0.1, 0.3, 0.5, 0.7, 0.9), 16
+    grid = tuple(i / steps for i in range(steps + 1))
+
+    def asked(function: Callable[..., Tensor], **options: Any) -> Callable[[Question], Tensor]:
+        return lambda question: question.shared(function, **options, seed=tuple(question.seeds))
+
+    morf, lerf = (asked(metrics.road_curve, order=order, fractions=fractions) for order in ("morf", "lerf"))
+    insertion, deletion = (asked(f, steps=steps) for f in (metrics.insertion_curve, metrics.deletion_curve))
+    return [
+        *FAITHFUL[:4],
+        Measure("ROAD MoRF", morf, lower=True, points=fractions),
+        Measure("ROAD LeRF", lerf, points=fractions),
+        Measure("insertion", insertion, points=grid, area=True),
+        Measure("deletion", deletion, lower=True, points=grid, area=True),
+    ]
+
+
 def squeezenet(work: Path) -> Case:
     """ImageNet photographs."""
     loaded = models.load("squeezenet1_1", weights=data() / "squeezenet1_1_imagenet.safetensors")
@@ -112,7 +133,7 @@ def squeezenet(work: Path) -> Case:
         Subset(Photos(paths, loaded.transform), drawn(len(paths), 250)),
         training,
         1200,
-        FAITHFUL,
+        coarse(),
         "cnn",
         "SqueezeNet 1.1 with ImageNet weights, 250 photographs of ImageNet's validation classes at 224 pixels",
     )
@@ -144,7 +165,7 @@ def tiny(name: str) -> Callable[[Path], Case]:
             Boxed(standardised(images[chosen]), boxes[chosen, None].double()),
             training,
             780,
-            f"{FAITHFUL},{PLACE}",
+            [*FAITHFUL, *PLACE],
             "vit" if name.startswith("vit") else "cnn",
             f"{name} trained on Tiny-ImageNet-50 ({facts['accuracy']} % right), 500 validation images at 64 pixels",
             DILATED if name.startswith("resnet") else {},
@@ -189,13 +210,14 @@ def made(name: str, case: Case, folder: Path) -> Attribution:
     return explainer
 
 
-def measure(name: str, case: Case, folder: Path, batch: int) -> None:
+def measure(name: str, case: Case, folder: Path, batch: int, most: int | None) -> None:
     """Measure a method; what its file holds is not measured again."""
     path = folder / f"{slug(name)}.jsonl"
     try:
         explainer = made(name, case, folder)
         loader = DataLoader(case.images, batch_size=batch)
-        evaluate(case.model, {name: explainer}, loader, case.measures, controls=name == FIRST[0], path=path)
+        first = name == FIRST[0]
+        evaluate(case.model, {name: explainer}, loader, case.measures, controls=first, max_images=most, path=path)
     except UnsupportedModelError as error:
         path.with_suffix(".refused").write_text(str(error), encoding="utf-8")
         return
@@ -212,29 +234,28 @@ def measure(name: str, case: Case, folder: Path, batch: int) -> None:
 # ---------------------------------------------------------------------- the pages
 
 
-def gathered(case: str, work: Path) -> tuple[Table, dict[str, Any]]:
+def gathered(case: Case, folder: Path) -> tuple[Table, dict[str, Any]]:
     """One table of all methods that are through, and what is known of each."""
-    parts, facts, measures = [], {}, []
-    for path in sorted((work / case).glob("*.facts.json")):
+    parts, facts = [], {}
+    for path in sorted(folder.glob("*.facts.json")):
         results = path.with_name(path.name.replace(".facts.json", ".jsonl"))
         with results.open(encoding="utf-8") as file:
             told = json.loads(file.readline())["setting"]
         parts.append(Records(told, results))
         facts.update(dict.fromkeys(told["methods"], json.loads(path.read_text())))
-        measures = [m for family in FAMILIES.values() for m in family if m.name in told["measures"]]
     described = {name: text for part in parts for name, text in part.setting["methods"].items()}
     controls = [name for part in parts for name in part.setting["controls"] or ()]
     whole = Records({**parts[0].setting, "methods": described, "controls": controls})
     for part in parts:
         whole.merge(part)
     whole.rows = dict(sorted(whole.rows.items(), key=lambda row: place(row[0][0], controls)))
-    return Table(whole, measures), facts
+    return Table(whole, chosen(case.measures, TRUTH)), facts
 
 
 def place(name: str, controls: list[str]) -> tuple[bool, int, str]:
     """Where a method stands in the tables: the best known first, controls last."""
-    order = controls if name in controls else FIRST
-    return name in controls, order.index(name) if name in order else len(order), name
+    order, key = (controls, name) if name in controls else (FIRST, name.partition(", ")[0])
+    return name in controls, order.index(key) if key in order else len(order), name
 
 
 def only(results: Table, images: set[int]) -> Table:
@@ -254,24 +275,47 @@ GROUPS = {
 }
 
 
+def images(results: Table, method: str) -> int:
+    """How many images a method was measured on."""
+    return sum(name == method for name, _ in results.records.rows)
+
+
 def compact(results: Table, wanted: list[str], costs: bool = False) -> str:
-    """Mean and half the interval's width of some measures, a line for each method; the best in bold."""
+    """Mean and half the interval's width of some measures, a line for each method; the best on all images in bold."""
     measures = [m for m in results.measures if m.name in wanted]
+    most = len(results.images)
+    whole = [method for method in results.methods if images(results, method) == most and method not in results.controls]
     best = {}
     for m in measures:
-        means = [results.estimate(method, m.name).mean for method in results.methods if method not in results.controls]
-        best[m.name] = min(means) if m.lower else max(means)
+        means = [results.estimate(method, m.name).mean for method in whole]
+        best[m.name] = (min if m.lower else max)(means, default=None)
     rows = []
     for method in results.methods:
         cells = []
         for m in measures:
             found = results.estimate(method, m.name)
             cells.append(f"**{found.short(1)}**" if found.mean == best[m.name] else found.short(1))
-        cost = results.records.costs[method]
+        cost, fewer = results.records.costs[method], images(results, method)
         extra = [f"{cost.forward / cost.images:.4g}", f"{cost.times_forward:.3g}"] if costs else []
-        rows.append([method, *cells, *extra])
+        rows.append([method + f" ({fewer} images)" * (fewer < most), *cells, *extra])
     head = ["method", *(f"{m.name} {m.arrow}" for m in measures), *(["forward", "x forward"] if costs else [])]
     return table(rows, head)
+
+
+COMPARED = ["AD(100)", "AD(50)", "AD(15)", "IC(50)", "ROAD MoRF", "ROAD LeRF", "insertion", "deletion", "EBPG", "Bbox"]
+
+
+def apart(results: Table, base: str) -> str:
+    """Every method minus one, on the images that both were measured on; a star where the interval leaves 0 out."""
+    measures = [m for m in results.measures if m.name in COMPARED]
+    rows = []
+    for method in results.methods:
+        if method == base:
+            continue
+        found = [results.difference(method, base, m.name) for m in measures]
+        signs = ["+" * (e.mean > 0) + e.short(1) + "*" * (e.low > 0 or e.high < 0) for e in found]
+        rows.append([method, *signs])
+    return table(rows, [f"minus {base}", *(f"{m.name} {m.arrow}" for m in measures)])
 
 
 def page(name: str, case: Case, results: Table, facts: dict[str, Any], refused: dict[str, str]) -> str:
@@ -287,19 +331,25 @@ def page(name: str, case: Case, results: Table, facts: dict[str, Any], refused: 
             f"The {len(kept)} images of classes that came up in the fits": only(results, kept),
         }
     for title, part in parts.items():
+        level = "###" if title else "##"
         lines += [f"## {title}", ""] if title else []
         for number, (group, wanted) in enumerate(GROUPS.items()):
             if any(m.name in wanted for m in results.measures):
-                lines += [f"{'###' if title else '##'} {group}", "", compact(part, wanted, costs=number == 0), ""]
+                lines += [f"{level} {group}", "", compact(part, wanted, costs=number == 0), ""]
+        lines += [f"{level} Every method minus T-TAME, on the same images", ""]
+        lines += ["A star: the 95 % interval of the difference leaves 0 out.", "", apart(part, "TTAME"), ""]
     lines += ["forward: samples through the model for one image; x forward: time as a multiple of a plain pass.", ""]
     changed = {method: f"with {given}" for method, given in OPTIONS.items() if method in results.methods}
     lines += [f"* {method}: {text}" for method, text in {**changed, **LEFT_OUT, **refused}.items()]
+    for measure in results.measures:
+        if measure.points:
+            lines += [f"* {measure.name}: at {len(measure.points)} shares of the pixels"]
     return "\n".join(lines) + "\n"
 
 
 def write(name: str, case: Case, work: Path, output: Path) -> None:
     """The page, the numbers and the plots."""
-    results, facts = gathered(name, work)
+    results, facts = gathered(case, work / name)
     refused = {path.stem: path.read_text() for path in sorted((work / name).glob("*.refused"))}
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.md").write_text(page(name, case, results, facts, refused), encoding="utf-8")
@@ -318,6 +368,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where weights, explainers and results are kept")
     parser.add_argument("--methods", nargs="+", help='such as GradCAM "TTAME, seed 1"')
     parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--images", type=int, help="of each method, no more than so many")
     parser.add_argument("--write", action="store_true", help="only write the pages")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
@@ -331,7 +382,7 @@ def main() -> None:
             continue
         for method in options.methods or names(case):
             start = time.process_time()
-            measure(method, case, folder, options.batch)
+            measure(method, case, folder, options.batch, options.images)
             print(f"{name} {method}: {time.process_time() - start:.0f} s", flush=True)
 
 
