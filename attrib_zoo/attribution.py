@@ -247,10 +247,14 @@ class Attribution(_CaptumAttribution, ABC):
         parameters = inspect.signature(type(self).__init__).parameters.values()
         return {p.name: getattr(self, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
+    def _asked_layers(self) -> Any:
+        """The layers by which the explainer is known."""
+        return self.layers
+
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self).__init__).parameters
         changed = {k: v for k, v in self.options().items() if isinstance(v, Tensor) or v != parameters[k].default}
-        shown = {"layers": self.layers, **changed}
+        shown = {"layers": self._asked_layers(), **changed}
         listed = ", ".join(f"{name}={_brief(value)}" for name, value in shown.items())
         return f"{type(self).__name__}({type(self.model).__name__}, {listed})"
 

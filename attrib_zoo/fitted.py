@@ -135,8 +135,13 @@ class FittedAttribution(Attribution):
     def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
         if self._fitted is None:
             return super()._resolve(inputs, args)
-        named = [name if grid is None else (name, grid) for name, grid in self._fitted.layers]
-        return self._tested(named, inputs, args)
+        return self._tested(self._asked_layers(), inputs, args)
+
+    def _asked_layers(self) -> Any:
+        """Those of the fit, so that an explainer and what is loaded from its file are known as one."""
+        if self._fitted is None:
+            return self.layers
+        return [name if grid is None else (name, grid) for name, grid in self._fitted.layers]
 
     # ------------------------------------------------------------------ what was learned
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from benchmark_cases import CHEAP, IMAGES, Batches, Counted, assert_same, brightness
 
-from attrib_zoo import GradCAM
+from attrib_zoo import TTAME, GradCAM
 from attrib_zoo.benchmark import Table, evaluate
 from attrib_zoo.benchmark.records import Records
 from attrib_zoo.errors import DataError
@@ -201,6 +201,17 @@ def test_options_and_weights_of_methods_are_part_of_the_run(model, tmp_path):
     Fitted.network_.weight.data += 1
     with pytest.raises(DataError, match="methods differ"):
         run(model, {"fitted": Fitted()}, wanted="sparseness", path=path)
+
+
+@pytest.mark.parametrize("choose", [lambda model: None, lambda model: [model.stages[0], "stages.2"]])
+def test_what_is_loaded_from_a_file_continues_the_run_of_what_was_fitted(model, tmp_path, choose):
+    path = tmp_path / "results.jsonl"
+    fitted = zoo.fit(TTAME(model, choose(model)), [IMAGES], max_steps=1, seed=0)
+    first = run(model, {"fitted": fitted}, wanted="sparseness", path=path)
+    fitted.save(tmp_path / "fitted.safetensors")
+    loaded = TTAME.load(tmp_path / "fitted.safetensors", model)
+    assert repr(loaded) == repr(fitted)
+    assert_same(first, run(model, {"fitted": loaded}, wanted="sparseness", path=path))
 
 
 @pytest.mark.parametrize(
