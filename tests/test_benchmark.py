@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import captum.attr
 import pytest
 import strategies as zoo
@@ -57,8 +59,10 @@ def test_a_tables_numbers_are_those_of_the_metrics(model):
         "infidelity": metrics.infidelity(*asked, seed=seed),
         "sensitivity": metrics.sensitivity_max(*asked, explain=lambda x, t: method.attribute(x, t), seed=seed),
     }
+    percent = {measure.name: measure.percent for measure in table.measures}
     for name, values in wanted.items():
-        torch.testing.assert_close(table.values("cam", name), values.double(), rtol=1e-4, atol=1e-3, msg=name)
+        atol = 1e-3 if percent[name] else 1e-7
+        torch.testing.assert_close(table.values("cam", name), values.double(), rtol=1e-4, atol=atol, msg=name)
     assert set(wanted) <= {m.name for m in table.measures}
     curve = metrics.road_curve(*asked, order="morf", fractions=TENTHS, seed=seed).double().mean(0)
     torch.testing.assert_close(table.curve("cam", "ROAD MoRF"), curve, rtol=1e-4, atol=1e-5)
@@ -377,6 +381,14 @@ def test_controls_stand_beside_the_methods_and_ignore_the_batch(model):
         assert own.values(name, "EBPG").tolist() == pytest.approx([100] * 7)
 
 
+def test_the_random_map_is_a_grid_of_7_by_7():
+    image = torch.rand(1, 3, 49, 49, generator=torch.Generator().manual_seed(0))
+    found = chance(0)(image, None)
+    grid = found[..., 3::7, 3::7]  # the centres of the cells
+    assert grid.flatten().unique().numel() == 49
+    torch.testing.assert_close(torch.nn.functional.interpolate(grid, (49, 49), mode="bilinear"), found)
+
+
 def test_the_blob_is_a_gaussian_in_the_middle():
     found = blob(0)(torch.zeros(2, 3, 8, 12), None)
     y, x = torch.meshgrid((torch.arange(8) + 0.5) / 8 - 0.5, (torch.arange(12) + 0.5) / 12 - 0.5, indexing="ij")
@@ -451,6 +463,21 @@ def test_chance_of_pointing_is_the_share_of_points_that_hit():
     assert table.values("chance", "pointing game").tolist() == pytest.approx([100 * near / 1600])
 
 
+def test_chance_of_iou_is_close_to_the_hypergeometric_mean():
+    areas, size, taken = (3, 12, 40, 60, 100, 200, 256), 256, 52  # 20 % of the pixels, rounded up
+    masks = torch.zeros(7, size)
+    exact = []
+    for mask, area in zip(masks, areas, strict=True):
+        mask[:area] = 1
+        both = range(max(0, taken - (size - area)), min(area, taken) + 1)
+        ways = [math.comb(area, k) * math.comb(size - area, taken - k) for k in both]
+        assert sum(ways) == math.comb(size, taken)
+        exact.append(100 * sum(w * k / (area + taken - k) for w, k in zip(ways, both, strict=True)) / sum(ways))
+    loader = [{"image": IMAGES, "masks": masks.view(7, 16, 16)}]
+    found = run(zoo.small_cnn(), {"edges": edges(0)}, loader, "miou", controls=True).values("chance", "mIoU")
+    assert found.tolist() == pytest.approx(exact, rel=3e-4)  # the mean over the mean union is 8e-3 off
+
+
 def test_boxes_make_a_perfect_map_too_and_copies_of_images_have_copies_of_it(model):
     boxes = torch.tensor([[2, 2, 9, 7]]).expand(7, 4)
     loader = [{"image": IMAGES, "boxes": boxes}]
@@ -486,6 +513,9 @@ def test_trained_explainers_stand_beside_their_untrained_twins(model):
     target = model(IMAGES).argmax(1)
     wanted = metrics.sparseness(None, IMAGES, twin.attribute(IMAGES, target)).double()
     torch.testing.assert_close(table.values("T-TAME, untrained", "sparseness"), wanted)
+    wanted = metrics.sparseness(None, IMAGES, fitted.untrained(3).attribute(IMAGES, target)).double()
+    other = run(model, {"T-TAME": fitted}, wanted="sparseness", controls=True, seed=3)
+    torch.testing.assert_close(other.values("T-TAME, untrained", "sparseness"), wanted)
 
 
 def test_edges_are_where_the_image_changes():
@@ -496,6 +526,9 @@ def test_edges_are_where_the_image_changes():
     wanted[:, 5:7] = 0.5 * 4  # Sobel: 1 + 2 + 1
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(edges(0)(image.mT, None)[0, 0], wanted.T)
+    slope = torch.arange(8.0)[:, None] * 3 + torch.arange(8.0) * 4  # of length 5 in every inner pixel
+    inner = edges(0)(torch.stack([slope, slope, -slope])[None], None)[0, 0, 1:-1, 1:-1]
+    torch.testing.assert_close(inner, torch.full((6, 6), 5 * 8 / 3))  # the mean of the channels counts
 
 
 # ---------------------------------------------------------------------- costs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from benchmark_cases import CHEAP, IMAGES, Batches, Counted, assert_same, bright
 
 from attrib_zoo import TTAME, GradCAM
 from attrib_zoo.benchmark import Table, evaluate
-from attrib_zoo.benchmark.records import Records
+from attrib_zoo.benchmark.cost import Cost
+from attrib_zoo.benchmark.records import Records, Row
 from attrib_zoo.errors import DataError
 
 WANTED = "ad,ic,deletion,sparseness"
@@ -71,6 +73,16 @@ def test_values_that_mean_nothing_are_kept_as_such(model, tmp_path):
     assert_same(first, again)
     assert again.values("spoilt", "AD(50)").isnan().all()
     assert again.curve("spoilt", "deletion").isnan().all()
+
+
+def test_a_score_that_is_no_number_is_kept_as_such(tmp_path):
+    records = Records({}, tmp_path / "results.jsonl")
+    records.add([Row("x", 1, 7, 0, math.nan), Row("x", 0, 7, 0, 0.5)], "x", Cost(images=2))
+    again = Records({}, tmp_path / "results.jsonl")
+    assert lines(tmp_path / "results.jsonl")[1]["rows"][0]["clean"] is None
+    assert math.isnan(again.rows["x", 1].clean)
+    assert again.rows["x", 0] == records.rows["x", 0]
+    assert [image for _, image in again.first(2).rows] == [0, 1]
 
 
 # ---------------------------------------------------------------------- a second run continues

@@ -73,6 +73,15 @@ def test_a_linear_model_loses_the_removed_contributions(case: Any) -> None:
     torch.testing.assert_close(coarse, gone[:, [0, 2, 5, 7, 10, 12]])
 
 
+def test_small_maps_are_enlarged_bilinearly(case: Any) -> None:
+    model, inputs, _ = case
+    small = draw(5, 3, 2, 2)
+    large = nn.functional.interpolate(small[:, None], (3, 4), mode="bilinear")
+    for curve in (insertion_curve, deletion_curve):
+        options: dict[str, Any] = {"steps": 12, "score": identity}
+        torch.testing.assert_close(curve(model, inputs, small, 0, **options), curve(model, inputs, large, 0, **options))
+
+
 def test_what_stands_in_for_pixels(case: Any) -> None:
     model, inputs, maps = case
     fields = {

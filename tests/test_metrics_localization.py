@@ -50,6 +50,8 @@ def test_iou_by_hand() -> None:
 def test_bbox_by_hand() -> None:
     mask = region((3, 3), (3, 2), (0, 0))
     assert bbox_score(None, None, LADDER, masks=mask).tolist() == pytest.approx([2 / 3])  # 15, 14 and not 13
+    steps = torch.tensor([[[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 2]]])  # 2, and all three ones
+    assert bbox_score(None, None, steps, masks=mask, ties="threshold").tolist() == pytest.approx([2 / 4])
 
 
 @pytest.mark.parametrize(
@@ -63,10 +65,32 @@ def test_pointing_by_hand(tolerance: float, hits: list[float]) -> None:
     assert strict.tolist() == [1.0, 0.0]
 
 
+def test_pointing_tolerates_15_pixels_in_any_direction() -> None:
+    maps = torch.zeros(2, 3, 40)
+    maps[:, 0, 5] = 1
+    masks = torch.zeros(2, 3, 40)
+    masks[0, 0, 20], masks[1, 0, 21] = 1, 1
+    assert pointing_game(None, None, maps, masks=masks).tolist() == [1.0, 0.0]
+    assert pointing_game(None, None, maps.mT, masks=masks.mT).tolist() == [1.0, 0.0]
+
+
+def test_weights_of_masks_count_from_a_half_up() -> None:
+    weights = torch.zeros(2, 4, 4)
+    weights[0, 3, 2:], weights[1, 3, 2:] = torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.49])
+    maps = LADDER.expand(2, 4, 4)
+    assert miou(None, None, maps, masks=weights).tolist() == pytest.approx([2 / 4, 1 / 4])
+    assert bbox_score(None, None, maps, masks=weights).tolist() == [1.0, 0.0]
+    assert pointing_game(None, None, maps, masks=weights, tolerance=0).tolist() == [1.0, 0.0]
+    faint = energy_pointing_game(None, None, LADDER, masks=weights[1:] / 10)  # here they weigh
+    assert faint.tolist() == pytest.approx([(14 * 0.05 + 15 * 0.049) / 120])
+
+
 def test_discrimination_by_hand() -> None:
     asked, others = region((3, 3), (0, 1)), region((1, 0), (2, 0))
     found = class_discrimination(None, None, LADDER, masks=asked, other_masks=others)
     assert found.tolist() == pytest.approx([16 / (16 + 12)])
+    as_it_is = class_discrimination(None, None, LADDER + 1, masks=asked, other_masks=others, normalize=False)
+    assert as_it_is.tolist() == pytest.approx([18 / (18 + 14)])
     nothing = class_discrimination(None, None, LADDER * 0, masks=asked, other_masks=others)
     assert nothing.tolist() == [0.5]
     unknown = class_discrimination(None, None, LADDER, masks=asked, other_masks=region())
@@ -86,6 +110,8 @@ def test_sparseness_by_hand() -> None:
 def test_variation_by_hand() -> None:
     maps = torch.tensor([[[0.0, 2], [4, 2]], [[3, 3], [3, 3]], [[1, 0], [0, 1]]])
     assert total_variation(None, None, maps).tolist() == pytest.approx([(2 + 2 + 4 + 0) / 4 / 4, 0.0, 1.0])
+    stripes = torch.tensor([[[0.0, 1, 0], [0, 1, 0]]])  # four steps across, three flat ones down
+    assert total_variation(None, None, stripes).tolist() == pytest.approx([4 / 7])
 
 
 def test_complexity_is_measured_at_the_size_of_the_images() -> None:
@@ -109,6 +135,8 @@ def test_boxes_cover_pixel_centres() -> None:
     expected[1, 0, 0, 0] = True
     assert torch.equal(masks, expected)
     assert box_masks(torch.tensor([[0, 0, 5, 4]]), (4, 5)).all()
+    between = box_masks(torch.tensor([[0.5, 0.5, 1.5, 1.5], [1.2, 1.2, 1.8, 1.8], [0.6, 0.6, 1.4, 1.4]]), (4, 5))
+    assert between.nonzero().tolist() == [[0, 0, 0, 0], [1, 0, 1, 1]]  # a centre on the upper or left side counts
     assert not box_masks([torch.zeros(0, 4), torch.tensor([9, 9, 12, 12])], (4, 5)).any()
 
 

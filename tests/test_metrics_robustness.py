@@ -70,6 +70,31 @@ def test_infidelity_by_hand(case: Any) -> None:
     torch.testing.assert_close(alone, fitted[1:2])
 
 
+def test_squares_by_hand(case: Any) -> None:
+    model, _, target = case
+    inputs = draw(1, 4, 2, 6, 6)
+    heat = draw(5, 4, 6, 6)
+    options: dict[str, Any] = {"perturbation": "square", "normalize": False, "samples": 40}
+    whole = infidelity(model, inputs, heat, target, square=6, **options)  # takes everything away
+    told = (inputs * heat[:, None]).sum((1, 2, 3))
+    drop = (model(inputs) - model(inputs * 0)).gather(1, target[:, None])[:, 0].detach()
+    torch.testing.assert_close(whole, (told - drop).square())
+    tall = torch.zeros(1, 2, 6, 6).double()
+    tall[0, 0, 5] = 1  # the last row is taken away too, whole pixels at a time
+    one = (tall * model.weight.detach()).sum(1)[0, 5]
+    found = infidelity(model, tall, torch.zeros(1, 6, 6).double(), 0, square=1, **{**options, "samples": 4000})
+    torch.testing.assert_close(found, one.square().sum()[None] / 36, rtol=0.3, atol=0)
+    wide = nn.functional.pad(inputs, (0, 2))  # a quarter of the shorter side, at least a pixel
+
+    class Wide(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return model(images[..., :6])
+
+    maps = nn.functional.pad(heat, (0, 2))
+    default = infidelity(Wide(), wide, maps, target, **options)
+    torch.testing.assert_close(default, infidelity(Wide(), wide, maps, target, square=1, **options))
+
+
 def test_channels_count_one_by_one(case: Any) -> None:
     model, inputs, target = case
     maps = draw(5, 4, 2, 6, 6)

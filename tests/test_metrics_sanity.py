@@ -218,6 +218,37 @@ def test_what_reads_the_model_changes_and_what_does_not_stays(data: synthetic.Sc
     assert kept.similarity["ssim"][1:].max() < 1
 
 
+def test_what_reads_the_head_alone_does_not_see_the_rest(data: synthetic.Scenes) -> None:
+    def head(model: nn.Module, seed: int) -> Any:
+        weight = model.get_submodule("head").weight.detach().clone()
+        return lambda inputs, target: inputs.mean(1, keepdim=True).pow(1 + weight.abs().sum())
+
+    layers = ["head", "stages.2", "stem"]
+    result = model_randomization(synthetic.tiny_cnn(), data.inputs.abs(), head, 1, layers=layers)
+    assert result.unseen == ("stages.2", "stem"), "what changes is seen against the step before, not the first maps"
+    assert result.similarity["ssim"].max() < 1
+
+
+def test_tokens_are_drawn_as_at_the_beginning(data: synthetic.Scenes) -> None:
+    model, given = synthetic.tiny_vit(), []
+
+    def remember(found: nn.Module, seed: int) -> Any:
+        given.append(found)
+        return edges(found, seed)
+
+    tokens = dict(model.named_parameters(recurse=False))
+    assert tokens
+    with torch.no_grad():
+        for value in tokens.values():
+            value.fill_(3.0)
+    model_randomization(model, data.inputs, remember, 1, layers=[""])
+    for name, value in given[-1].named_parameters(recurse=False):
+        assert value.abs().max() < 0.2, name
+        if value.numel() > 500:
+            assert value.std().item() == pytest.approx(0.02, rel=0.1), name
+        assert tokens[name].eq(3.0).all(), "the model itself keeps its own"
+
+
 def test_a_refit_stands_beside_its_floor(data: synthetic.Scenes) -> None:
     model = synthetic.tiny_cnn()
     result = model_randomization(model, data.inputs, noisy, 0, refit=True, layers=["head"])
