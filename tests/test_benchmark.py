@@ -595,6 +595,13 @@ def test_the_time_is_a_multiple_of_a_forward_pass(monkeypatch):
     assert (cost.seconds, cost.plain, cost.times_forward) == (60, 3, 20)
 
 
+def test_costs_add_up_but_for_their_peak():
+    one, two = Cost(1, 2, 3, 0.5, 0.25, 10), Cost(10, 20, 30, 1.0, 0.5, 7)
+    assert one + two == Cost(11, 22, 33, 1.5, 0.75, 10)
+    assert (one + Cost(peak=None)).peak == 10
+    assert (Cost() + Cost()).peak is None
+
+
 def test_peak_bytes_of_a_known_sequence():
     def work():
         one = torch.ones(1000)  # 4000 bytes

@@ -75,6 +75,14 @@ def test_imputation_is_the_dense_solution(size: tuple[int, int], share: float) -
     assert torch.equal(found[~removed[:, None].expand_as(found)], images[~removed[:, None].expand_as(found)])
 
 
+def test_a_faint_image_is_as_exact_beside_a_strong_one() -> None:
+    image = draw(6, 1, 3, 24, 24)
+    images = torch.cat([image, 1e4 * image.flip(-1)])
+    removed = (draw(7, 24, 24) > -1).expand(2, 24, 24)
+    error = (linear_imputation(images, removed, tolerance=1e-4)[0] - by_hand(image[0], removed[0])).abs().amax()
+    assert error < 1e-3 * image.std()
+
+
 @pytest.mark.parametrize("kind", ["blob", "zeros", "noise"])
 def test_imputation_agrees_with_a_sparse_direct_solver(kind: str) -> None:
     sparse = pytest.importorskip("scipy.sparse")
