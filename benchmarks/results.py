@@ -275,6 +275,9 @@ GROUPS = {
 }
 
 
+NOTHING = "–"  # as a table says that there is no value
+
+
 def images(results: Table, method: str) -> int:
     """How many images a method was measured on."""
     return sum(name == method for name, _ in results.records.rows)
@@ -297,7 +300,8 @@ def compact(results: Table, wanted: list[str], costs: bool = False) -> str:
             cells.append(f"**{found.short(1)}**" if found.mean == best[m.name] else found.short(1))
         cost, fewer = results.records.costs[method], images(results, method)
         extra = [f"{cost.forward / cost.images:.4g}", f"{cost.times_forward:.3g}"] if costs else []
-        rows.append([method + f" ({fewer} images)" * (fewer < most), *cells, *extra])
+        if set(cells) != {NOTHING}:
+            rows.append([method + f" ({fewer} images)" * (fewer < most), *cells, *extra])
     head = ["method", *(f"{m.name} {m.arrow}" for m in measures), *(["forward", "x forward"] if costs else [])]
     return table(rows, head)
 
@@ -314,7 +318,8 @@ def apart(results: Table, base: str) -> str:
             continue
         found = [results.difference(method, base, m.name) for m in measures]
         signs = ["+" * (e.mean > 0) + e.short(1) + "*" * (e.low > 0 or e.high < 0) for e in found]
-        rows.append([method, *signs])
+        if set(signs) != {NOTHING}:
+            rows.append([method, *signs])
     return table(rows, [f"minus {base}", *(f"{m.name} {m.arrow}" for m in measures)])
 
 
@@ -339,11 +344,11 @@ def page(name: str, case: Case, results: Table, facts: dict[str, Any], refused: 
         lines += [f"{level} Every method minus T-TAME, on the same images", ""]
         lines += ["A star: the 95 % interval of the difference leaves 0 out.", "", apart(part, "TTAME"), ""]
     lines += ["forward: samples through the model for one image; x forward: time as a multiple of a plain pass.", ""]
-    changed = {method: f"with {given}" for method, given in OPTIONS.items() if method in results.methods}
+    said = {method: ", ".join(f"{k}={v}" for k, v in given.items()) for method, given in OPTIONS.items()}
+    changed = {method: f"with {text}" for method, text in said.items() if method in results.methods}
     lines += [f"* {method}: {text}" for method, text in {**changed, **LEFT_OUT, **refused}.items()]
-    for measure in results.measures:
-        if measure.points:
-            lines += [f"* {measure.name}: at {len(measure.points)} shares of the pixels"]
+    curves = [f"{m.name} at {len(m.points)}" for m in results.measures if m.points]
+    lines += [f"* Curves: {', '.join(curves)} shares of the pixels"]
     return "\n".join(lines) + "\n"
 
 
