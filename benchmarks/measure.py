@@ -57,7 +57,10 @@ def saved_bytes(function: Callable[[], object], model: torch.nn.Module) -> int:
 
 def data() -> Path:
     """The folder of real data, from the environment variable ``ATTRIB_ZOO_DATA``."""
-    return Path(os.environ["ATTRIB_ZOO_DATA"])
+    folder = os.environ.get("ATTRIB_ZOO_DATA")
+    if not folder:
+        raise SystemExit("ATTRIB_ZOO_DATA: must name the folder of real data, got nothing; see CONTRIBUTING.md")
+    return Path(folder)
 
 
 def unpacked(name: str) -> Path:
