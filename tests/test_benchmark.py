@@ -72,6 +72,33 @@ def test_a_tables_numbers_are_those_of_the_metrics(model):
     assert [rows["cam", i].clean for i in range(7)] == pytest.approx(clean, rel=1e-5)
 
 
+def test_maps_of_zeros_are_ranked_as_the_metrics_rank_them(model):
+    def sparse(inputs, target):
+        maps = torch.zeros(len(inputs), 1, 16, 16)
+        maps[:, :, 3, 4] = 1  # under 15 % of the pixels: the rest of what is shown is drawn
+        return maps
+
+    wanted = "ad,ic,drop,increase,road,insertion,deletion"
+    table = run(model, {"sparse": sparse, "zeros": lambda x, t: 0 * sparse(x, t)}, wanted=wanted, seed=5)
+    target, seed = model(IMAGES).argmax(1), list(range(5, 12))
+    for name, maps in (("sparse", sparse(IMAGES, target)), ("zeros", 0 * sparse(IMAGES, target))):
+        asked = (model, IMAGES, maps, target)
+        found = {
+            "AD(15)": metrics.average_drop(*asked, keep=0.15),
+            "IC(50)": metrics.increase_in_confidence(*asked, keep=0.5),
+            "Drop%": metrics.drop_rate(*asked, seed=seed),
+            "Increase%": metrics.increase_rate(*asked, seed=seed),
+            "ROAD LeRF": metrics.road(*asked, order="lerf", fractions=TENTHS, seed=seed),
+            "insertion": metrics.insertion(*asked, steps=32, seed=seed),
+            "deletion": metrics.deletion(*asked, steps=32, seed=seed),
+        }
+        for measure, values in found.items():
+            torch.testing.assert_close(table.values(name, measure), 100 * values.double(), rtol=1e-4, atol=1e-3)
+        whole = metrics.drop_rate(*asked, ties="threshold")  # all of the image is shown: nothing is lost
+        assert whole.tolist() == [0] * 7
+        assert (table.values(name, "Drop%") > 0).any()
+
+
 def test_road_as_the_authors_released_it(model):
     maps = {"cam": GradCAM(model)}  # with zeros
     table = run(model, maps, wanted="road-released", seed=5)

@@ -117,18 +117,18 @@ class Measure:
         return "↓" if self.lower else "↑"
 
 
-def _drop(keep: float, mask: str) -> Callable[[Question], Tensor]:
+def _drop(keep: float, **options: Any) -> Callable[[Question], Tensor]:
     def compute(asked: Question) -> Tensor:
-        whole, masked = asked.shared(metrics.masked_confidence, keep=keep, mask=mask, seed=tuple(asked.seeds))
+        whole, masked = asked.shared(metrics.masked_confidence, keep=keep, **options, seed=tuple(asked.seeds))
         lost: Tensor = (whole - masked).clamp(min=0)
         return lost / torch.where(lost > 0, whole, torch.ones_like(whole))
 
     return compute
 
 
-def _rise(keep: float, mask: str) -> Callable[[Question], Tensor]:
+def _rise(keep: float, **options: Any) -> Callable[[Question], Tensor]:
     def compute(asked: Question) -> Tensor:
-        whole, masked = asked.shared(metrics.masked_confidence, keep=keep, mask=mask, seed=tuple(asked.seeds))
+        whole, masked = asked.shared(metrics.masked_confidence, keep=keep, **options, seed=tuple(asked.seeds))
         rose: Tensor = (masked > whole).to(whole.dtype)
         return rose.masked_fill((whole + masked).isnan(), torch.nan)
 
@@ -182,15 +182,16 @@ _TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 _POINTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 _RELEASED = {"fractions": _POINTS, "reduce": "accuracy", "ties": "threshold"}
 _KEEPS = (1.0, 0.5, 0.15)
+_SISE: dict[str, Any] = {"keep": 0.15, "mask": "binary", "ties": "random"}  # as metrics.drop_rate: no more than 15 %
 _STEPS = 32
 _TOP = 0.2  # of the pixels, in mIoU
 _GRID = tuple(i / _STEPS for i in range(_STEPS + 1))
 
 FAMILIES: dict[str, tuple[Measure, ...]] = {
-    "ad": tuple(Measure(f"AD({keep:.0%})".replace("%", ""), _drop(keep, "soft"), lower=True) for keep in _KEEPS),
-    "ic": tuple(Measure(f"IC({keep:.0%})".replace("%", ""), _rise(keep, "soft")) for keep in _KEEPS),
-    "drop": (Measure("Drop%", _drop(0.15, "binary"), lower=True),),
-    "increase": (Measure("Increase%", _rise(0.15, "binary")),),
+    "ad": tuple(Measure(f"AD({keep:.0%})".replace("%", ""), _drop(keep), lower=True) for keep in _KEEPS),
+    "ic": tuple(Measure(f"IC({keep:.0%})".replace("%", ""), _rise(keep)) for keep in _KEEPS),
+    "drop": (Measure("Drop%", _drop(**_SISE), lower=True),),
+    "increase": (Measure("Increase%", _rise(**_SISE)),),
     "road": (
         Measure("ROAD MoRF", _curve(metrics.road_curve, order="morf", fractions=_TENTHS), lower=True, points=_TENTHS),
         Measure("ROAD LeRF", _curve(metrics.road_curve, order="lerf", fractions=_TENTHS), points=_TENTHS),
