@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attrib_zoo import metrics
 from attrib_zoo.errors import OptionError
+from attrib_zoo.metrics.confidence import SISE
 from attrib_zoo.wording import closest
 
 NEEDS = {
@@ -182,7 +183,6 @@ _TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 _POINTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 _RELEASED = {"fractions": _POINTS, "reduce": "accuracy", "ties": "threshold"}
 _KEEPS = (1.0, 0.5, 0.15)
-_SISE: dict[str, Any] = {"keep": 0.15, "mask": "binary", "ties": "random"}  # as metrics.drop_rate: no more than 15 %
 _STEPS = 32
 _TOP = 0.2  # of the pixels, in mIoU
 _GRID = tuple(i / _STEPS for i in range(_STEPS + 1))
@@ -190,8 +190,8 @@ _GRID = tuple(i / _STEPS for i in range(_STEPS + 1))
 FAMILIES: dict[str, tuple[Measure, ...]] = {
     "ad": tuple(Measure(f"AD({keep:.0%})".replace("%", ""), _drop(keep), lower=True) for keep in _KEEPS),
     "ic": tuple(Measure(f"IC({keep:.0%})".replace("%", ""), _rise(keep)) for keep in _KEEPS),
-    "drop": (Measure("Drop%", _drop(**_SISE), lower=True),),
-    "increase": (Measure("Increase%", _rise(**_SISE)),),
+    "drop": (Measure("Drop%", _drop(**SISE), lower=True),),
+    "increase": (Measure("Increase%", _rise(**SISE)),),
     "road": (
         Measure("ROAD MoRF", _curve(metrics.road_curve, order="morf", fractions=_TENTHS), lower=True, points=_TENTHS),
         Measure("ROAD LeRF", _curve(metrics.road_curve, order="lerf", fractions=_TENTHS), points=_TENTHS),
