@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attrib_zoo import metrics
 from attrib_zoo.errors import OptionError
-from attrib_zoo.metrics.confidence import SISE
+from attrib_zoo.metrics.confidence import _SISE
 from attrib_zoo.wording import closest
 
 NEEDS = {
@@ -190,8 +190,8 @@ _GRID = tuple(i / _STEPS for i in range(_STEPS + 1))
 FAMILIES: dict[str, tuple[Measure, ...]] = {
     "ad": tuple(Measure(f"AD({keep:.0%})".replace("%", ""), _drop(keep), lower=True) for keep in _KEEPS),
     "ic": tuple(Measure(f"IC({keep:.0%})".replace("%", ""), _rise(keep)) for keep in _KEEPS),
-    "drop": (Measure("Drop%", _drop(**SISE), lower=True),),
-    "increase": (Measure("Increase%", _rise(**SISE)),),
+    "drop": (Measure("Drop%", _drop(**_SISE), lower=True),),
+    "increase": (Measure("Increase%", _rise(**_SISE)),),
     "road": (
         Measure("ROAD MoRF", _curve(metrics.road_curve, order="morf", fractions=_TENTHS), lower=True, points=_TENTHS),
         Measure("ROAD LeRF", _curve(metrics.road_curve, order="lerf", fractions=_TENTHS), points=_TENTHS),

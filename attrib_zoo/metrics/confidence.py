@@ -28,7 +28,7 @@ from attrib_zoo.metrics._scores import (
 )
 from attrib_zoo.targets import TargetQuery
 
-SISE: dict[str, Any] = {"keep": 0.15, "mask": "binary", "ties": "random"}  # what its Drop % and Increase % show
+_SISE: dict[str, Any] = {"keep": 0.15, "mask": "binary", "ties": "random"}  # what its Drop % and Increase % show
 
 
 def average_drop(
@@ -133,7 +133,7 @@ def drop_rate(model: nn.Module, inputs: Tensor, attributions: Tensor, target: An
     Returns:
         ``(N,)``, in 0...1; the paper prints 100 times the mean, lower is better. NaN where the map is not finite.
     """
-    return average_drop(model, inputs, attributions, target, **{**SISE, **options})
+    return average_drop(model, inputs, attributions, target, **{**_SISE, **options})
 
 
 def increase_rate(model: nn.Module, inputs: Tensor, attributions: Tensor, target: Any = None, **options: Any) -> Tensor:
@@ -143,7 +143,7 @@ def increase_rate(model: nn.Module, inputs: Tensor, attributions: Tensor, target
         ``(N,)``, 1 or 0; the paper prints 100 times the mean, higher is better. NaN where the map is not finite.
         (Its formula sums signs; what its text and its table count are the increases.)
     """
-    return increase_in_confidence(model, inputs, attributions, target, **{**SISE, **options})
+    return increase_in_confidence(model, inputs, attributions, target, **{**_SISE, **options})
 
 
 def masked_confidence(
