@@ -254,7 +254,14 @@ def test_a_chunk_size_that_is_no_positive_integer_is_refused(size):
         ChunkSize(size)
 
 
-def test_the_automatic_size():
+@pytest.mark.parametrize(("side", "most"), [(16, 32), (112, 32), (130, 23), (224, 8), (256, 6), (384, 4), (1024, 4)])
+def test_the_automatic_size_on_a_cpu_goes_by_the_pixels(side, most):
+    assert ChunkSize(images=torch.empty(2, 3, side, side)).value == most
+    assert ChunkSize(images=torch.empty(2, 3, side, side, device="meta")).value == 32
+    assert ChunkSize(7, torch.empty(2, 3, side, side)).value == 7
+
+
+def test_the_automatic_size_of_unknown_images():
     assert ChunkSize().value == 32
     assert ChunkSize(7).value == 7
 

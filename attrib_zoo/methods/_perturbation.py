@@ -87,7 +87,7 @@ class Perturbation(Attribution, _PerturbationAttribution):
             clean=self.read(outputs, target),
             hidden=resolve_baseline(self.baseline, self.model, inputs),
             read=self.read,
-            chunks=ChunkSize(self.chunk_size),
+            chunks=ChunkSize(self.chunk_size, inputs),
             label=self.get_name() if show_progress else "",
         )
 

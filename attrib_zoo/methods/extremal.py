@@ -134,7 +134,7 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
             found[part] = self._optimise(smooth, gain, shares.to(inputs.device), done)
 
         with progress(len(items) * self.max_iter, self.get_name() if show_progress else "", "step") as done:
-            for _ in ChunkSize(self.chunk_size).ranges(len(items), work):
+            for _ in ChunkSize(self.chunk_size, inputs).ranges(len(items), work):
                 pass
         return found.view(len(inputs), count, len(self.areas), height, width).mean(2)
 

@@ -276,7 +276,7 @@ class _Path:
     ) -> None:
         self.inputs, self.args, self.n = inputs, args, n
         self.target: Target = query.resolve(forward(explainer.model, inputs, args))
-        self.chunk = ChunkSize(explainer.chunk_size)
+        self.chunk = ChunkSize(explainer.chunk_size, inputs)
         self._label = explainer.get_name() if show_progress else ""
 
     def pair(self, index: Tensor) -> tuple[Tensor, Tensor]:

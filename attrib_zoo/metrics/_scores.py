@@ -62,7 +62,7 @@ def run_in_chunks(model: nn.Module, images: Tensor, args: tuple[Any, ...], chunk
         rows = torch.arange(part.start, part.stop, device=images.device)
         found.append(forward(model, images[part], select_args(args, rows, len(images))))
 
-    for _ in ChunkSize(chunk_size).ranges(len(images), work):
+    for _ in ChunkSize(chunk_size, images).ranges(len(images), work):
         pass
     return torch.cat(found)
 
@@ -133,6 +133,6 @@ def score_copies(
     with frozen(model) as bare, torch.no_grad():
         if target is None:
             resolved = TargetQuery(None).resolve(run_in_chunks(bare, inputs, args, chunk_size))
-        for _ in ChunkSize(chunk_size).ranges(batch * copies, work):
+        for _ in ChunkSize(chunk_size, inputs).ranges(batch * copies, work):
             pass
     return torch.cat(found).view(batch, copies)

@@ -186,7 +186,7 @@ def masked_confidence(
         seed: Of the random orders: one int per image (its number in the data set makes the result independent of
             batching), or an int, to which image i of the batch adds i.
         clean: ``p``, ``(N,)``, if it is known; the whole images are then not run, and ``target`` must be given.
-        chunk_size: Images per forward pass; 32 or fewer as memory allows when ``None``.
+        chunk_size: Images per forward pass; what is fast and fits when ``None``.
         additional_forward_args: As in :meth:`Attribution.attribute`.
 
     Returns:

@@ -76,7 +76,7 @@ def insertion_curve(
         ties: Which of equal values goes first: ``"random"`` and ``"stable"`` change exactly ``k/steps`` of the
             pixels, in a random order of each image or in raster order; with ``"threshold"`` they go together.
         seed: Of the random orders: one int per image, or an int, to which image i adds i.
-        chunk_size: Images per forward pass; 32 or fewer as memory allows when ``None``.
+        chunk_size: Images per forward pass; what is fast and fits when ``None``.
         additional_forward_args: As in :meth:`Attribution.attribute`.
 
     Returns:

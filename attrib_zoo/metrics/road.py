@@ -81,7 +81,7 @@ def road_curve(
             limit are removed, so that of a map that is 60 % zeros LeRF removes 60 % or more at once.
         seed: Of the random orders and the noise: one int per image (its number in the data set makes the result
             independent of batching), or an int, to which image i adds i.
-        chunk_size: Images per forward pass and per solution; 32 or fewer as memory allows when ``None``.
+        chunk_size: Images per forward pass and per solution; what is fast and fits when ``None``.
         additional_forward_args: As in :meth:`Attribution.attribute`.
 
     Returns:
