@@ -40,7 +40,7 @@ _SCHEDULES = ("auto", "paper", "short")
 _FEW_STEPS = {
     "short": (30, "raise max_steps or epochs"),
     "paper": (20_000, "raise epochs, or pass schedule='short'"),
-    "released": (20_000, "raise epochs, or use recipe='paper', which has a short schedule"),
+    "released": (20_000, "raise epochs, or pass schedule='short'"),
 }
 
 
@@ -110,7 +110,8 @@ class TrainableAttribution(FittedAttribution):
                 ``None`` for the schedule's own.
             lr: maximal learning rate of the cycle; ``None`` for the schedule's own.
             schedule: ``"paper"`` (made for hundreds of thousands of steps), ``"short"``, or ``"auto"``: short below
-                20 000 steps; or a :class:`~attrib_zoo.training.schedule.Schedule` of your own.
+                20 000 steps, but never with ``recipe="released"``; or a
+                :class:`~attrib_zoo.training.schedule.Schedule` of your own.
             val_loader: images for validation after each epoch and at the end: the loss, and AD/IC at 100, 50, 15 %.
             precision: ``None`` (the model's own), ``"bf16-mixed"`` or ``"fp16-mixed"`` for the frozen model's passes.
             seed: fixes initial weights, drawn classes and the loader's order; the global generators stay untouched.

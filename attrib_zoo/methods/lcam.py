@@ -23,7 +23,7 @@ from attrib_zoo.methods._masking import MASKINGS, check_statistics, decide_maski
 from attrib_zoo.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
-from attrib_zoo.training.schedule import LOGIT_STEP, LONG, Schedule
+from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 
 _RECIPES = ("paper", "released")
 _BORDER, _OFFSET = 0.3, 5e-4  # of the released loss
@@ -94,9 +94,9 @@ class _LCAM(TrainableAttribution):
 
     def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         falling: dict[str, Any] = {"weight_decay": 5e-4, "decay_biases": True, "factor": 0.95}
-        if self.recipe == "released":
-            return Schedule("released", "sgd", 1e-4, epochs=26, drops=12, bias_scale=2.0, **falling)
-        if asked == "paper" or (asked == "auto" and steps >= LONG):
+        if is_long(asked, steps, self.recipe):
+            if self.recipe == "released":
+                return Schedule("released", "sgd", 1e-4, epochs=26, drops=12, bias_scale=2.0, **falling)
             return Schedule("paper", "sgd", 1e-4, epochs=25, drops=25, **falling)
         network.share_rows(network.reach(features))  # type: ignore[operator]  # an AttentionHead
         return Schedule("short", "adam", LOGIT_STEP)
@@ -165,7 +165,8 @@ class LCAMFm(_LCAM):
             stage).
         recipe: ``"paper"``: the equations above; ``"released"``: what the authors' code does where it differs: maps
             of all decisions of the batch in AV and TV, an offset of 5e-4 in AV, the border in TV, TV over twice the
-            batch size, and a learning rate that falls in the first 12 of 26 epochs only, double for biases.
+            batch size, and, unless ``fit`` is given ``schedule="short"``, a learning rate that falls in the first 12
+            of 26 epochs only, double for biases.
         ce_only: the paper's ablation (*): the cross-entropy alone.
         after_pool: the layer after the last max-pooling instead (†), in networks that have one there.
         lambda_tv: λ1.

@@ -18,7 +18,7 @@ from attrib_zoo.methods._masking import MASKINGS, check_statistics, decide_maski
 from attrib_zoo.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
-from attrib_zoo.training.schedule import LOGIT_STEP, LONG, Schedule
+from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 
 _RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"variation": "mean", "border_penalty": 0.0, "area_offset": 0.0, "psi": "auto"},
@@ -59,8 +59,8 @@ class TTAME(TrainableAttribution):
             (VGG-16), the last three stages (ResNet-50), the last three blocks (ViT-B-16), and the same rule elsewhere.
         recipe: ``"paper"``: the equations above; ``"released"``: what the authors' code does where it differs, i.e.
             the defaults of the next options marked †, ``norm1`` of the last blocks of vision transformers, and the
-            long schedule always. The released variation grows with the number of maps, so there the batch size
-            changes the trade-off; scale ``lambda_variation`` by 32/B to keep it.
+            long schedule unless ``fit`` is given ``schedule="short"``. The released variation grows with the number
+            of maps, so there the batch size changes the trade-off; scale ``lambda_variation`` by 32/B to keep it.
         lambda_ce: λ1, weight of the cross-entropy.
         lambda_tv: λ2, weight of area and variation.
         lambda_variation: λ3, weight of the variation V inside.
@@ -174,10 +174,8 @@ class TTAME(TrainableAttribution):
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
     def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
-        if self.recipe == "released":
-            return Schedule("released", "sgd", 1e-3, weight_decay=5e-4)
-        if asked == "paper" or (asked == "auto" and steps >= LONG):
-            return Schedule("paper", "sgd", 1e-3, weight_decay=5e-4)
+        if is_long(asked, steps, self.recipe):
+            return Schedule(self.recipe, "sgd", 1e-3, weight_decay=5e-4)
         network.share_rows(network.reach(features))  # type: ignore[operator]  # an AttentionHead
         return Schedule("short", "adam", LOGIT_STEP, branch_lr=_BRANCH_LR)
 

@@ -52,6 +52,11 @@ class Schedule:
         return asdict(self)
 
 
+def is_long(asked: str, steps: int, recipe: str) -> bool:
+    """Whether ``"auto"``, ``"paper"`` or ``"short"`` is the schedule of a paper, or of its authors' code, here."""
+    return asked == "paper" or (asked == "auto" and (recipe == "released" or steps >= LONG))
+
+
 def build(
     network: nn.Module, schedule: Schedule, steps: int, custom: OptimizerFactory | None
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR | Falling]:

@@ -268,6 +268,9 @@ def test_the_schedules():
         falling.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4 * 0.95**12, 2e-4 * 0.95**12])
     assert explainer._schedule("auto", 100, network, features).name == "short"
+    asked = "auto", "paper", "short"
+    names = {name: LCAMImg(model, recipe="released")._schedule(name, 100, network, features).name for name in asked}
+    assert names == {"auto": "released", "paper": "released", "short": "short"}
     assert not network.fuser.weight.any()
     assert Schedule(**paper.facts()) == paper
 
