@@ -13,7 +13,7 @@ from attrib_zoo.masking import ChunkSize
 
 
 def each_chunk(
-    images: int,
+    inputs: Tensor,
     copies: int,
     work: Callable[[Tensor, Tensor], None],
     *,
@@ -23,7 +23,7 @@ def each_chunk(
     """Call ``work(rows, numbers)`` until each image has had each copy; chunks cross the borders of images.
 
     Args:
-        images: N.
+        inputs: the N images, whose device and size say how many go at once.
         copies: how many of each image.
         work: takes the images ``(M,)`` and the numbers of the copies ``(M,)``; it must not add to a result before
             all that needs memory is done, since it is called again with fewer where memory runs out.
@@ -33,10 +33,10 @@ def each_chunk(
 
     def some(part: slice) -> None:
         pairs = torch.arange(part.start, part.stop)
-        work(pairs % images, pairs // images)
+        work(pairs % len(inputs), pairs // len(inputs))
 
-    with progress_bar(images * copies, progress) as advance:
-        for done in ChunkSize(chunk_size).ranges(images * copies, some):
+    with progress_bar(len(inputs) * copies, progress) as advance:
+        for done in ChunkSize(chunk_size, inputs).ranges(len(inputs) * copies, some):
             advance(done)
 
 

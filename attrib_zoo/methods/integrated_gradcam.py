@@ -112,7 +112,7 @@ class IntegratedGradCAM(GradientCAM):
                 seen += g.any()
 
         name = type(self).__name__ if show_progress else None
-        each_chunk(len(inputs), self.n_steps, add, chunk_size=self.chunk_size, progress=name)
+        each_chunk(inputs, self.n_steps, add, chunk_size=self.chunk_size, progress=name)
         check_gradients(alive, taps, type(self).__name__)
         return self._fused([total / self.n_steps for total in totals], inputs)
 
