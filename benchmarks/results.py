@@ -226,10 +226,8 @@ def measure(name: str, case: Case, folder: Path, batch: int, most: int | None) -
         path.with_suffix(".refused").write_text(str(error), encoding="utf-8")
         return
     network = getattr(explainer, "network_", None)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    facts = {"commit": commit.stdout.strip(), "setting": setting(), "options": repr(explainer)}
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
+    facts = {"commit": commit.strip(), "setting": setting(), "options": repr(explainer)}
     if network is not None:
         facts |= {"fit": explainer.report(), "classes seen": (explainer.class_counts_ > 0).tolist()}
     path.with_suffix(".facts.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -349,9 +347,10 @@ def page(name: str, case: Case, results: Table, facts: dict[str, Any], refused: 
         lines += ["A star: the 95 % interval of the difference leaves 0 out.", "", apart(part, "TTAME"), ""]
     lines += ["forward: samples through the model for one image; x forward: time as a multiple of a plain pass.", ""]
     missing = {method: why for method, why in LEFT_OUT.items() if method not in results.methods}
-    said = {method: ", ".join(f"{k}={v}" for k, v in given.items()) for method, given in OPTIONS.items()}
-    changed = {method: f"with {text}" for method, text in said.items() if method in results.methods}
-    lines += [f"* {method}: {text}" for method, text in {**changed, **missing, **refused}.items()]
+    given = {method: options for method, options in (OPTIONS | VARIANTS).items() if method in results.methods}
+    changed = {method: "with " + ", ".join(f"{k}={v}" for k, v in given[method].items()) for method in given}
+    lines += [f"* {name}: {text.removeprefix(name + ': ')}" for name, text in {**changed, **missing, **refused}.items()]
+    lines += [f"* Trained explainers: {case.steps} steps, T-TAME's and L-CAM's short schedules"]
     curves = [f"{m.name} at {len(m.points)}" for m in results.measures if m.points]
     lines += [f"* Curves: {', '.join(curves)} shares of the pixels"]
     return "\n".join(lines) + "\n"
@@ -366,7 +365,8 @@ def write(name: str, case: Case, work: Path, output: Path) -> None:
     told = {method: {key: fact[key] for key in fact if key != "classes seen"} for method, fact in facts.items()}
     numbers = {"case": case.says, "measured": told, **json.loads(results.to_json())}
     (output / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    shown = {*FIRST, "random map", "image edges"}
+    wanted, most = {*FIRST, SMOOTH, "random map", "image edges"}, len(results.images)
+    shown = {method for method in wanted if images(results, method) == most}  # means of other images compare badly
     results.records.rows = {key: row for key, row in results.records.rows.items() if key[0] in shown}
     results.plot().savefig(output / f"{name}.png")
 
