@@ -11,6 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from attrib_zoo import (
+    IIA,
+    RISE,
+    IntegratedGradCAM,
+    ScoreCAM,
+    SmoothGradCAMPlusPlus,
+    metrics,
+    synthetic,
+)
 from attrib_zoo.errors import OptionError
 from attrib_zoo.masking import (
     IMAGENET_MEAN,
@@ -264,6 +273,38 @@ def test_the_automatic_size_on_a_cpu_goes_by_the_pixels(side, most):
 def test_the_automatic_size_of_unknown_images():
     assert ChunkSize().value == 32
     assert ChunkSize(7).value == 7
+
+
+# ---------------------------------------------------------------------- chunks of whoever runs copies of images
+
+
+def metric(function, **options):
+    return lambda model, images: function(model, images, torch.rand(len(images), 1, 4, 4), 0, **options)
+
+
+def method(cls, **options):
+    return lambda model, images: cls(model, **options).attribute(images, 0)
+
+
+COPIES = {
+    "insertion": metric(metrics.insertion_curve, steps=40),
+    "ROAD": metric(metrics.road_curve, fractions=[0.01 * k for k in range(40)]),
+    "RISE": method(RISE, n_masks=40),
+    "ScoreCAM": method(ScoreCAM),
+    "IntegratedGradCAM": method(IntegratedGradCAM, n_steps=40),
+    "SmoothGradCAMPlusPlus": method(SmoothGradCAMPlusPlus, n_samples=40),
+    "IIA": method(IIA, n_steps=40, mode="released"),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize(("side", "most"), [(32, 32), (160, 15)])
+def test_copies_on_a_cpu_go_by_the_size_of_the_images(name, side, most):
+    model, sizes = synthetic.tiny_cnn(), []
+    hook = model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    COPIES[name](model, torch.randn(1, 3, side, side))
+    hook.remove()
+    assert max(sizes) == most
 
 
 # ---------------------------------------------------------------------- blurring
