@@ -327,10 +327,7 @@ def apart(results: Table, base: str) -> str:
 def page(name: str, case: Case, results: Table, facts: dict[str, Any], refused: dict[str, str]) -> str:
     """The tables of a case, as Markdown."""
     lines = [f"# {case.says}", "", f"{len(results.images)} images; the model's own decision is explained."]
-    lines += [
-        "Mean ± half the 95 % bootstrap interval; bold: best on all images; ↑ more is better, ↓ less is better.",
-        "",
-    ]
+    lines += ["Mean ± half the 95 % bootstrap interval; bold: best on all images; ↑ more, ↓ less is better.", ""]
     seen = torch.tensor(facts.get("TTAME", {}).get("classes seen", [True]))
     parts = {"": results}
     if not bool(seen.all()):
