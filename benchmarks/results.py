@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from measure import data, setting, table, unpacked
@@ -120,14 +121,14 @@ def coarse(fractions: tuple[float, ...] = (0.2, 0.5, 0.8), steps: int = 8) -> li
     ]
 
 
-def squeezenet(work: Path) -> Case:
+def squeezenet(_: Path) -> Case:
     """ImageNet photographs."""
     loaded = models.load("squeezenet1_1", weights=data() / "squeezenet1_1_imagenet.safetensors")
     paths = sorted(unpacked("imagenet_photos").glob("*/*.jpg"))
-    tiny = [unpacked(name) for name in ("tiny_imagenet_50", "tiny_imagenet_150")]
 
     def training() -> DataLoader[Any]:
-        small = sorted(path for folder in tiny for path in folder.glob("train/*/*.JPEG"))
+        folders = [unpacked(f"tiny_imagenet_{classes}") for classes in (50, 150)]
+        small = sorted(path for folder in folders for path in folder.glob("train/*/*.JPEG"))
         return DataLoader(Photos(small, enlarged(loaded)), batch_size=16, shuffle=True)
 
     return Case(
@@ -160,8 +161,7 @@ def tiny(name: str) -> Callable[[Path], Case]:
         chosen = drawn(len(images), 500)
 
         def training() -> DataLoader[Any]:
-            whole = TensorDataset(standardised(read(folder / "train")[0]))
-            return DataLoader(whole, batch_size=32, shuffle=True)
+            return DataLoader(TensorDataset(standardised(read(folder / "train")[0])), batch_size=32, shuffle=True)
 
         return Case(
             model.to(memory_format=torch.channels_last),
@@ -224,10 +224,9 @@ def measure(name: str, case: Case, folder: Path, batch: int, most: int | None) -
     except UnsupportedModelError as error:
         path.with_suffix(".refused").write_text(str(error), encoding="utf-8")
         return
-    network = getattr(explainer, "network_", None)
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
     facts = {"commit": commit.strip(), "setting": setting(), "options": repr(explainer)}
-    if network is not None:
+    if explainer.needs_fit:
         facts |= {"fit": explainer.report(), "classes seen": (explainer.class_counts_ > 0).tolist()}
     path.with_suffix(".facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
@@ -349,7 +348,8 @@ def page(name: str, case: Case, results: Table, facts: dict[str, Any], refused: 
     missing = {method: why for method, why in LEFT_OUT.items() if method not in results.methods}
     given = {method: options for method, options in (OPTIONS | VARIANTS).items() if method in results.methods}
     changed = {method: "with " + ", ".join(f"{k}={v}" for k, v in given[method].items()) for method in given}
-    lines += [f"* {name}: {text.removeprefix(name + ': ')}" for name, text in {**changed, **missing, **refused}.items()]
+    told = [f"* {name}: {text.removeprefix(name + ': ')}" for name, text in {**changed, **missing, **refused}.items()]
+    lines += [fill(text, 120, subsequent_indent="  ") for text in told]
     lines += [f"* Trained explainers: {case.steps} steps, T-TAME's and L-CAM's short schedules"]
     curves = [f"{m.name} at {len(m.points)}" for m in results.measures if m.points]
     lines += [f"* Curves: {', '.join(curves)} shares of the pixels"]
