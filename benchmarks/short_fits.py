@@ -19,7 +19,7 @@ from typing import Any
 
 from measure import data, setting, unpacked
 from real_data import NAMES, confidence
-from results import drawn
+from results import RELEASED, drawn
 from train_backbone import darkened
 
 import torch
@@ -31,7 +31,6 @@ from torchvision import transforms
 from attrib_zoo import TTAME, GradCAM, models
 from attrib_zoo.photos import Photos
 
-RELEASED = {"variation": "sum", "border_penalty": 0.3, "area_offset": 5e-4}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "paper's schedule": ({}, {"schedule": "paper"}),
     "short, other classes at random": ({"psi": "random"}, {}),
@@ -96,7 +95,8 @@ def main() -> None:
     if options.patches:
         model = taught(model, DataLoader(tiny, batch_size=16, shuffle=True), options.patches, mean, std)
 
-    everything = torch.stack([Photos(paths, loaded.transform)[i] for i in asked])
+    photos = Photos([paths[i] for i in asked], loaded.transform)
+    everything = torch.stack([photos[i] for i in range(len(photos))])
     with torch.inference_mode():
         decisions = torch.cat([model(part).argmax(1) for part in everything.split(50)])
     listed, wnids = json.loads((photographs / "classes.json").read_text()), {folder.name for folder in folders}
