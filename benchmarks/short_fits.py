@@ -2,7 +2,7 @@
 
     ATTRIB_ZOO_DATA=FOLDER python benchmarks/short_fits.py [--steps 200] [--seeds 0 1 2] [--variants ...]
     ... --size 224 --photographs drawn    # the images of docs/results/squeezenet.md instead of the 200 known classes'
-    ... --fit-on photographs              # the other photographs instead of Tiny-ImageNet
+    ... --photographs drawn --fit-on photographs    # the other photographs instead of Tiny-ImageNet
     ... --patches 400                     # a classifier that has seen black patches, taught in so many steps
 
 An ImageNet SqueezeNet; fits on Tiny-ImageNet images enlarged to ``--size`` pixels; measures average drop and increase
@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--fit-on", choices=["tiny", "photographs"], default="tiny")
     parser.add_argument("--patches", type=int, default=0, help="steps")
     options = parser.parse_args()
+    if options.fit_on == "photographs" and options.photographs == "known":
+        parser.error("--fit-on photographs: needs photographs that are not explained; add --photographs drawn")
     warnings.simplefilter("ignore")
     loaded = models.load("squeezenet1_1", weights=data() / "squeezenet1_1_imagenet.safetensors")
     model = loaded.model.to(memory_format=torch.channels_last)
