@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone import layers as layer_rules
 from attrib_zoo.backbone.capture import frozen, unwrap
-from attrib_zoo.backbone.gridcheck import check_grids
-from attrib_zoo.backbone.layers import Tap
+from attrib_zoo.backbone.layers.gridcheck import check_grids
+from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import InputError
 from attrib_zoo.masking import upsample
 from attrib_zoo.targets import TargetQuery

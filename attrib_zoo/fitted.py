@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution, forward_args
 from attrib_zoo.backbone.capture import frozen, run
-from attrib_zoo.backbone.layers import Tap
+from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import (
     BackboneMismatchError,
     CheckpointError,
@@ -27,8 +27,8 @@ from attrib_zoo.errors import (
 from attrib_zoo.masking import min_max
 from attrib_zoo.targets import TargetQuery
 from attrib_zoo.training.checkpoint import Checkpoint, fingerprint, read, write
-from attrib_zoo.training.fitted import Fitted, class_count
 from attrib_zoo.training.history import History
+from attrib_zoo.training.session import Fitted, class_count
 
 _Self = TypeVar("_Self", bound="FittedAttribution")
 

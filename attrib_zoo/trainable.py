@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import check_images, forward_args
 from attrib_zoo.backbone.capture import check_gradient, run
-from attrib_zoo.backbone.layers import Grid, Tap
+from attrib_zoo.backbone.layers.resolve import Grid, Tap
 from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.errors import (
     BackboneMismatchError,
@@ -30,10 +30,10 @@ from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import Checkpoint, fingerprint, read, write
 from attrib_zoo.training.data import Batches, check_repeatable, images_of, total_steps
 from attrib_zoo.training.fit import State, Terms, autocast, tell, train
-from attrib_zoo.training.fitted import Fitted, averages, class_count, ground
 from attrib_zoo.training.history import History
 from attrib_zoo.training.losses import two_logits
 from attrib_zoo.training.schedule import OptimizerFactory, Schedule, build, check_optimizer
+from attrib_zoo.training.session import Fitted, averages, class_count, ground
 
 _Self = TypeVar("_Self", bound="TrainableAttribution")
 _SCHEDULES = ("auto", "paper", "short")

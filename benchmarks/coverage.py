@@ -34,7 +34,7 @@ import torchvision
 from torch import Tensor, nn
 
 from attrib_zoo import TTAME, GradCAM, ScoreCAM
-from attrib_zoo.backbone.gridcheck import probe
+from attrib_zoo.backbone.layers.gridcheck import probe
 from attrib_zoo.backbone.layers import look, resolve
 
 ROOT = Path(__file__).resolve().parent.parent

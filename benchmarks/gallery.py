@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 from attrib_zoo import models, synthetic, visualize
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.commands import methods
+from attrib_zoo.cli.shared import methods
 from attrib_zoo.errors import AttribZooError, UnsupportedModelError
 from attrib_zoo.photos import Photos
 from attrib_zoo.trainable import TrainableAttribution

@@ -23,7 +23,7 @@ import attrib_zoo
 from attrib_zoo import models
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.benchmark.cost import measured, peak_bytes
-from attrib_zoo.commands import methods
+from attrib_zoo.cli.shared import methods
 from attrib_zoo.errors import AttribZooError
 
 HEAD = ["method", "by", "forward", "backward", "x forward", "x its passes", "peak MB"]

@@ -41,7 +41,7 @@ from attrib_zoo.attribution import Attribution
 from attrib_zoo.benchmark import Measure, Table, evaluate
 from attrib_zoo.benchmark.measures import TRUTH, Question, chosen
 from attrib_zoo.benchmark.records import Records
-from attrib_zoo.commands import methods
+from attrib_zoo.cli.shared import methods
 from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.photos import Photos
 

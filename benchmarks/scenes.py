@@ -30,7 +30,7 @@ from attrib_zoo import metrics, synthetic
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.benchmark import Measure, Table, evaluate
 from attrib_zoo.benchmark.table import Estimate, estimate
-from attrib_zoo.commands import methods
+from attrib_zoo.cli.shared import methods
 from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.synthetic import Scenes, scenes
 

@@ -21,7 +21,7 @@ import torchvision
 from attrib_zoo import TTAME, GradCAM
 from attrib_zoo.backbone.capture import frozen, run
 from attrib_zoo.methods.ttame import extra_classes
-from attrib_zoo.training.fitted import ground
+from attrib_zoo.training.session import ground
 
 LAST = {"resnet50": "layer4", "vgg16": "features.29", "vit_b_16": "encoder.layers.encoder_layer_11.ln_1"}
 

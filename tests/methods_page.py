@@ -10,7 +10,7 @@ from known_weaknesses import BLIND, OFF_TARGET
 from reference_pages import _markup
 
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.commands import methods
+from attrib_zoo.cli.shared import methods
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 KINDS = {"cnn": "CNNs", "vit": "vision transformers"}
@@ -75,7 +75,7 @@ classes; the extremal perturbation of the red object settles elsewhere, and leav
 
 MODELS = {"cnn": "CNN", "vit": "transformer"}
 CHECKS = (
-    "On scenes whose evidence is known, with a tiny CNN and a tiny vision transformer, `tests/test_sanity.py` asks of "
+    "On scenes whose evidence is known, with a tiny CNN and a tiny vision transformer, `tests/methods/test_sanity.py` asks of "
     "every method whether its map has more energy on the object that was asked for than chance has, and more than on "
     "the other object; and whether the map changes (rank correlation below 0.5) when the model's last layer gets "
     "random weights, as Adebayo et al. (NeurIPS 2018) ask. Trained methods are fitted again for that model. Tiny "
@@ -210,7 +210,7 @@ def is_limit(sentence: str) -> bool:
 
 
 def weaknesses() -> list[str]:
-    """What tests/test_sanity.py expects to fail."""
+    """What tests/methods/test_sanity.py expects to fail."""
     agnostic = ", ".join(f"`{cls.__name__}`" for cls in methods().values() if cls.class_agnostic)
     lines = [*wrapped(CHECKS), ""]
     for text, found in ((TEXT_OFF_TARGET, OFF_TARGET), (TEXT_BLIND, BLIND)):

@@ -24,19 +24,12 @@ ORDER = (
     "trainable",
     "methods",
     "",  # attrib_zoo/__init__.py: the list of methods
-    "_shapes",
-    "_paint",
-    "_tiny",
     "synthetic",
     "visualize",
     "photos",
-    "weights",
     "models",
     "benchmark",
     "testing",
-    "demo",
-    "commands",
-    "evaluation",
     "protocols",
     "cli",
     "__main__",
@@ -199,7 +192,7 @@ def backwards(modules: list[Module]) -> list[str]:
     return [
         f"{module.name}:{node.lineno}: .backward(); use torch.autograd.grad"
         for module in modules
-        if module.name not in ("training.fit", "synthetic")  # synthetic trains models of its own
+        if module.name not in ("training.fit", "synthetic.scenes")  # synthetic trains models of its own
         for node in ast.walk(module.tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
     ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from attrib_zoo.backbone.gridcheck import Verdict
+from attrib_zoo.backbone.layers.gridcheck import Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -142,9 +142,13 @@ import attrib_zoo
 print(*sorted({{name.split(".")[0] for name in set(sys.modules) - before}}))
 """
 ALL = """
-for info in pkgutil.walk_packages(attrib_zoo.__path__, "attrib_zoo."):
-    if info.name.split(".")[1] not in ("cli", "__main__"):
-        importlib.import_module(info.name)
+def walk(path, prefix):
+    for info in pkgutil.iter_modules(path, prefix):
+        if info.name.split(".")[1] not in ("cli", "__main__"):
+            module = importlib.import_module(info.name)
+            walk(getattr(module, "__path__", []), info.name + ".")
+
+walk(attrib_zoo.__path__, "attrib_zoo.")
 """
 OURS = {"attrib_zoo", "torch", "numpy", *sys.stdlib_module_names}
 

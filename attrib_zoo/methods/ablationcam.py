@@ -12,7 +12,7 @@ from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.backbone.replay import Replay, replay
 from attrib_zoo.checks import check_choice
 from attrib_zoo.masking import ChunkSize
-from attrib_zoo.methods._perturbation import Perturbation, at_least_float32, mean_of_layers, progress
+from attrib_zoo.methods.bases.perturbation import Perturbation, at_least_float32, mean_of_layers, progress
 from attrib_zoo.targets import TargetQuery
 
 

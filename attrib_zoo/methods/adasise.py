@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.methods._perturbation import Baseline
-from attrib_zoo.methods._sise import BlockwiseSampling, otsu_of_counts
+from attrib_zoo.methods.bases.blockwise import BlockwiseSampling, otsu_of_counts
+from attrib_zoo.methods.bases.perturbation import Baseline
 
 _BINS = 256
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from attrib_zoo.methods._attention import AttentionMethod, attend_to, not_zero, positive, with_identity
+from attrib_zoo.methods.bases.attention import AttentionMethod, attend_to, not_zero, positive, with_identity
 from attrib_zoo.targets import TargetQuery
 
 if TYPE_CHECKING:

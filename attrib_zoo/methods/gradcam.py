@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attrib_zoo.methods._cam import GradientCAM
+from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 
 
 class GradCAM(GradientCAM):

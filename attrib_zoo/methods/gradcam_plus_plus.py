@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.checks import check_choice
-from attrib_zoo.methods._cam import GradientCAM
+from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 
 
 class GradCAMPlusPlus(GradientCAM):

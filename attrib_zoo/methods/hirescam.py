@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attrib_zoo.methods._cam import GradientCAM
+from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 
 
 class HiResCAM(GradientCAM):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.checks import check_number
 from attrib_zoo.masking import upsample as enlarge
-from attrib_zoo.methods._cam import GradientCAM
+from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 
 
 class LayerCAM(GradientCAM):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward
-from attrib_zoo.backbone.layers import Tap, is_attention
+from attrib_zoo.backbone.layers.resolve import Tap, is_attention
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.replay import replay
 from attrib_zoo.checks import check_choice, check_number
@@ -18,10 +18,10 @@ from attrib_zoo.errors import OptionError, UnsupportedModelError
 from attrib_zoo.fitted import attend, head_dtype
 from attrib_zoo.masking import blend
 from attrib_zoo.masking import upsample as enlarge
-from attrib_zoo.methods._attention_head import AttentionHead
-from attrib_zoo.methods._masking import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
+from attrib_zoo.training.head import AttentionHead
+from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 

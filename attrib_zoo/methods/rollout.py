@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.attention import attend
-from attrib_zoo.methods._attention import AttentionMethod, attend_to, not_zero, positive, with_identity
+from attrib_zoo.backbone.vit.attention import attend
+from attrib_zoo.methods.bases.attention import AttentionMethod, attend_to, not_zero, positive, with_identity
 from attrib_zoo.targets import TargetQuery
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from attrib_zoo.checks import check_number
-from attrib_zoo.methods._perturbation import Baseline
-from attrib_zoo.methods._sise import BlockwiseSampling
+from attrib_zoo.methods.bases.blockwise import BlockwiseSampling
+from attrib_zoo.methods.bases.perturbation import Baseline
 
 
 class SISE(BlockwiseSampling):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import select_args
 from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.masking import ChunkSize
-from attrib_zoo.methods._cam import GradientCAM, check_gradients, differentiate
-from attrib_zoo.methods._copies import check_seed, each_chunk
+from attrib_zoo.methods.bases.copies import check_seed, each_chunk
+from attrib_zoo.methods.bases.gradient_cam import GradientCAM, check_gradients, differentiate
 from attrib_zoo.targets import TargetQuery
 
 

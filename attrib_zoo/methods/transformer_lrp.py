@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.attention import Attended, Attentions, Matrix, attend, find_attention
-from attrib_zoo.backbone.heads import precise
-from attrib_zoo.backbone.layers import look
+from attrib_zoo.backbone.layers.resolve import look
 from attrib_zoo.backbone.module import find
-from attrib_zoo.backbone.prenorm import Block, PreNorm, Values, take_apart
+from attrib_zoo.backbone.vit.attention import Attended, Attentions, Matrix, attend, find_attention
+from attrib_zoo.backbone.vit.heads import precise
+from attrib_zoo.backbone.vit.prenorm import Block, PreNorm, Values, take_apart
 from attrib_zoo.errors import OptionError, UnsupportedModelError
-from attrib_zoo.methods import _relevance as rules
-from attrib_zoo.methods._attention import AttentionMethod, not_zero, positive, with_identity
+from attrib_zoo.methods.bases import relevance as rules
+from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
 from attrib_zoo.targets import TargetQuery
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward
-from attrib_zoo.backbone.layers import Tap
+from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.fitted import attend
 from attrib_zoo.masking import blend, upsample
-from attrib_zoo.methods._attention_head import ACTIVATIONS, AttentionHead
-from attrib_zoo.methods._masking import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
+from attrib_zoo.training.head import ACTIVATIONS, AttentionHead
+from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 

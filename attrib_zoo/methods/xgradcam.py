@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.layers import Tap
+from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.backbone.module import find
 from attrib_zoo.checks import check_choice
 from attrib_zoo.errors import UnsupportedModelError
-from attrib_zoo.methods._cam import GradientCAM
+from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 
 
 class XGradCAM(GradientCAM):

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attrib_zoo.backbone.layers import Tap, is_attention
+from attrib_zoo.backbone.layers.resolve import Tap, is_attention
 from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.masking import min_max
 from attrib_zoo.masking import upsample as enlarge
-from attrib_zoo.methods._cam import GradientCAM
+from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 
 
 class ZoomCAM(GradientCAM):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.errors import DataError, OptionError, UnsupportedModelError
 from attrib_zoo.masking import IMAGENET_MEAN, IMAGENET_STD
-from attrib_zoo.weights import download, fit_into
+from attrib_zoo.models.weights import download, fit_into
 from attrib_zoo.wording import closest, reason
 
 _Transform = Callable[[Any], Tensor]

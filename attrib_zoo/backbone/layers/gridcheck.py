@@ -1,0 +1,386 @@
+"""Is a layer's map where the image is? A test by measurement: change the image here, and see which cells move.
+
+A layout is data that may be wrong: guessed, or given by a user with rows and columns swapped or a token too many. A map
+that is read wrongly looks like any other. So what could be misread is tested at its first use, on the user's own image:
+a few of its places are changed, and the change of the layer's output is compared with what each way to read it
+predicts. Another reading that clearly wins, or cells that move sharply and elsewhere, are an error that says so. Where
+nothing can be told (the layer mixes the whole image, as the late stages of some networks with random weights do), the
+map is used as it is, and a line is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.backbone.capture import call_model, frozen, listening, select_args
+from attrib_zoo.backbone.grid import Grid, Tap
+from attrib_zoo.backbone.layers.layouts import MOST_PREFIX_TOKENS, fits
+from attrib_zoo.backbone.layers.lookup import nearest
+from attrib_zoo.backbone.layers.trace import Trace
+from attrib_zoo.backbone.module import find, unwrap
+from attrib_zoo.errors import LayerError
+
+__all__ = ["Verdict", "check_grids", "probe", "unchecked"]
+
+_PLACES = ((0.21, 0.34), (0.29, 0.79), (0.66, 0.16), (0.83, 0.71))  # no mirror or turn takes them to themselves
+_MORE_PLACES = tuple(((0.46 + 0.7549 * k) % 0.94, (0.46 + 0.5698 * k) % 0.94) for k in range(12))  # evenly scattered
+_CELLS = (8, 8)  # what an image is divided into where no layer has tokens
+_SMALLEST = 1 / 16  # of the image, along each side: what is changed
+_BROAD = 0.2  # of the image: how far a coarse answer reaches
+_MARGIN = 0.15  # by which another reading must win
+_CLEAR = 0.55  # what a reading that wins must reach
+_SEEN = 0.15  # below, a reading explains nothing
+_SURE = 0.45  # from here on four places are enough
+_SHUFFLES = 19  # of the places, all of which a reading must beat: one in twenty does by chance
+_FEWEST = 16  # cells: with fewer, chance alone may look like an answer
+_SPARE = 0.4  # of the tokens at most are no patches, in a reading that nobody gave
+_SHARP = 0.5  # of the change, in as few cells as the places that were changed take
+_SCATTERED = 0.35  # of such a share must be explained, or these cells lie elsewhere
+
+_IMAGES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+
+_log = logging.getLogger("attrib_zoo")
+_checking: ContextVar[bool] = ContextVar("attrib_zoo_grid_checks", default=True)
+_passed: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """No layer's grid is tested inside: for a hint that is right although the test says otherwise."""
+    token = _checking.set(False)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read a layer's output as a map.
+
+    Attributes:
+        kind: as in :class:`Grid`.
+        start: tokens before the patches.
+        hw: rows and columns.
+        turned: the first of the two spatial axes are the columns.
+        order: the tokens' permutation, where there is one.
+        rest: tokens behind the patches; no :class:`Grid` has any.
+    """
+
+    kind: str
+    start: int
+    hw: tuple[int, int]
+    turned: bool = False
+    order: tuple[int, ...] | None = None
+    rest: int = 0
+
+    def cells(self, change: Tensor) -> Tensor:
+        """The change of each cell ``(Q, h*w)`` from the squared change ``(Q, ...)`` of the layer's output."""
+        h, w = self.hw
+        if change.ndim == 3:
+            tokens = change.sum(2 if self.kind == "tokens" else 1)[:, self.start : self.start + h * w]
+            return tokens if self.order is None else tokens[:, list(self.order)]
+        image = change.sum(1 if self.kind == "nchw" else 3)
+        return (image.transpose(1, 2) if self.turned else image).flatten(1)
+
+    def __str__(self) -> str:
+        h, w = self.hw
+        if self.kind in ("nchw", "nhwc"):
+            return f"Grid({self.kind!r})" + (" with rows and columns exchanged" if self.turned else "")
+        if self.rest:
+            return f"{h}x{w} patches that begin at token {self.start}, with {self.rest} other tokens behind"
+        more = "" if self.order is None else ", permutation=..."
+        return f"Grid({self.kind!r}, prefix={self.start}, hw=({h}, {w}){more})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the test says about one layer.
+
+    Attributes:
+        tap: the layer.
+        said: ``"right"``, ``"wrong"`` or ``"undecided"``.
+        own: how well its reading predicts which cells move: 1 perfectly, 0 not at all.
+        other: the same of the best other reading, 0 where there is none.
+        better: the readings that clearly win.
+        sharpness: share of the change in the cells that change most, as many as were changed in the image; a quarter
+            of the places have no more.
+    """
+
+    tap: Tap
+    said: str
+    own: float
+    other: float
+    better: tuple[Reading, ...]
+    sharpness: float
+
+
+def check_grids(
+    model: nn.Module,
+    taps: Sequence[Tap],
+    inputs: Tensor,
+    args: Sequence[Any] = (),
+    *,
+    traced: Trace | None = None,
+    everything: bool = True,
+) -> None:
+    """Refuse a layer whose map is not where the image is; each layer once per model and input size.
+
+    One pass over five images, three more where it leaves a doubt; none for layers that were tested before.
+
+    Args:
+        model: the classifier; wrappers are looked through.
+        taps: the resolved layers.
+        inputs: images ``(N, C, H, W)``; the first is used.
+        args: further arguments of the model's forward.
+        traced: what ``look`` returned; names the layers to use instead, and shows which layouts are beyond doubt.
+        everything: ``False`` leaves out what is beyond doubt: images of a size that convolutions of this pass put out,
+            which no other layout fits.
+
+    Raises:
+        LayerError: a map is not spatial, or is read wrongly.
+    """
+    if not _checking.get():
+        return
+    bare = unwrap(model)
+    done = _passed.setdefault(bare, set())
+    size = tuple(inputs.shape[1:])
+    open_taps = [tap for tap in taps if (size, tap) not in done]
+    if not everything and traced is not None:
+        open_taps = [tap for tap in open_taps if not _beyond_doubt(traced, tap)]
+    if not open_taps:
+        return
+    for verdict in probe(bare, open_taps, inputs, args):
+        if verdict.said == "wrong":
+            raise LayerError(_refusal(bare, verdict, traced))
+        if verdict.said == "undecided":
+            _log.info(
+                "layers: %r of %s mixes the whole image, so that its grid cannot be tested",
+                verdict.tap.label,
+                type(bare).__name__,
+            )
+        done.add((size, verdict.tap))
+
+
+def probe(model: nn.Module, taps: Sequence[Tap], inputs: Tensor, args: Sequence[Any] = ()) -> list[Verdict]:
+    """Change four places of the first image, and say for each layer whether the right cells move.
+
+    Chance makes cells move too, more so where there are few. So layers that are not clearly right are shown twelve
+    more places, four in a pass.
+    """
+    finest = max((grid for tap in taps if (grid := tap.grid.hw) is not None), default=_CELLS)
+    changes, boxes = _moved(model, taps, inputs, args, _PLACES, finest)
+    shape = inputs.shape
+    verdicts = [_judge(tap, change, boxes, shape) for tap, change in zip(taps, changes, strict=True)]
+    unsure = [i for i, verdict in enumerate(verdicts) if verdict.said != "right" or verdict.own < _SURE]
+    if not unsure:
+        return verdicts
+    passes = [(boxes, [changes[i] for i in unsure])]
+    for start in range(0, len(_MORE_PLACES), len(_PLACES)):
+        places = _MORE_PLACES[start : start + len(_PLACES)]
+        more, where = _moved(model, [taps[i] for i in unsure], inputs, args, places, finest)
+        passes.append((where, more))
+    everywhere = torch.cat([where for where, _ in passes])
+    for position, i in enumerate(unsure):
+        verdicts[i] = _judge(taps[i], torch.cat([found[position] for _, found in passes]), everywhere, shape)
+    return verdicts
+
+
+def _moved(
+    model: nn.Module,
+    taps: Sequence[Tap],
+    inputs: Tensor,
+    args: Sequence[Any],
+    places: Sequence[tuple[float, float]],
+    finest: tuple[int, int],
+) -> tuple[list[Tensor], Tensor]:
+    """For each layer the squared change ``(Q, ...)`` of its output by each place, and where these are ``(Q, 4)``."""
+    rows = torch.zeros(1 + len(places), dtype=torch.long, device=inputs.device)
+    devices = [inputs.device] if inputs.is_cuda else []
+    outputs: dict[int, Tensor] = {}
+
+    def keep(position: int, activation: Tensor) -> None:
+        taps[position].grid.to_map(activation)  # refuses what has another shape
+        output = activation.detach().to(torch.float64)
+        outputs[position] = (output[1:] - output[:1]).square()
+
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices), frozen(model) as bare:
+        images, boxes = _changed(inputs.detach()[rows], places, finest)
+        with listening(bare, taps, keep):
+            call_model(bare, images, select_args(args, rows, len(inputs)))
+    return [outputs[position] for position in range(len(taps))], boxes
+
+
+def _changed(images: Tensor, places: Sequence[tuple[float, float]], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The image as it is and with one place changed each, ``(1 + Q, C, H, W)``; and top, bottom, left, right of each.
+
+    A place is one cell of the grid, or as many as make a sixteenth of the image.
+    """
+    images = images.clone()
+    span = float(images[0].to(torch.float32).std(correction=0)) or 1.0
+    generator = torch.Generator().manual_seed(0)
+    boxes = []
+    for row, place in enumerate(places, start=1):
+        (top, bottom), (left, right) = (
+            _side(at, cells, full) for at, cells, full in zip(place, grid, images.shape[-2:], strict=True)
+        )
+        area = images[row, :, top:bottom, left:right]
+        noise = torch.rand(area.shape, generator=generator) + 0.5
+        area.add_((2 * span * noise).to(area))
+        boxes.append((top / images.shape[2], bottom / images.shape[2], left / images.shape[3], right / images.shape[3]))
+    return images, torch.tensor(boxes, dtype=torch.float64)
+
+
+def _side(at: float, cells: int, full: int) -> tuple[int, int]:
+    """The pixels from and to of the place that begins in the cell where ``at`` lies."""
+    some = math.ceil(cells * _SMALLEST)
+    first = min(int(at * cells), cells - some)
+    low, high = math.ceil(first * full / cells), (first + some) * full // cells
+    return (low, high) if high > low else (min(low, full - 1), min(low, full - 1) + 1)
+
+
+def _judge(tap: Tap, change: Tensor, boxes: Tensor, shape: Sequence[int]) -> Verdict:
+    readings = _readings(tap.grid, tuple(change.shape), (shape[2], shape[3]))
+    scores = [_score(reading.cells(change), reading.hw, boxes) for reading in readings]
+    own, other = scores[0], max(scores[1:], default=0.0)
+    sharpness = _sharpness(readings[0].cells(change), readings[0].hw, boxes)
+    enough = readings[0].hw[0] * readings[0].hw[1] >= _FEWEST
+    wins = enough and other >= max(own + _MARGIN, _CLEAR)
+    better: tuple[Reading, ...] = ()
+    if wins:
+        winners = [i for i in range(1, len(readings)) if scores[i] >= max(own + _MARGIN, other - _MARGIN / 2)]
+        winners.sort(key=lambda i: (readings[i].rest, -readings[i].hw[0] * readings[i].hw[1], -scores[i]))
+        better = tuple(readings[i] for i in winners)
+    scattered = enough and sharpness >= _SHARP and own < _SCATTERED * sharpness
+    seen = own >= max(_SEEN, _by_chance(readings[0].cells(change), readings[0].hw, boxes))
+    said = "wrong" if wins or scattered else "right" if seen else "undecided"
+    return Verdict(tap, said, own, other, better, sharpness)
+
+
+def _readings(grid: Grid, shape: tuple[int, ...], image: tuple[int, int]) -> list[Reading]:
+    """The layout given, and then all others that fit the shape and the image."""
+    if len(shape) == 4:
+        axes = {"nchw": (shape[2], shape[3]), "nhwc": (shape[1], shape[2])}
+        found = [Reading(grid.kind, 0, axes[grid.kind])]
+        for kind, (h, w) in axes.items():
+            found += [Reading(kind, 0, (h, w)), Reading(kind, 0, (w, h), turned=True)]
+        found = [r for r in found[1:] if r != found[0] and fits(r.hw, image)]
+        return [Reading(grid.kind, 0, axes[grid.kind]), *found]
+    own = Reading(grid.kind, grid.prefix, grid.hw or (1, 1), order=grid.permutation)
+    found = []
+    for kind, length in (("tokens", shape[1]), ("channel_tokens", shape[2])):
+        for h in range(1, length + 1):
+            for w in {length // h, *((length - p) // h for p in range(MOST_PREFIX_TOKENS + 1))}:
+                spare = length - h * w
+                if w and 0 <= spare <= min(MOST_PREFIX_TOKENS, _SPARE * length) and fits((h, w), image):
+                    found += [Reading(kind, start, (h, w), rest=spare - start) for start in range(spare + 1)]
+    return [own, *(reading for reading in dict.fromkeys(found) if reading != own)]
+
+
+def _score(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
+    """How well a reading predicts which cells ``(Q, h*w)`` move: a correlation, of sharp and of broad answers.
+
+    Padded convolutions of stride 2 put what they see up to half a cell aside; so half a cell is free.
+    """
+    total = cells.sum(1, keepdim=True)
+    if cells.shape[1] < 2 or not bool(torch.isfinite(cells).all()) or not bool((total > 0).all()):
+        return 0.0
+    answer = _centred(cells / total)
+    aside = [(i / 2 / hw[0], j / 2 / hw[1]) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    moved = [boxes + torch.tensor([y, y, x, x], dtype=torch.float64) for y, x in aside]
+    return max(_fit(answer, _wanted(hw, places.to(cells.device))) for places in moved)
+
+
+def _by_chance(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
+    """The best score of answers that belong to other places; 0 for so few places that they say nothing about it."""
+    if len(cells) <= len(_PLACES):
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    shuffles = [torch.randperm(len(cells), generator=generator) for _ in range(_SHUFFLES)]
+    return max(_score(cells[order.to(cells.device)], hw, boxes) for order in shuffles)
+
+
+def _fit(answer: Tensor, wanted: Sequence[Tensor]) -> float:
+    return sum(_alike(answer, _centred(each)) for each in wanted) / len(wanted)
+
+
+def _wanted(hw: tuple[int, int], boxes: Tensor) -> tuple[Tensor, ...]:
+    """The share of each place in each cell ``(Q, h*w)``, and how near to it the cell is."""
+    shares, nears = [], []
+    for axis, count in enumerate(hw):
+        low, high = boxes[:, 2 * axis, None], boxes[:, 2 * axis + 1, None]
+        edges = torch.arange(count + 1, dtype=torch.float64, device=boxes.device) / count
+        shares.append((torch.minimum(high, edges[1:]) - torch.maximum(low, edges[:-1])).clamp_min(0))
+        centres = (edges[1:] + edges[:-1]) / 2
+        nears.append((-((centres - (low + high) / 2) / _BROAD).square() / 2).exp())
+    share, near = ((a.unsqueeze(2) * b.unsqueeze(1)).flatten(1) for a, b in (shares, nears))
+    return tuple(a / a.sum(1, keepdim=True).clamp_min(1e-300) for a in (share, near))
+
+
+def _centred(answers: Tensor) -> Tensor:
+    """What is peculiar to each place: without what all places have in common."""
+    return answers - answers.mean(0, keepdim=True)
+
+
+def _alike(answer: Tensor, wanted: Tensor) -> float:
+    size = answer.norm() * wanted.norm()
+    return float((answer * wanted).sum() / size) if float(size) > 0 else 0.0
+
+
+def _sharpness(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
+    """The share of the change that lies in as many cells as a place covers; a quarter of the places have no more."""
+    total = cells.sum(1)
+    if not bool(torch.isfinite(total).all()) or not bool((total > 0).all()):
+        return 0.0
+    covered = (_wanted(hw, boxes.to(cells.device))[0] > 0).sum(1)
+    ordered = cells.sort(1, descending=True).values
+    shares = [float(ordered[q, : int(covered[q])].sum() / total[q]) for q in range(len(cells))]
+    return sorted(shares)[len(shares) // 4 - 1]
+
+
+def _beyond_doubt(traced: Trace, tap: Tap) -> bool:
+    """An image that a convolution or pooling puts out, or one of the same size that cannot be read in another way."""
+    if tap.grid.kind != "nchw" or tap.grid.hw is not None:
+        return False
+    if isinstance(find(traced.model, tap.name), _IMAGES):
+        return True
+    for call in traced.calls():
+        for output in call.outputs:
+            if call.name == tap.name and output.element == tap.element:
+                if len(output.shape) != 4 or fits((output.shape[1], output.shape[2]), traced.size):
+                    return False
+                seen = {size for _, size in traced.sizes}
+                if (output.shape[2], output.shape[3]) not in seen:
+                    return False
+    return True
+
+
+def _refusal(model: nn.Module, verdict: Verdict, traced: Trace | None) -> str:
+    tap, grid = verdict.tap, verdict.tap.grid
+    own = Reading(grid.kind, grid.prefix, grid.hw or (0, 0), order=grid.permutation)
+    if verdict.better:
+        sayable = [reading for reading in verdict.better if not reading.rest] or verdict.better
+        fitting = [str(reading) for reading in sayable[:2]]
+        what = f"it does as {' or '.join(fitting)}"
+        whole = not verdict.better[0].rest and not verdict.better[0].turned
+        advice = f"pass layers=({tap.label!r}, {fitting[0]}), or another layer" if whole else "name another layer"
+    else:
+        what = "a few cells elsewhere change"
+        advice = "give the order of its cells, Grid(..., permutation=...), or name another layer"
+    calls = [call for call in traced.calls() if call.name == tap.name] if traced is not None else []
+    near = nearest(traced, calls[-1], 5) if traced is not None and calls else []
+    spatial = f"; the nearest spatial layers are {', '.join(map(repr, near))}" if near else ""
+    return (
+        f"layers: {tap.label!r} of {type(model).__name__} must change where the image does, but read as {own} it does "
+        f"not: {what}; {advice}{spatial}; to use it as it is: with attrib_zoo.backbone.layers.gridcheck.unchecked()"
+    )

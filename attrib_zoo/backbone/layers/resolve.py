@@ -1,0 +1,280 @@
+"""From what a user says about layers, which may be nothing, to resolved layers of any image classifier.
+
+A layer is given as its dotted name, as the module, as a negative index into the model's stages or blocks, as a pair
+``(layer, Grid)`` for a layout that cannot be found, as a ready :class:`Tap`, or as a list of these.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.backbone.capture import frozen, run_with_graph, select_args
+from attrib_zoo.backbone.grid import Grid, Tap
+from attrib_zoo.backbone.layers.layouts import find_grids
+from attrib_zoo.backbone.layers.lookup import Layer, find_layer
+from attrib_zoo.backbone.layers.stages import Item, Stages
+from attrib_zoo.backbone.layers.trace import Trace, trace
+from attrib_zoo.backbone.module import find
+from attrib_zoo.errors import AttribZooError, OptionError, UnsupportedModelError
+
+__all__ = ["Description", "Grid", "Layer", "Layers", "Tap", "Trace", "describe", "is_attention", "look", "resolve"]
+
+Layers: TypeAlias = Layer | Sequence[Layer] | None
+
+RULES = ("outputs", "norms", "gradient", "stages", "unpooled", "fine")
+
+_log = logging.getLogger("attrib_zoo")
+
+
+def look(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
+    """One forward pass on two images that shows every layer and layout; what :func:`resolve` can work from."""
+    traced = trace(model, inputs, args)
+    find_grids(traced)
+    return traced
+
+
+def resolve(
+    model: nn.Module,
+    layers: Layers,
+    inputs: Tensor,
+    args: Sequence[Any] = (),
+    *,
+    count: int = 1,
+    rule: str = "outputs",
+    traced: Trace | None = None,
+) -> tuple[Tap, ...]:
+    """The layers meant, as the model runs them on inputs of this size, in the order of execution.
+
+    Args:
+        model: the classifier; wrappers are looked through. Nothing about it changes.
+        layers: see the module's head; None lets ``rule`` decide.
+        inputs: images ``(N, C, H, W)`` of the size to be explained.
+        args: further arguments of the model's forward.
+        count: how many layers the rule takes; a smaller network gives what it has.
+        rule: ``"outputs"``: the last stage ends, or the last blocks of a plain transformer; ``"norms"``: the same, and
+            in token blocks their first normalisation layer; ``"gradient"``: the deepest one that the outputs have a
+            gradient to; ``"stages"``: every stage end; ``"unpooled"``: the same, but what goes into a pooling instead
+            of the pooling; ``"fine"``: the same, but where these are poolings, every layer with weights instead.
+        traced: what :func:`look` returned for this model and input size, to save a pass.
+
+    Raises:
+        LayerNotFoundError: a layer is not part of the model.
+        LayerError: a layer never ran, or puts out no map.
+        OptionError: layers are given twice, or as something that names no layer.
+        UnsupportedModelError: no layer was given and none puts out a map.
+    """
+    if rule not in RULES:
+        raise OptionError(f"rule: must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
+    if count < 1:
+        raise OptionError(f"count: must be 1 or more layers, got {count}")
+    traced = traced or look(model, inputs, args)
+    if layers is None:
+        items = _by_rule(traced, inputs, args, count, rule)
+        taps = tuple(item.tap(traced) for item in items)
+        _log.info("layers of %s: %s", type(traced.model).__name__, ", ".join(tap.label for tap in taps))
+        return taps
+    given = _listed(layers)
+    if not given:
+        raise OptionError("layers: must name at least one layer, got an empty list; leave it out for the default")
+    found = sorted((find_layer(traced, layer) for layer in given), key=lambda entry: entry[0])
+    taps = tuple(tap for _, tap in found)
+    for tap, following in pairwise(taps):
+        if (tap.name, tap.element, tap.call) == (following.name, following.element, following.call):
+            raise OptionError(f"layers: each must be given once, got {tap.label!r} twice")
+    return taps
+
+
+def _listed(layers: Layer | Sequence[Layer]) -> list[Any]:
+    """One entry per layer given; a pair (layer, Grid) is one."""
+    pair = isinstance(layers, tuple) and len(layers) == 2 and isinstance(layers[1], Grid)
+    return list(layers) if isinstance(layers, (list, tuple)) and not pair else [layers]
+
+
+# --- the default ----------------------------------------------------------------------------------------------
+
+
+def _by_rule(traced: Trace, inputs: Tensor, args: Sequence[Any], count: int, rule: str) -> list[Item]:
+    stages = Stages(traced)
+    if not stages.units:
+        raise UnsupportedModelError(
+            f"layers: no layer of {type(traced.model).__name__} puts out a map at input size "
+            f"{traced.size[0]}x{traced.size[1]}; name a layer and its layout, such as "
+            "layers=('encoder', Grid('tokens', prefix=1, hw=(14, 14)))"
+        )
+    if rule == "stages":
+        return stages.ends()
+    if rule == "unpooled":
+        return stages.unpooled()
+    if rule == "fine":
+        return stages.fine()
+    if rule == "gradient":
+        return [_with_gradient(traced, stages, inputs, args)]
+    items = stages.last(count)
+    if len(items) < count:
+        _log.info("%s has %d layers to explain, not %d", type(traced.model).__name__, len(items), count)
+    return [stages.norm(item) for item in items] if rule == "norms" else items
+
+
+def _with_gradient(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence[Any]) -> Item:
+    """The deepest candidate whose map has a gradient; where none has (a zero head), the first norm of a block."""
+    candidates = stages.deepest()
+    if len(candidates) == 1:
+        return candidates[0]
+    for item, reached in zip(candidates, _reached(traced, candidates, inputs, args), strict=True):
+        if reached:
+            return item
+    _log.info("no layer of %s gets a gradient; is its head untrained?", type(traced.model).__name__)
+    return stages.norm(stages.last(1)[0])
+
+
+def _reached(traced: Trace, items: Sequence[Item], inputs: Tensor, args: Sequence[Any]) -> list[bool]:
+    """Whether the outputs have a gradient to each map, on the first image."""
+    taps = [item.tap(traced) for item in items]
+    rows = torch.zeros(1, dtype=torch.long, device=inputs.device)
+    devices = [inputs.device] if inputs.is_cuda else []
+    with torch.random.fork_rng(devices=devices), frozen(traced.model) as bare:
+        extra = select_args(args, rows, len(inputs))
+        with run_with_graph(bare, inputs[:1], extra, taps) as (outputs, maps):
+            scores = outputs.flatten()
+            # unequal weights: the sum of a softmax has no gradient
+            score = (scores * torch.linspace(1, 2, len(scores), dtype=scores.dtype, device=scores.device)).sum()
+            gradients = torch.autograd.grad(score, maps, allow_unused=True)
+    return [gradient is not None and bool(gradient.ne(0).any()) for gradient in gradients]
+
+
+# --- what is there --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a :class:`Description`.
+
+    Attributes:
+        name: the layer's name.
+        module: its class.
+        tap: how it is read.
+        hw: rows and columns of its map.
+        on_path: whether the outputs depend on it.
+        taken_by: the defaults that choose it.
+        gradient: whether the outputs have a gradient to the map; None where that cannot be told (a head of zeros).
+    """
+
+    name: str
+    module: str
+    tap: Tap
+    hw: tuple[int, int]
+    on_path: bool
+    taken_by: tuple[str, ...]
+    gradient: bool | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """The layers that can be explained, for reading: ``print(describe(model, inputs))``.
+
+    Attributes:
+        model: the model's class.
+        size: (H, W) of the input.
+        rows: one per candidate, in the order of execution.
+    """
+
+    model: str
+    size: tuple[int, int]
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        header = ("layer", "module", "layout", "grid", "channels", "prefix", "gradient", "taken by")
+        lines = [header, *(self._cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        return "\n".join([f"{self.model} at {self.size[0]}x{self.size[1]}", *(line.rstrip() for line in table)])
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        run = "" if row.tap.calls == 1 else f" (run {row.tap.call % row.tap.calls + 1} of {row.tap.calls})"
+        unused = () if row.on_path else ("not read by the head",)
+        return (
+            row.tap.label + run,
+            row.module,
+            row.tap.grid.kind,
+            f"{row.hw[0]}x{row.hw[1]}",
+            str(row.tap.channels),
+            str(row.tap.grid.prefix),
+            "?" if row.gradient is None else "yes" if row.gradient else "no",
+            ", ".join((*row.taken_by, *unused)),
+        )
+
+
+def describe(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Description:
+    """The stages and blocks of a model, how they lay out their maps, and which default takes which.
+
+    Any other layer inside them that puts out a map can be named too.
+
+    Raises:
+        UnsupportedModelError: no layer puts out a map.
+    """
+    traced = look(model, inputs, args)
+    takers: dict[Tap, list[str]] = {}
+    items: dict[Tap, Item] = {}
+    for label, count, rule in (
+        ("outputs", 3, "outputs"),
+        ("norms", 3, "norms"),
+        ("gradient", 1, "gradient"),
+        ("stages", 1, "stages"),
+    ):
+        for item in _by_rule(traced, inputs, args, count, rule):
+            tap = item.tap(traced)
+            items[tap] = item
+            takers.setdefault(tap, []).append(label if count == 1 else f"{label} ({count})")
+    items.update((item.tap(traced), item) for item in Stages(traced).units)
+    ordered = sorted(items.items(), key=lambda entry: entry[1].place)
+    rows = [
+        Row(
+            tap.name,
+            type(item.call.module).__name__,
+            tap,
+            item.output.hw,
+            item.output.on_path,
+            tuple(takers.get(tap, ())),
+            gradient,
+        )
+        for (tap, item), gradient in zip(
+            ordered, _told(traced, [item for _, item in ordered], inputs, args), strict=True
+        )
+    ]
+    return Description(type(traced.model).__name__, traced.size, tuple(rows))
+
+
+def _told(traced: Trace, items: Sequence[Item], inputs: Tensor, args: Sequence[Any]) -> Sequence[bool | None]:
+    """Whether each map has a gradient, where some map has."""
+    try:
+        found = _reached(traced, items, inputs, args)
+    except AttribZooError:  # a model without gradients
+        found = []
+    return found if any(found) else [None] * len(items)
+
+
+def is_attention(model: nn.Module, tap: Tap) -> bool:
+    """Whether a layer belongs to a transformer: it puts out tokens, or holds or feeds self-attention.
+
+    Self-attention is known by what it is made of: projections to queries, keys and values.
+    """
+    if tap.grid.is_tokens:
+        return True
+    module = find(model, tap.name)
+    above, _, _ = tap.name.rpartition(".")
+    around = module if any(module.children()) else find(model, above)
+    return any(_attends(part) for part in around.modules())
+
+
+_PROJECTIONS = (("qkv",), ("q", "kv"), ("q", "k", "v"), ("query", "key", "value"), ("in_proj_weight",))
+
+
+def _attends(module: nn.Module) -> bool:
+    return any(all(hasattr(module, name) for name in names) for names in _PROJECTIONS)

@@ -1,0 +1,237 @@
+"""One look at a forward pass: which modules ran, inside which, what they put out and what of it reaches the outputs.
+
+It is a real pass over two images in eval mode without a graph. A pass over fake tensors would be free, but what a model
+keeps from a pass (a position table in ``functools.lru_cache``, a rotary embedding stored on a module) would then be
+fake for ever after; and a pass of two images costs less than the first explanation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.backbone.capture import call_model, frozen, select_args
+from attrib_zoo.backbone.grid import Grid
+from attrib_zoo.backbone.layers.flow import Flow, tensors
+from attrib_zoo.backbone.module import refuse_shards
+from attrib_zoo.errors import InputError
+
+BATCH = 2  # with one image the batch axis could not be told from others of size one
+
+
+@dataclass(eq=False)
+class Output:
+    """One tensor that one call put out.
+
+    Attributes:
+        element: its place in a tuple, list or dict; None where the call puts out the tensor itself.
+        shape: with the trace's batch of 2.
+        same: the call was given this tensor, or a view of it, and hands it on.
+        on_path: the model's outputs depend on it.
+        grid: how it holds a map; None where it does not.
+        hw: rows and columns of that map.
+        channels: C of that map.
+    """
+
+    element: int | str | None
+    shape: tuple[int, ...]
+    node: int | None
+    same: bool = False
+    on_path: bool = False
+    grid: Grid | None = None
+    hw: tuple[int, int] = (0, 0)
+    channels: int = 0
+
+
+@dataclass(eq=False)
+class Call:
+    """One run of one module.
+
+    Attributes:
+        name: dotted path of the module in the unwrapped model; empty for the model itself.
+        number: which run of this module it is, counted from 0.
+        begin: the clock when it began; ``end`` when it ended.
+        parent: the call that it ran inside.
+        children: the calls that ran directly inside it.
+        outputs: its tensors, not deeper than one level of tuple, list or dict.
+        cut: everything that reaches the model's outputs passes through this call's outputs.
+    """
+
+    name: str
+    module: nn.Module
+    number: int
+    begin: int
+    parent: Call | None = None
+    end: int = 0
+    children: list[Call] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    cut: bool = False
+
+    def inside(self) -> Iterator[Call]:
+        """All calls within this one, in the order in which they began."""
+        for child in self.children:
+            yield child
+            yield from child.inside()
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one forward pass showed.
+
+    Attributes:
+        model: the unwrapped model.
+        size: (H, W) of the input.
+        root: the call of the model itself.
+        sizes: ``(clock, (h, w))``: the spatial sizes that the pass went through.
+    """
+
+    model: nn.Module
+    size: tuple[int, int]
+    root: Call
+    sizes: list[tuple[int, tuple[int, int]]]
+
+    def calls(self) -> list[Call]:
+        """Every call but the model's own, in the order in which they ended."""
+        return sorted(self.root.inside(), key=lambda call: call.end)
+
+    def count(self, module: nn.Module) -> int:
+        """How often this module ran."""
+        return sum(call.module is module for call in self.root.inside())
+
+
+def trace(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
+    """Run the model once on two of the images (one, twice, where there is only one) and note what happened.
+
+    Hooks, modes and random state are as before when it returns, also if the model raises.
+
+    Args:
+        model: the model as the user has it; wrappers are looked through.
+        inputs: ``(N, C, H, W)``.
+        args: further arguments of its forward; tensors with N rows are cut to the same two examples.
+    """
+    if inputs.ndim != 4 or not len(inputs):
+        raise InputError(f"inputs: must be images (N, C, H, W) with N > 0, got shape {tuple(inputs.shape)}")
+    rows = torch.arange(BATCH, device=inputs.device) % len(inputs)
+    devices = [inputs.device] if inputs.is_cuda else []
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices), frozen(model) as bare:
+        refuse_shards(bare)
+        images = inputs.detach()[rows]
+        flow = Flow(images)
+        recorder = _Recorder(flow)
+        with ExitStack() as stack:
+            for name, module in _layers(bare):
+                recorder.names[module] = name
+                stack.callback(module.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(recorder.end).remove)
+            stack.enter_context(flow)
+            outputs = call_model(bare, images, select_args(args, rows, len(inputs)))
+        _mark_paths(recorder.root, flow, outputs)
+    return Trace(bare, (inputs.shape[2], inputs.shape[3]), recorder.root, flow.sizes)
+
+
+def layer_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Dotted path to module for every layer of an unwrapped model, as if no submodule were compiled."""
+    return {name: module for name, module in _layers(model) if name}
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if "_orig_mod" not in module._modules:  # torch.compile's wrapper, whose content comes next
+            yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+
+
+class _Recorder:
+    """The hooks that build the tree of calls."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.names: dict[nn.Module, str] = {}
+        self.root: Call
+        self._flow = flow
+        self._running: list[Call] = []
+        self._given: list[set[int | None]] = []
+        self._runs: dict[nn.Module, int] = {}
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        number = self._runs[module] = self._runs.get(module, -1) + 1
+        parent = self._running[-1] if self._running else None
+        self._flow.clock += 1
+        call = Call(self.names[module], module, number, self._flow.clock, parent)
+        if parent is None:
+            self.root = call
+        self._running.append(call)
+        self._given.append({self._flow.node(tensor) for tensor in tensors((args, kwargs))})
+        self._flow.sizes.extend((call.begin, pair) for pair in _pairs((args, kwargs)))
+
+    def end(self, module: nn.Module, _: Any, output: Any) -> Any:
+        while self._running[-1].module is not module:  # a call that raised inside the model's own try
+            self._running.pop()
+            self._given.pop()
+        call, given = self._running.pop(), self._given.pop()
+        call.end = self._flow.clock = self._flow.clock + 1
+        if call.parent is not None:
+            call.parent.children.append(call)
+        same = {key for key, tensor in _elements(output).items() if self._flow.node(tensor) in given - {None}}
+        copied = _copied(output)
+        call.outputs = [
+            Output(element, tuple(tensor.shape), self._flow.node(tensor), same=element in same)
+            for element, tensor in _elements(copied).items()
+        ]
+        return copied
+
+
+def _elements(output: Any) -> dict[int | str | None, Tensor]:
+    """The tensors of a module's output, not deeper than one level, by their place."""
+    if isinstance(output, Tensor):
+        return {None: output}
+    if isinstance(output, Mapping):
+        return {key: value for key, value in output.items() if isinstance(value, Tensor)}
+    items = enumerate(output) if isinstance(output, (tuple, list)) else ()
+    return {place: item for place, item in items if isinstance(item, Tensor)}
+
+
+def _copied(output: Any) -> Any:
+    """The output with each tensor copied, so that a node of its own stands for what the module hands on."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    if not _elements(output):
+        return output
+    if isinstance(output, Mapping):
+        changed: Any = copy.copy(output)
+        for key, value in output.items():
+            if isinstance(value, Tensor):
+                changed[key] = value.clone()
+        return changed
+    if isinstance(output, (tuple, list)):
+        items = [item.clone() if isinstance(item, Tensor) else item for item in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    return output
+
+
+def _pairs(value: Any) -> Iterator[tuple[int, int]]:
+    """Neighbouring whole numbers among arguments: models hand (h, w) on beside their tokens."""
+    if isinstance(value, (tuple, list)):
+        for first, second in pairwise(value):
+            if type(first) is int and type(second) is int:
+                yield first, second
+        for item in value:
+            yield from _pairs(item)
+    elif isinstance(value, Mapping):
+        yield from _pairs(list(value.values()))
+
+
+def _mark_paths(root: Call, flow: Flow, outputs: Any) -> None:
+    """Fill in what reaches the model's outputs, and what everything passes through."""
+    sinks = [node for tensor in tensors(outputs) if (node := flow.node(tensor)) is not None]
+    through, total = flow.paths(sinks)
+    for call in root.inside():
+        for output in call.outputs:
+            output.on_path = not total if output.node is None else through[output.node] > 0 or not total
+        nodes = {output.node for output in call.outputs if output.node is not None}
+        call.cut = not total or sum(through[node] for node in nodes) == total

@@ -1,0 +1,1 @@
+"""Transformers: their attention, and the pieces around it."""

@@ -1,0 +1,143 @@
+"""What the commands ``evaluate`` and ``layers`` do; each returns the text to print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from attrib_zoo.backbone.kind import is_transformer
+from attrib_zoo.backbone.layers.resolve import describe
+from attrib_zoo.benchmark import FAMILIES, Measure, write_report
+from attrib_zoo.benchmark import evaluate as run
+from attrib_zoo.benchmark.measures import TRUTH, chosen
+from attrib_zoo.cli.shared import explainers, load_model, methods
+from attrib_zoo.errors import AttribZooError, DataError, OptionError
+from attrib_zoo.models import unloaded
+from attrib_zoo.photos import BoxedPhotos, Photos, find_photos, is_photo, open_photo, read_boxes, writable_folder
+from attrib_zoo.wording import reason
+
+RESULTS, REPORT = "results.jsonl", "report.html"
+
+
+def evaluate(options: Any) -> str:
+    """Measure methods on a folder of images; write table, per-image results, plots and a page."""
+    folder = Path(options.output)
+    paths = find_photos([options.data], leave_out=folder)[: options.max_images]
+    for path in paths:
+        if not is_photo(path):
+            open_photo(path)  # says what is wrong with it, before anything is measured
+    boxes = None if options.boxes is None else _boxes(options.boxes, paths)
+    measures = _measures(options.metrics, boxes is not None)
+    loaded = load_model(options)
+    ready = {explainer.get_name(): explainer for explainer in explainers(options, loaded).values()}
+    like = torch.zeros(1, *loaded.input_size).to(next(loaded.model.parameters()))
+    for explainer in ready.values():
+        explainer.taps(like)  # a layer that does not exist, before anything is written
+    writable_folder(folder)
+    photos = Photos(paths, loaded.transform)
+    data: Any = photos if boxes is None else BoxedPhotos(photos, boxes, loaded.mean, loaded.std)
+    try:
+        table = run(
+            loaded.model,
+            ready,
+            DataLoader(data, options.batch_size, num_workers=options.workers),
+            measures,
+            masking=options.masking,
+            seed=options.seed,
+            memory=options.memory,
+            path=folder / RESULTS,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command continues from {folder / RESULTS}") from None
+    formats = {"table.md": table.to_markdown(), "table.csv": table.to_csv(), "table.json": table.to_json()}
+    formats |= {"table.tex": table.to_latex(), "differences.md": table.differences()}
+    for name, text in formats.items():
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    table.plot().savefig(folder / "plots.png")
+    write_report(
+        folder / REPORT,
+        table,
+        loaded.model,
+        ready,
+        photos.__getitem__,
+        mean=loaded.mean,
+        std=loaded.std,
+        title=f"{options.model} on {len(paths)} images of {Path(options.data).name}",
+        class_name=loaded.class_name,
+    )
+    files = ", ".join([REPORT, *formats, "plots.png", RESULTS])
+    return f"{table.to_text()}\n\n{folder}/: {files}"
+
+
+def layers(options: Any) -> str:
+    """Which layers of a model can be explained, and which method takes which by default."""
+    asked = None if options.size is None else _size(options.size)
+    model, size = unloaded(options.model)
+    if asked is not None:
+        size = (size[0], *asked)
+    try:
+        with torch.no_grad():
+            description = describe(model.eval(), torch.zeros(1, *size))
+    except (AssertionError, RuntimeError) as error:  # the model's own words
+        if isinstance(error, AttribZooError) or asked is None:
+            raise
+        raise OptionError(
+            f"size: {options.model} takes no images of {options.size} ({reason(error)}); choose another --size, or "
+            "leave it out"
+        ) from error
+    return f"{description}\n\n{_takers(model)}"
+
+
+def _size(text: str) -> tuple[int, int]:
+    """``"160x256"`` as height and width; one number is both."""
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and (width or height).isdigit() and int(height) and int(width or height)):
+        raise OptionError(f"size: must be a height and a width such as 160x256, or one number, got {text!r}")
+    return int(height), int(width or height)
+
+
+def _boxes(path: str, paths: Sequence[Path]) -> dict[Path, torch.Tensor]:
+    """The boxes of ``--boxes``; some photograph must have one."""
+    found = read_boxes(path)
+    if not any(photo.resolve() in found for photo in paths):
+        raise DataError(
+            f"boxes: '{path}' must name images of the folder, relative to its own place, got none of '{paths[0]}' and "
+            f"the {len(paths) - 1} others; look at its paths"
+        )
+    return found
+
+
+def _measures(names: str, boxed: bool) -> list[Measure]:
+    """The measures of ``--metrics``; a folder of images says nothing about regions, a file of boxes tells one each."""
+    served = (None, "region") if boxed else (None,)
+    allowed = [family for family, measures in FAMILIES.items() if measures[0].needs in served]
+    found = chosen(names, TRUTH)
+    for measure in found:
+        if measure.needs not in served:
+            raise OptionError(
+                f"metrics: {measure.name} needs the true regions of each image, which a folder does not say; "
+                f"{'' if boxed else 'give their boxes with --boxes, '}choose from {', '.join(allowed)}, or call "
+                "attrib_zoo.benchmark.evaluate"
+            )
+    return found
+
+
+def _takers(model: nn.Module) -> str:
+    """Which method takes which of the defaults that the table names; those for models of its kind."""
+    kind = "vit" if is_transformer(model) else "cnn"
+    by_rule: dict[str, list[str]] = {}
+    for cls in methods().values():
+        if kind not in cls.models:
+            continue
+        rule = cls(model)._layer_rule()
+        counted = rule is not None and rule[0] in ("outputs", "norms")
+        name = "no layers" if rule is None else f"{rule[0]} ({rule[1]})" if counted else rule[0]
+        by_rule.setdefault(name, []).append(cls.__name__)
+    width = max(map(len, by_rule))
+    lines = [f"  {rule:{width}}  {', '.join(names)}" for rule, names in sorted(by_rule.items())]
+    return "\n".join(["taken by default:", *lines])

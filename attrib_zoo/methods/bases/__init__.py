@@ -1,0 +1,1 @@
+"""What methods of one kind share: a base class each, with the hooks that a method fills."""

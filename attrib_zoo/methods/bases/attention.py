@@ -1,0 +1,92 @@
+"""Base of the methods that read attention matrices."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.attribution import Attribution
+from attrib_zoo.backbone.vit.attention import Attended, Attentions, attend, find_attention
+from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.targets import TargetQuery
+
+
+class AttentionMethod(Attribution):
+    """Base of the methods that follow tokens through all attention blocks of a vision transformer.
+
+    Args:
+        model: see :class:`Attribution`.
+        layers: must be ``None``: every attention block is read.
+        mean_pooling: also explain models whose head averages tokens; see :meth:`_attention`.
+        upsample: see :class:`Attribution`.
+    """
+
+    family: ClassVar[str] = "attention"
+    models: ClassVar[tuple[str, ...]] = ("vit",)
+    default_layers: ClassVar[tuple[str, int] | None] = None
+
+    def __init__(
+        self, model: nn.Module, layers: Any = None, *, mean_pooling: bool = False, upsample: bool = True
+    ) -> None:
+        super().__init__(model, layers, upsample=upsample)
+        if layers is not None and self.default_layers is None:
+            raise self._reads_all_layers()
+        self.mean_pooling = bool(mean_pooling)
+        self._found: dict[tuple[int, ...], Attentions] = {}
+
+    def _reads_all_layers(self) -> OptionError:
+        return OptionError(
+            f"layers: must be None for {type(self).__name__}, which reads the attention of every block, "
+            f"got {self.layers!r}; leave it out"
+        )
+
+    def _attention(self, inputs: Tensor, args: Sequence[Any]) -> Attentions:
+        """Where the model attends on inputs of this shape; found once per shape.
+
+        Raises:
+            UnsupportedModelError: it has no attention that can be read, or its head averages tokens and
+                ``mean_pooling`` is off.
+        """
+        key = tuple(inputs.shape[1:])
+        if key not in self._found:
+            self._found[key] = find_attention(self.model, inputs, args)
+        found = self._found[key]
+        if not (found.by_class_token or self.mean_pooling):
+            raise UnsupportedModelError(
+                f"model: {type(self).__name__} is defined for a head that reads a class token, the head of "
+                f"{type(self.model).__name__} reads {len(found.read)} of {found.tokens} tokens; pass "
+                "mean_pooling=True for the mean over them, which goes beyond the paper, or use GradCAM or TTAME"
+            )
+        return found
+
+
+def not_zero(maps: Tensor, who: str) -> Tensor:
+    """The maps; called by ``_maps``, it warns once where gradients left nothing of them."""
+    if not bool(maps.any()):
+        warnings.warn(
+            f"{who}: the map is exactly zero, since the score does not change with what is read of these "
+            "images; is the head of the model untrained?",
+            UserWarning,
+            stacklevel=6,  # the caller of attribute
+        )
+    return maps
+
+
+def attend_to(model: nn.Module, found: Attentions, inputs: Tensor, args: Sequence[Any], query: TargetQuery) -> Attended:
+    """One pass with the gradients of the targets' logits."""
+    return attend(model, found, inputs, args, lambda outputs: query.resolve(outputs.detach()).select(outputs))
+
+
+def positive(gradients: Tensor, values: Tensor) -> Tensor:
+    """The mean over heads of the positive part of gradient times value, ``(..., H, T, T)`` to ``(..., T, T)``."""
+    return (gradients * values).relu_().mean(-3)
+
+
+def with_identity(relations: Tensor, *, normalise: bool) -> Tensor:
+    """``relations + I``, for the residual connection; its rows divided by their sums where asked for."""
+    kept = relations + torch.eye(relations.shape[-1], dtype=relations.dtype, device=relations.device)
+    return kept / kept.sum(-1, keepdim=True) if normalise else kept

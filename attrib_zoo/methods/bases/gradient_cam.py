@@ -1,0 +1,219 @@
+"""Skeleton of the gradient CAMs: one forward, one backward to the layer; a method says how to combine the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.attribution import Attribution
+from attrib_zoo.backbone.capture import run_with_graph
+from attrib_zoo.backbone.layers.resolve import Tap
+from attrib_zoo.checks import check_choice
+from attrib_zoo.errors import LayerError
+from attrib_zoo.masking import upsample
+from attrib_zoo.targets import SCORES, Target, TargetQuery
+from attrib_zoo.wording import warn
+
+if TYPE_CHECKING:
+
+    class _GradientAttribution:
+        pass
+
+else:
+    from captum.attr import GradientAttribution as _GradientAttribution
+
+_TARGETS_AT_ONCE = 16
+
+
+class GradientCAM(Attribution, _GradientAttribution):
+    """Base of the class activation maps that weigh a layer's feature maps by the score's gradient.
+
+    Subclasses fill :meth:`weights` (one weight per feature map) or, where the weight varies over space,
+    :meth:`combine`; those with a rule of their own for several layers fill :meth:`fuse`. Tokens, NHWC layers, batches
+    and several targets are handled here.
+
+    Args:
+        model: see :class:`Attribution`.
+        layers: see :class:`Attribution`; several layers give the mean of their upsampled maps.
+        relu: keep positive evidence only.
+        score: what is differentiated: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
+        upsample: see :class:`Attribution`.
+
+    Attributes:
+        nonnegative: the formula divides by sums of feature maps and is derived for features behind a ReLU; where a
+            map sums to less than nothing, a call warns.
+    """
+
+    family: ClassVar[str] = "gradient CAM"
+    cost: ClassVar[str] = "1F + 1B behind the layer"
+    default_layers: ClassVar[tuple[str, int] | None] = ("gradient", 1)
+    nonnegative: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Any = None,
+        *,
+        relu: bool = True,
+        score: str = "logit",
+        upsample: bool = True,
+    ) -> None:
+        super().__init__(model, layers, upsample=upsample)
+        self.relu = bool(relu)
+        self.score = check_choice("score", score, SCORES)
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """The weight of each feature map.
+
+        Args:
+            activations: ``(M, D, h, w)``.
+            gradients: ``(M, D, h, w)``, of the score with respect to the activations.
+
+        Returns:
+            ``(M, D)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must fill weights, or combine")
+
+    def combine(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """The map before the ReLU, ``(M, h, w)``: the weighted sum of the feature maps."""
+        return torch.einsum("md,mdhw->mhw", self.weights(activations, gradients), activations)
+
+    def fuse(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """One map from those of several layers, the first layer first: the mean of the upsampled ones.
+
+        Args:
+            maps: ``(N, T, h_i, w_i)`` for each layer, two or more.
+            size: what to enlarge them to: the images' size or, with ``upsample=False``, the largest map's.
+
+        Returns:
+            ``(N, T, h, w)``.
+        """
+        return torch.stack([upsample(heat, size) for heat in maps]).mean(0)
+
+    def check_features(self, activations: Sequence[Tensor], taps: Sequence[Tap]) -> None:
+        """Refuse or warn where the formula does not fit what the layers ``(N, D, h, w)`` put out."""
+        if self.nonnegative:
+            warn_negative(activations, taps, type(self).__name__)
+
+    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        taps = self.taps(inputs, args)
+        maps, gradients, _ = differentiate(self.model, inputs, args, taps, query.resolve, self.score)
+        check_gradients(gradients, taps, type(self).__name__)
+        self.check_features(maps, taps)
+        return self._fused([self._one_layer(a, g) for a, g in zip(maps, gradients, strict=True)], inputs)
+
+    def _fused(self, found: Sequence[Tensor], inputs: Tensor) -> Tensor:
+        """The layers' maps ``(N, T, h_i, w_i)`` as one."""
+        if len(found) == 1:
+            return found[0]
+        size = inputs.shape[-2:] if self.upsample else [max(heat.shape[i] for heat in found) for i in (-2, -1)]
+        return self.fuse(found, size)
+
+    def _one_layer(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """``(N, D, h, w)`` activations and ``(T, N, D, h, w)`` gradients to ``(N, T, h, w)`` maps."""
+        count = len(gradient)
+        heat = self.combine(activation.expand(count, *activation.shape).flatten(0, 1), gradient.flatten(0, 1))
+        heat = heat.relu() if self.relu else heat
+        return heat.view(count, -1, *heat.shape[1:]).transpose(0, 1)
+
+
+def differentiate(
+    model: nn.Module,
+    inputs: Tensor,
+    args: Sequence[Any],
+    taps: Sequence[Tap],
+    resolve: Callable[[Tensor], Target],
+    score: str,
+) -> tuple[list[Tensor], list[Tensor], Target]:
+    """One forward pass, and one backward pass to the layers.
+
+    Args:
+        model: the frozen model.
+        inputs: ``(N, C, H, W)``.
+        args: the model's further arguments.
+        taps: the layers.
+        resolve: the targets, given the outputs.
+        score: what is differentiated; one of :data:`~attrib_zoo.targets.SCORES`.
+
+    Returns:
+        For each layer the activations ``(N, D, h, w)`` and the gradients ``(T, N, D, h, w)``, in float32 or better,
+        and the targets.
+    """
+    with run_with_graph(model, inputs, args, taps) as (outputs, maps):
+        target = resolve(outputs.detach())
+        gradients = _gradients(target.select(outputs, score), maps, taps)
+    return [_wide(m.detach()) for m in maps], [_wide(g) for g in gradients], target
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _gradients(scores: Tensor, maps: list[Tensor], taps: Sequence[Tap]) -> list[Tensor]:
+    """Gradients ``(T, N, D, h, w)`` of the scores ``(N, T)``; summing over the batch is exact in eval mode."""
+    count = scores.shape[1]
+    if count == 1:
+        found = torch.autograd.grad(scores.sum(), maps, allow_unused=True)
+        return [_connected(g, tap).unsqueeze(0) for g, tap in zip(found, taps, strict=True)]
+    parts: list[tuple[Tensor | None, ...]] = []
+    for first in range(0, count, _TARGETS_AT_ONCE):
+        wanted = range(first, min(first + _TARGETS_AT_ONCE, count))
+        parts.append(_batched(scores, maps, wanted, keep_graph=wanted.stop < count))
+    return [torch.cat([_connected(part[i], tap) for part in parts]) for i, tap in enumerate(taps)]
+
+
+def _batched(scores: Tensor, maps: list[Tensor], wanted: range, *, keep_graph: bool) -> tuple[Tensor | None, ...]:
+    """One vector-Jacobian product for several targets, or a loop where the model has an operation without vmap."""
+    columns = torch.zeros(len(wanted), *scores.shape, dtype=scores.dtype, device=scores.device)
+    for row, column in enumerate(wanted):
+        columns[row, :, column] = 1
+    try:
+        return torch.autograd.grad(scores, maps, columns, retain_graph=True, is_grads_batched=True, allow_unused=True)
+    except RuntimeError:
+        rows = [
+            torch.autograd.grad(
+                scores, maps, column, retain_graph=keep_graph or row + 1 < len(columns), allow_unused=True
+            )
+            for row, column in enumerate(columns)
+        ]
+        return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True))
+
+
+def _connected(gradient: Tensor | None, tap: Tap) -> Tensor:
+    if gradient is None:
+        raise LayerError(
+            f"layers: no gradient path from {tap.name!r} to the score; the outputs do not use this layer: "
+            "name another one, or pass layers=None"
+        )
+    return gradient
+
+
+def check_gradients(gradients: Sequence[Tensor], taps: Sequence[Tap], who: str) -> None:
+    """Exactly zero gradients: an error where the layer is the reason, one warning otherwise."""
+    dead = [tap for gradient, tap in zip(gradients, taps, strict=True) if not bool(gradient.any())]
+    for tap in dead:
+        if tap.grid.prefix > 0:
+            raise LayerError(
+                f"layers: the gradient at the patch tokens of {tap.name!r} is exactly zero; a class-token head "
+                "does not read them there: use the first normalisation layer of that block (norm1, ln_1), or "
+                "layers=None. A head whose weights are all zero, as an untrained one may be, has no gradient anywhere"
+            )
+    if dead:
+        warn(
+            f"{who}: the gradient at {', '.join(repr(tap.name) for tap in dead)} is exactly zero, so the map is "
+            "zero; the score does not change with this layer for these images",
+        )
+
+
+def warn_negative(activations: Sequence[Tensor], taps: Sequence[Tap], who: str) -> None:
+    """One warning where a living feature map has no positive sum."""
+    sums = [(a.sum(dim=(-2, -1)) <= 0) & a.ne(0).any(-1).any(-1) for a in activations]
+    signed = [tap for found, tap in zip(sums, taps, strict=True) if bool(found.any())]
+    if signed:
+        warn(
+            f"{who}: derived for features that are nowhere negative, but {', '.join(repr(tap.name) for tap in signed)} "
+            "has feature maps with a negative sum; name a layer behind a ReLU, or use HiResCAM or LayerCAM",
+        )

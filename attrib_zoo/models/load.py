@@ -1,0 +1,312 @@
+"""Classifiers by name, from torchvision or timm, each with its own preprocessing and class names."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrib_zoo.errors import DataError, OptionError, TargetError, UnsupportedModelError
+from attrib_zoo.models.weights import ask_hub, download, fit_into
+from attrib_zoo.wording import closest, listed, reason
+
+_VIEW = 448  # pixels that a picture for the eye should have, about
+
+Transform = Callable[[Any], Tensor]
+_Preprocessing = tuple[Transform, Transform, tuple[float, ...], tuple[float, ...], tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier in eval mode, and what must be known to use it on photographs.
+
+    Attributes:
+        model: takes standardised ``(N, C, H, W)`` images and returns ``(N, K)`` logits.
+        transform: the model's own preprocessing: PIL image to standardised ``(C, H, W)``.
+        view: the same crop for the eye: PIL image to ``(3, kH, kW)`` in [0, 1], enlarged by a whole number k.
+        mean: per channel, of the standardisation.
+        std: per channel, of the standardisation.
+        input_size: ``(C, H, W)``.
+        num_classes: K.
+        class_names: K names, or ``None`` where nobody gave them.
+    """
+
+    model: nn.Module
+    transform: Callable[[Any], Tensor]
+    view: Callable[[Any], Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...] | None
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or its number where it has none."""
+        return self.class_names[index] if self.class_names else f"class {index}"
+
+    def class_index(self, target: str) -> int:
+        """The class that a person means: its index as digits, or its name (case does not matter).
+
+        Raises:
+            TargetError: no such class, or several of that name.
+        """
+        advice = f"give an index from 0 to {self.num_classes - 1}" + (", or a name" if self.class_names else "")
+        if target.lstrip("+-").isdigit():
+            if 0 <= int(target) < self.num_classes:
+                return int(target)
+            raise TargetError(f"target: the model has {self.num_classes} classes, got {target}; {advice}")
+        names = [name.casefold() for name in self.class_names or ()]
+        found = [i for i, name in enumerate(names) if name == target.casefold()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise TargetError(f"target: {target!r} is the name of the classes {listed(found)}; give the index instead")
+        raise TargetError(f"target: no class is called {target!r}{closest(target, self.class_names or ())}; {advice}")
+
+
+def load(
+    name: str,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+) -> LoadedModel:
+    """Load a classifier by its name in torchvision or, if it is not there, in timm.
+
+    Args:
+        name: as in ``torchvision.models.list_models()`` or ``timm.list_models()``; timm's tags
+            (``resnet50.a1_in1k``) work, and ``timm/resnet50`` asks for timm's where both have one.
+        weights: a safetensors file or a PyTorch state dict; ``None`` downloads the model's own pretrained weights
+            through its library (or takes them from its cache).
+        num_classes: number of classes; read from the file's last layer, or the pretrained model, if ``None``.
+        class_names: the names of the classes; the ImageNet names for the models that have ImageNet's classes if
+            ``None``.
+        device: where the model goes; the CPU if ``None``.
+
+    Returns:
+        The model in eval mode, with its transform and names.
+
+    Raises:
+        OptionError: no model of that name, or no such device.
+        DataError: weights that cannot be had, read or put into the model.
+
+    Example:
+        >>> loaded = load("squeezenet1_1", weights="squeezenet.safetensors")  # doctest: +SKIP
+        >>> loaded.model(loaded.transform(photo)[None]).argmax(1)  # doctest: +SKIP
+    """
+    place = _device(device)
+    source = _source(name)
+    if weights is None:
+        model, classes = source.pretrained(num_classes), None
+    else:
+        model, classes = fit_into(source.build, Path(weights), num_classes)
+    classes = classes or source.default_classes
+    if not classes:
+        raise UnsupportedModelError(
+            f"model: {name} returns features and has no classes of its own; choose a classifier, "
+            "or pass num_classes and weights that have a last layer"
+        )
+    if class_names is not None and len(class_names) != classes:
+        raise OptionError(f"class_names: must be one per class, got {len(class_names)} names for {classes} classes")
+    names = class_names if class_names is not None else source.names(model, classes)
+    transform, view, mean, std, size = source.preprocessing(model)
+    return LoadedModel(
+        model=model.eval().to(place),
+        transform=transform,
+        view=view,
+        mean=mean,
+        std=std,
+        input_size=size,
+        num_classes=classes,
+        class_names=None if names is None else tuple(names),
+    )
+
+
+def unloaded(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A model by its name with random weights, in eval mode, and the size ``(C, H, W)`` of its images; no download.
+
+    Raises:
+        OptionError: no model of that name.
+    """
+    source = _source(name)
+    model = source.build(None).eval()
+    return model, source.preprocessing(model)[-1]
+
+
+def read_class_names(path: str | os.PathLike[str]) -> list[str]:
+    """Read class names: a JSON list, a JSON object of index to name or ``[wnid, name]``, or a text file of lines.
+
+    Raises:
+        DataError: the file is missing or of another form.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix.lower() != ".json":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        entries = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise DataError(f"classes: cannot read '{file}' ({reason(error)}); {_CLASSES_FORM}") from error
+    if isinstance(entries, dict):
+        wanted = [str(i) for i in range(len(entries))]
+        missing = [key for key in wanted if key not in entries]
+        if missing:
+            raise DataError(f"classes: '{file}' has no entry {missing[0]!r}; {_CLASSES_FORM}")
+        entries = [entries[key] for key in wanted]
+    if isinstance(entries, list):
+        names = [entry[-1] if isinstance(entry, list) and entry else entry for entry in entries]
+        if names and all(isinstance(entry, str) for entry in names):
+            return names
+    raise DataError(f"classes: '{file}' holds no class names; {_CLASSES_FORM}")
+
+
+_CLASSES_FORM = "it must be a JSON list of names, a JSON object of index to name or [id, name], or one name per line"
+
+
+# ---------------------------------------------------------------------- where models come from
+
+
+class _Torchvision:
+    def __init__(self, name: str) -> None:
+        from torchvision import models
+
+        self.name = name
+        self.recipe = models.get_model_weights(name).DEFAULT
+        self.default_classes = len(self.recipe.meta["categories"])
+
+    def build(self, num_classes: int | None) -> nn.Module:
+        from torchvision.models import get_model
+
+        options: dict[str, Any] = {"num_classes": num_classes or self.default_classes}
+        if self.name in ("googlenet", "inception_v3"):  # as torchvision builds them for its own weights
+            options |= {"init_weights": False, "transform_input": True}
+        model: nn.Module = get_model(self.name, weights=None, **options)
+        return model
+
+    def pretrained(self, num_classes: int | None) -> nn.Module:
+        from torchvision.models import get_model
+
+        _same_classes(self.name, self.default_classes, num_classes)
+        with download(self.name):
+            model: nn.Module = get_model(self.name, weights=self.recipe)
+        return model
+
+    def names(self, model: nn.Module, classes: int) -> Sequence[str] | None:
+        names: list[str] = self.recipe.meta["categories"]
+        return names if len(names) == classes else None
+
+    def preprocessing(self, model: nn.Module) -> _Preprocessing:
+        preset = self.recipe.transforms()
+        crop, resize = preset.crop_size[0], preset.resize_size[0]
+        k = _enlargement(crop, crop)
+        view = type(preset)(
+            crop_size=crop * k,
+            resize_size=resize * k,
+            mean=(0.0,) * 3,
+            std=(1.0,) * 3,
+            interpolation=preset.interpolation,
+        )
+        return _InColour(preset), _InColour(view), tuple(preset.mean), tuple(preset.std), (3, crop, crop)
+
+
+class _Timm:
+    def __init__(self, name: str) -> None:
+        from timm.models import get_pretrained_cfg
+
+        self.name = name
+        try:
+            self.config = get_pretrained_cfg(name, allow_unregistered=False)
+        except RuntimeError as error:  # timm's word for a tag that it does not know
+            raise OptionError(
+                f"model: {name!r} names weights that timm does not know ({reason(error)}); "
+                "timm.list_models(pretrained=True) lists them"
+            ) from error
+        self.default_classes = int(self.config.num_classes)
+
+    def build(self, num_classes: int | None) -> nn.Module:
+        from timm import create_model
+
+        model: nn.Module = create_model(self.name, num_classes=num_classes or self.default_classes)
+        return model
+
+    def pretrained(self, num_classes: int | None) -> nn.Module:
+        from timm import create_model
+
+        _same_classes(self.name, self.default_classes, num_classes)
+        with download(self.name):
+            if self.config.hf_hub_id:
+                ask_hub(self.config.hf_hub_id, self.config.hf_hub_filename)
+            model: nn.Module = create_model(self.name, pretrained=True)
+        return model
+
+    def names(self, model: nn.Module, classes: int) -> Sequence[str] | None:
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+
+        subset = infer_imagenet_subset(model)
+        if not subset:
+            return None
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i).split(",")[0] for i in range(classes)]
+
+    def preprocessing(self, model: nn.Module) -> _Preprocessing:
+        from timm.data import create_transform, resolve_data_config
+
+        config = resolve_data_config({}, model=model)
+        channels, height, width = size = config["input_size"]
+        k = _enlargement(height, width)
+        plain = {"input_size": (channels, height * k, width * k), "mean": (0.0,) * channels, "std": (1.0,) * channels}
+        transform, view = create_transform(**config), create_transform(**{**config, **plain})
+        return _InColour(transform), _InColour(view), tuple(config["mean"]), tuple(config["std"]), size
+
+
+def _source(name: str) -> _Torchvision | _Timm:
+    """Which library has the model, or an error with the closest names of both."""
+    import timm
+    from torchvision import models
+
+    library, _, bare = name.rpartition("/")
+    ours = models.list_models(module=models)
+    if bare in ours and library in ("", "torchvision"):
+        return _Torchvision(bare)
+    if library in ("", "timm") and timm.is_model(bare):
+        return _Timm(bare)
+    known = dict.fromkeys([*ours, *timm.list_models()])
+    raise OptionError(f"model: no model {name!r} in torchvision or timm{closest(bare, known)}")
+
+
+def _enlargement(height: int, width: int) -> int:
+    return max(1, round(_VIEW / max(height, width)))
+
+
+@dataclass(frozen=True)
+class _InColour:
+    """A transform for PIL images of any mode; a class, so that it can be sent to loader processes."""
+
+    transform: Transform
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.transform(image.convert("RGB"))
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        place = torch.device(device or "cpu")
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise OptionError(f"device: {device!r} cannot be used here ({reason(error)}); try 'cpu'") from error
+    return place
+
+
+def _same_classes(name: str, own: int, asked: int | None) -> None:
+    if asked is not None and asked != own:
+        raise OptionError(
+            f"num_classes: the pretrained weights of {name} have {own} classes, got {asked}; "
+            "pass a file of weights that were trained for them"
+        )

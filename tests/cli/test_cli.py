@@ -1,0 +1,471 @@
+"""The command line: what it writes, what it prints, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_cases import MODEL, NAMES, failure, make_files, noise
+from PIL import Image
+from safetensors.torch import load_file
+
+import attrib_zoo
+from attrib_zoo import TTAME, GradCAM, HiResCAM, models
+from attrib_zoo.attribution import Attribution
+from attrib_zoo.cli import demo, main
+from attrib_zoo.photos import Photos
+from attrib_zoo.visualize import overlay
+
+COMMANDS = ("demo", "list", "layers", "explain", "fit", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def usual(files: Path) -> list[str]:
+    return ["--model", MODEL, "--weights", str(files / "w.pth"), "--classes", str(files / "names.txt")]
+
+
+@pytest.fixture
+def loaded(files: Path) -> models.LoadedModel:
+    return models.load(MODEL, weights=files / "w.pth", class_names=NAMES)
+
+
+@pytest.fixture(scope="module")
+def explainer(files: Path) -> Path:
+    """A T-TAME that was trained for three steps."""
+    path = files / "ttame.safetensors"
+    assert main([*fit_words(files, path)]) == 0
+    return path
+
+
+def fit_words(files: Path, output: Path) -> list[str]:
+    words = ["fit", "--model", MODEL, "--weights", str(files / "w.pth"), "--data", str(files / "photos")]
+    return [*words, "--output", str(output), "--max-steps", "3", "--batch-size", "4", "--workers", "0"]
+
+
+def written(path: Path) -> np.ndarray:
+    with Image.open(path) as file:
+        return np.asarray(file)
+
+
+def expected(loaded: models.LoadedModel, path: Path, method: Attribution, target: int | None = None) -> np.ndarray:
+    """The overlay, made with the library's own calls."""
+    with Image.open(path) as image:
+        map = method.attribute(loaded.transform(image)[None], target)[0]
+        return overlay(loaded.view(image), map)
+
+
+def close(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal up to the rounding of a batch against a single image."""
+    return a.shape == b.shape and int(np.abs(a.astype(int) - b).max()) <= 2
+
+
+# ---------------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_there(command: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: attrib-zoo" in text
+    assert max(map(len, text.splitlines())) <= 120
+    if not command:
+        assert all(re.search(rf"^    {name} +\w", text, re.MULTILINE) for name in COMMANDS)
+
+
+def test_every_option_is_explained() -> None:
+    from attrib_zoo.cli import _demo, _evaluate, _explain, _fit, _layers_of, _list
+
+    for parser in (_demo(), _list(), _layers_of(), _explain(), _fit(), _evaluate()):
+        assert all(action.help for action in parser._actions)
+
+
+def test_version(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert attrib_zoo.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", r'expected "command" .*; see attrib-zoo --help'),
+        ("explan x", "invalid choice: 'explan'.*; see attrib-zoo --help"),
+        ("explain", "--model|photos.*; see attrib-zoo explain --help"),
+        ("explain a.jpg --model m --weihgts x", "unrecognized arguments: --weihgts x"),
+        ("fit --model m --data d --output o --epochs many", "^error: --epochs: .*many.*; see attrib-zoo fit --help"),
+        ("fit --model m --data d --output o --batch-size 0", "^error: --batch-size: .*0"),
+    ],
+)
+def test_wrong_words_get_one_line(words: str, message: str, capsys) -> None:
+    assert re.search(message, failure(capsys, words.split()))
+
+
+def test_list_shows_each_exported_method_as_it_describes_itself(capsys) -> None:
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    exported = [c for c in vars(attrib_zoo).values() if isinstance(c, type) and issubclass(c, Attribution)]
+    rows = [line for line in lines[2:] if line.strip()][:-1]
+    assert {row.split()[0] for row in rows} == {cls.__name__.lower() for cls in exported}
+    for cls in exported:
+        row = next(row for row in rows if row.split()[0] == cls.__name__.lower())
+        cells = re.split(r"\s{2,}", row)
+        assert cells[1:] == [cls.family, " ".join(cls.models), "yes" if cls.needs_fit else "no", cls.cost, cls.paper]
+
+
+def test_the_module_can_be_run() -> None:
+    done = subprocess.run([sys.executable, "-m", "attrib_zoo", "list"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "gradcam" in done.stdout
+    assert done.stderr == ""
+
+
+def test_demo_prints_the_measures_and_where_the_picture_is(tmp_path, capsys, monkeypatch) -> None:
+    asked: dict[str, object] = {}
+
+    def run(output_dir: Path, *, seed: int, progress: bool) -> demo.DemoResult:
+        asked.update(output_dir=output_dir, seed=seed, progress=progress)
+        measured = demo.Measured(0.5, 0.1, 0.9, 0.8)
+        return demo.DemoResult(output_dir / "demo.png", 6, 0.75, measured, {"T-TAME": measured}, {"fit": 3.0})
+
+    monkeypatch.setattr(demo, "run", run)
+    assert main(["demo", "--output", str(tmp_path / "new"), "--seed", "4"]) == 0
+    assert asked == {"output_dir": tmp_path / "new", "seed": 4, "progress": True}
+    out = capsys.readouterr().out
+    assert "6 maps per method" in out
+    assert out.endswith(f"\npicture: {tmp_path}/new/demo.png\n")
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot write into the folder" in failure(capsys, ["demo", "--output", str(tmp_path / "file")])
+
+
+# ---------------------------------------------------------------------- explain
+
+
+def test_explain_draws_the_decision_and_prints_what_the_model_saw(files, usual, loaded, tmp_path, capsys) -> None:
+    photos = sorted((files / "photos").iterdir())
+    words = ["explain", str(files / "photos"), *usual, "--output", str(tmp_path / "new" / "out"), "--batch-size", "3"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    method = GradCAM(loaded.model)
+    decisions = set()
+    for photo in photos:
+        with Image.open(photo) as image:
+            shares = loaded.model(loaded.transform(image)[None]).softmax(1)[0]
+        top = int(shares.argmax())
+        decisions.add(top)
+        row = next(line for line in out.splitlines() if line.startswith(photo.name))
+        assert re.split(r"\s{2,}", row) == [photo.name, NAMES[top], f"{shares[top]:.1%}", f"{photo.stem}-gradcam.png"]
+        assert close(written(tmp_path / f"new/out/{photo.stem}-gradcam.png"), expected(loaded, photo, method))
+    assert len(decisions) > 1
+    assert f"gradcam reads {method.taps(torch.zeros(1, *loaded.input_size))[0].name}" in out
+    assert len(list((tmp_path / "new/out").iterdir())) == 10
+
+
+def test_evidence_against_the_class_is_left_plain(files, usual, loaded, tmp_path) -> None:
+    photo = files / "photos/p3.png"
+    assert main(["explain", str(photo), *usual, "--method", "hirescam", "--output", str(tmp_path)]) == 0
+    with Image.open(photo) as image:
+        heat = HiResCAM(loaded.model).attribute(loaded.transform(image)[None])[0]
+        assert heat.min() < 0
+        drawn, whole = (overlay(loaded.view(image), found) for found in (heat.clamp(min=0), heat))
+    got = written(tmp_path / "p3-hirescam.png")
+    assert close(got, drawn)
+    assert not close(got, whole)
+
+
+@pytest.mark.parametrize("asked", ["2", "Cat"])
+def test_explain_a_class_by_index_or_name(files, usual, loaded, tmp_path, capsys, asked: str) -> None:
+    photo = files / "photos/p3.png"
+    assert main(["explain", str(photo), *usual, "--target", asked, "--output", str(tmp_path)]) == 0
+    method = GradCAM(loaded.model)
+    got = written(tmp_path / "p3-gradcam.png")
+    assert close(got, expected(loaded, photo, method, 2))
+    assert not close(got, expected(loaded, photo, method, 1))
+    with Image.open(photo) as image:
+        share = loaded.model(loaded.transform(image)[None]).softmax(1)[0, 2]
+    out = capsys.readouterr().out
+    assert "explained: cat" in out
+    assert f"  {share:.1%}" in out
+
+
+def test_explain_reads_the_layers_that_are_named(files, usual, loaded, tmp_path, capsys) -> None:
+    photo = files / "photos/p1.png"
+    assert main(["explain", str(photo), *usual, "--layers", "layer2", "--output", str(tmp_path)]) == 0
+    assert "gradcam reads layer2\n" in capsys.readouterr().out
+    assert close(written(tmp_path / "p1-gradcam.png"), expected(loaded, photo, GradCAM(loaded.model, "layer2")))
+    assert main(["explain", str(photo), *usual, "--layers=-2,-1", "--output", str(tmp_path)]) == 0
+    assert close(written(tmp_path / "p1-gradcam.png"), expected(loaded, photo, GradCAM(loaded.model, [-2, -1])))
+    capsys.readouterr()
+    assert "no layer 'layer9'" in failure(
+        capsys, ["explain", str(photo), *usual, "--layers", "layer9", "--output", str(tmp_path)]
+    )
+
+
+def test_photos_of_one_name_keep_their_own_pictures(usual, loaded, tmp_path) -> None:
+    photos = [
+        noise(tmp_path / "in" / name, i) for i, name in enumerate(("a/cat.png", "b/cat.png", "cat.bmp", "cat-2.png"))
+    ]
+    assert main(["explain", *map(str, photos), *usual, "--output", str(tmp_path / "out")]) == 0
+    made = [written(path) for path in (tmp_path / "out").iterdir()]
+    assert len(made) == 4
+    method = GradCAM(loaded.model)
+    for photo in photos:
+        want = expected(loaded, photo, method)
+        assert sum(close(picture, want) for picture in made) == 1
+
+
+def test_pictures_of_an_earlier_run_are_no_photos(usual, tmp_path, capsys) -> None:
+    noise(tmp_path / "cat.png", 1)
+    words = ["explain", str(tmp_path), *usual, "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert main(words) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_photograph_is_never_replaced(usual, tmp_path, capsys) -> None:
+    photos = [noise(tmp_path / name, 1) for name in ("cat.png", "cat-gradcam.png")]
+    before = [photo.read_bytes() for photo in photos]
+    words = ["explain", *map(str, photos), *usual, "--output", str(tmp_path)]
+    assert re.search(r"cat-gradcam\.png' would replace a photograph; .*--output", failure(capsys, words))
+    assert [photo.read_bytes() for photo in photos] == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["{bad}/no.jpg"], r"'.*no\.jpg' is no image that can be read"),
+        (["{bad}"], r"'.*no\.jpg' is no image that can be read"),
+        (["nowhere.jpg"], "no file or folder 'nowhere.jpg'"),
+        (["--method", "gradcma"], "no method 'gradcma'; closest: 'gradcam', .*; attrib-zoo list"),
+        (
+            ["--method", "gradcam,ttame"],
+            "ttame must be trained .*attrib-zoo fit --method ttame --model test_resnet --weights",
+        ),
+        (["--target", "5"], "the model has 5 classes, got 5; give an index from 0 to 4"),
+        (["--target", "cow"], "no class is called 'cow'"),
+        (["--model", "test_resnat"], "no model 'test_resnat' .*closest: 'test_resnet'"),
+        (["--weights", "nowhere.pth"], "weights: no file 'nowhere.pth'"),
+        (["--classes", "nowhere.txt"], "classes: cannot read 'nowhere.txt'"),
+        (["--explainer", "nowhere.safetensors"], "nowhere.safetensors.* not there"),
+        (["--device", "gpu7"], "device: 'gpu7' cannot be used here"),
+    ],
+)
+def test_explain_says_what_is_wrong_before_anything_is_written(
+    files, usual, tmp_path, capsys, change: list[str], message: str
+) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "no.jpg").write_text("no image")
+    words = [word.format(bad=bad) for word in change]
+    photos = [str(files / "photos/p0.png"), *(words if len(words) == 1 else [])]
+    options = words if len(words) == 2 else []
+    output = tmp_path / "out"
+    line = failure(capsys, ["explain", *photos, *usual, "--output", str(output), *options])
+    assert re.search(f"^error: .*{message}", line)
+    assert not output.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(files, usual, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("in the way")
+    words = ["explain", str(files / "photos/p0.png"), *usual, "--output", str(tmp_path / "file")]
+    assert re.search(r"cannot write into the folder '.*file' \(File exists\)", failure(capsys, words))
+
+
+def test_an_explainer_is_used_and_compared(files, usual, loaded, explainer, tmp_path, capsys) -> None:
+    photo = files / "photos/p2.png"
+    words = ["explain", str(photo), *usual, "--explainer", str(explainer), "--output", str(tmp_path)]
+    assert main(words) == 0
+    ttame = TTAME.load(explainer, loaded.model)
+    seen = int(ttame.class_counts_.argmax())
+    assert main([*words, "--method", "gradcam,ttame", "--target", str(seen)]) == 0
+    assert "p2-{gradcam,ttame,compared}.png" in capsys.readouterr().out
+    assert close(written(tmp_path / "p2-ttame.png"), expected(loaded, photo, ttame, seen))
+    assert close(written(tmp_path / "p2-gradcam.png"), expected(loaded, photo, GradCAM(loaded.model), seen))
+    assert written(tmp_path / "p2-compared.png").shape[1] == 2 * 14 + 3 * 224 + 2 * 8
+
+
+def test_an_explainer_of_other_weights_is_refused(files, usual, explainer, tmp_path, capsys) -> None:
+    other = [str(files / "start.pth") if word.endswith("w.pth") else word for word in usual]
+    words = ["explain", str(files / "photos/p2.png"), "--explainer", str(explainer), "--output", str(tmp_path / "out")]
+    assert "fitted for ResNet with other weights" in failure(capsys, [*words, *other])
+    words[3] = str(files / "names.txt")
+    assert "names.txt must be a whole safetensors file" in failure(capsys, [*words, *usual])
+
+
+def test_classes_that_the_explainer_never_saw_are_marked(
+    files, usual, loaded, explainer, tmp_path, monkeypatch, capsys
+) -> None:
+    from attrib_zoo.cli import shared as commands
+
+    headings: list[list[str]] = []
+    monkeypatch.setattr(commands, "figure", lambda images, columns, **_: headings.append(list(columns)))
+    ttame = TTAME.load(explainer, loaded.model)
+    ttame.class_counts_[:] = torch.tensor([0, 9, 0, 0, 0])
+    ttame.save(tmp_path / "e.safetensors")
+    words = ["explain", str(files / "photos/p2.png"), *usual, "--explainer", str(tmp_path / "e.safetensors")]
+    for target, heading in (("0", "TTAME (not trained on this class)"), ("1", "TTAME")):
+        assert main([*words, "--method", "gradcam,ttame", "--target", target, "--output", str(tmp_path)]) == 0
+        assert headings.pop() == ["GradCAM", heading]
+    assert capsys.readouterr().err.count("warning: TTAME: class 0 never came up in fit") == 1
+
+
+def test_options_can_come_from_a_file(files, usual, tmp_path) -> None:
+    (tmp_path / "c.yaml").write_text(f"target: '1'\nlayers: layer3\noutput: {tmp_path}/out\n")
+    words = ["explain", str(files / "photos/p0.png"), *usual]
+    assert main([*words, "--config", str(tmp_path / "c.yaml")]) == 0
+    assert main([*words, "--target", "1", "--layers", "layer3", "--output", str(tmp_path / "by-hand")]) == 0
+    a, b = (tmp_path / folder / "p0-gradcam.png" for folder in ("out", "by-hand"))
+    assert (written(a) == written(b)).all()
+
+
+def test_a_real_photograph_is_recognised(data_dir, tmp_path, capsys) -> None:
+    with tarfile.open(data_dir / "imagenet_photos.tar.gz") as archive:
+        member = next(m for m in archive if m.name.endswith("n01532829/house_finch.jpg"))
+        archive.extract(member, tmp_path, filter="data")
+    words = ["explain", str(tmp_path / member.name), "--model", "squeezenet1_1", "--output", str(tmp_path / "out")]
+    assert main([*words, "--weights", str(data_dir / "squeezenet1_1_imagenet.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"house_finch\.jpg +house finch +100\.0% +house_finch-gradcam\.png", out)
+    assert "gradcam reads features.12" in out
+    picture = written(tmp_path / "out/house_finch-gradcam.png").astype(int)
+    loaded = models.load("squeezenet1_1", weights=data_dir / "squeezenet1_1_imagenet.safetensors")
+    with Image.open(tmp_path / member.name) as photo:
+        plain = (255 * loaded.view(photo)).permute(1, 2, 0).numpy()
+    colour = np.abs(picture - plain).mean(2)
+    bird, elsewhere = colour[110:250, 250:370], colour[300:, :200]  # the bird sits right of the middle
+    assert bird.mean() > 8 * elsewhere.mean()
+
+
+# ---------------------------------------------------------------------- fit
+
+
+def test_fit_is_the_librarys_fit_and_says_how_to_go_on(files, loaded, explainer, tmp_path, capsys) -> None:
+    output = tmp_path / "new folder" / "t.safetensors"
+    assert main([*fit_words(files, output), "--val", str(files / "photos")]) == 0
+    captured = capsys.readouterr()
+    by_hand = TTAME(loaded.model, mean=loaded.mean, std=loaded.std)
+    data = Photos(sorted((files / "photos").iterdir()), loaded.transform)
+    loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, drop_last=True)
+    with pytest.warns(UserWarning, match="steps"):
+        by_hand.fit(loader, max_steps=3, show_progress=False)
+    by_command = TTAME.load(output, loaded.model)
+    state = by_hand.network_.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in by_command.network_.state_dict().items())
+    assert torch.equal(by_command.class_counts_, by_hand.class_counts_)
+
+    seen = int((by_hand.class_counts_ > 0).sum())
+    assert f"classes seen {seen} of 5" in captured.out
+    assert f"loss {by_hand.history_.last('loss'):.3g}" in captured.out
+    assert "AD(50)" in captured.out
+    assert (
+        f"attrib-zoo explain PHOTO --model test_resnet --weights {files}/w.pth --explainer '{output}'" in captured.out
+    )
+    assert f"TTAME.load('{output}', model)" in captured.out
+    assert captured.err.count("warning: ") >= 1
+
+
+def test_an_interrupted_fit_can_be_continued_to_the_same_bits(files, explainer, tmp_path, capsys, monkeypatch) -> None:
+    words = [*fit_words(files, tmp_path / "t.safetensors"), "--checkpoint-dir", str(tmp_path / "state")]
+    read, taken = Photos.__getitem__, []
+
+    def stop_at_the_third_batch(self: Photos, index: int) -> torch.Tensor:
+        taken.append(index)
+        if len(taken) > 8:
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    monkeypatch.setattr(Photos, "__getitem__", stop_at_the_third_batch)
+    assert main(words) == 1
+    assert f"interrupted; continue with the same command and --resume {tmp_path}/state" in capsys.readouterr().err
+    assert not (tmp_path / "t.safetensors").exists()
+    monkeypatch.undo()
+    assert main([*words, "--resume", str(tmp_path / "state")]) == 0
+    whole, again = load_file(explainer), load_file(tmp_path / "t.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+
+
+def test_an_interrupted_fit_without_a_checkpoint_says_so(files, tmp_path, capsys, monkeypatch) -> None:
+    def stop(self: Photos, index: int) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Photos, "__getitem__", stop)
+    assert main(fit_words(files, tmp_path / "t.safetensors")) == 1
+    assert "interrupted; with --checkpoint-dir FOLDER a fit can be continued" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--output", "t.pth"], r"output: must end in \.safetensors, got 't\.pth'"),
+        (["--method", "gradcam"], "gradcam needs no training; .*attrib-zoo explain PHOTO --method gradcam"),
+        (["--recipe", "secret"], "recipe: must be one of 'paper', 'released', got 'secret'"),
+        (["--data", "{bad}"], r"1 of 3 files are no images: .*b\.jpg; remove them, or --skip-bad"),
+        (["--val", "{bad}"], r"1 of 3 files are no images: .*b\.jpg"),
+        (["--data", "nowhere"], "no file or folder 'nowhere'"),
+        (["--resume", "nowhere"], "nowhere.* not there"),
+        (["--output", "{bad}/a.png/t.safetensors"], r"cannot write into the folder '.*a\.png'"),
+    ],
+)
+def test_fit_says_what_is_wrong(files, tmp_path, capsys, change: list[str], message: str) -> None:
+    noise(tmp_path / "bad/a.png", 1)
+    noise(tmp_path / "bad/c.png", 2)
+    (tmp_path / "bad/b.jpg").write_text("no image")
+    words = [word.format(bad=tmp_path / "bad") for word in change]
+    line = failure(capsys, [*fit_words(files, tmp_path / "t.safetensors"), *words])
+    assert re.search(f"^error: .*{message}", line)
+    assert not (tmp_path / "t.safetensors").exists()
+
+
+def test_bad_files_can_be_left_out(files, explainer, tmp_path, capsys) -> None:
+    for photo in (files / "photos").iterdir():
+        (tmp_path / "in" / photo.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / photo.name).write_bytes(photo.read_bytes())
+    (tmp_path / "in/a.jpg").write_text("no image")
+    words = [*fit_words(files, tmp_path / "t.safetensors"), "--data", str(tmp_path / "in"), "--skip-bad"]
+    assert main(words) == 0
+    whole, again = load_file(explainer), load_file(tmp_path / "t.safetensors")
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+
+
+def test_a_file_that_breaks_off_is_named_from_another_process_too(files, tmp_path, capsys) -> None:
+    cut = noise(tmp_path / "in/cut.jpg", 1, (400, 400))
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    words = [*fit_words(files, tmp_path / "t.safetensors"), "--data", str(tmp_path / "in"), "--workers", "1"]
+    assert main(words) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"error: '.*cut\.jpg' is no image that can be read \(.*truncated.*\); remove or replace it$", last)
+
+
+# ---------------------------------------------------------------------- tracebacks
+
+
+def test_tracebacks_are_for_debugging(files, usual, tmp_path, capsys, monkeypatch) -> None:
+    words = ["explain", "nowhere.jpg", *usual]
+    assert main([*words, "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.strip().splitlines()[-1].startswith("error: no file or folder")
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("unforeseen")
+
+    monkeypatch.setattr("attrib_zoo.cli.shared.find_photos", broken)
+    assert (
+        failure(capsys, words) == "error: ZeroDivisionError: unforeseen (this should not happen; --debug shows where)"
+    )
+    monkeypatch.setattr("attrib_zoo.cli.shared.find_photos", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert failure(capsys, words, code=1) == "interrupted"

@@ -1,0 +1,273 @@
+"""Attention of unmodified transformers, and the methods that follow it, against attention that is written out."""
+
+from __future__ import annotations
+
+import engine_cases as cases
+import pytest
+import torch
+from oracles import explicit_vit
+from torch import Tensor, nn
+
+from attrib_zoo import IIA, AttentionRollout, GenericAttention, TransformerLRP
+from attrib_zoo.backbone.capture import frozen
+from attrib_zoo.backbone.vit.attention import attend, find_attention
+from attrib_zoo.errors import OptionError, UnsupportedModelError
+
+TARGETS = [3, 1]
+
+
+def vit(**options):
+    return cases.vit(**{"global_pool": "token", "depth": 3, **options})
+
+
+def distilled():
+    from timm.models.deit import VisionTransformerDistilled
+
+    return cases.lively(
+        VisionTransformerDistilled(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=5)
+    )
+
+
+def torchvision_vit():
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    return cases.lively(VisionTransformer(32, 8, 3, 2, 24, 48, num_classes=5))
+
+
+ARCHITECTURES = {
+    "class token": (vit, 1, [0]),
+    "registers": (lambda: vit(reg_tokens=4), 5, [0]),
+    "distilled": (distilled, 2, [0, 1]),
+    "q and k norms, layer scale": (lambda: vit(qk_norm=True, init_values=0.7), 1, [0]),
+    "no bias": (lambda: vit(qkv_bias=False), 1, [0]),
+    "not square": (lambda: vit(img_size=(32, 56)), 1, [0]),
+    "mean of the patches": (lambda: vit(global_pool="avg"), 1, list(range(1, 17))),
+    "no class token": (lambda: vit(global_pool="avg", class_token=False), 0, list(range(16))),
+    "torchvision": (torchvision_vit, 1, [0]),
+}
+
+
+def sized_images(name: str) -> Tensor:
+    width = 56 if name == "not square" else 32
+    return torch.randn(2, 3, 32, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def read_out(relations: Tensor, prefix: int, read: list[int], images: Tensor) -> Tensor:
+    """The mean of the rows, patch by patch."""
+    h, w = images.shape[2] // 8, images.shape[3] // 8
+    found = torch.zeros(h, w, dtype=relations.dtype)
+    for i in range(h):
+        for j in range(w):
+            found[i, j] = sum(relations[row, prefix + i * w + j] for row in read) / len(read)
+    return found
+
+
+def assert_close(found: Tensor, wanted: Tensor, relative: float = 1e-9) -> None:
+    assert found.shape == wanted.shape
+    assert float(wanted.std()) > 0
+    assert float((found - wanted).abs().max()) <= relative * float(wanted.abs().max())
+
+
+ORACLES = {
+    "rollout": (AttentionRollout, {}, lambda model, image, _: explicit_vit.attention_rollout(model, image)),
+    "gradient rollout": (AttentionRollout, {"gradient": True}, explicit_vit.gradient_rollout),
+    "gae": (GenericAttention, {}, explicit_vit.gae),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", ORACLES)
+def test_maps_are_those_of_attention_written_out(architecture, method):
+    build, prefix, read = ARCHITECTURES[architecture]
+    cls, options, oracle = ORACLES[method]
+    model, images = build().double(), sized_images(architecture)
+    explainer = cls(model, mean_pooling=len(read) > 2, upsample=False, **options)
+    with cases.untouched(model, images):
+        found = explainer.attribute(images, target=TARGETS)
+    for n, target in enumerate(TARGETS):
+        wanted = read_out(oracle(model, images[n], target), prefix, read, images)
+        assert_close(found[n, 0], wanted)
+    many = explainer.attribute_many(images, [[3, 0], [1, 2]])
+    assert_close(many[:, 0], found)
+
+
+@pytest.mark.parametrize("architecture", ["class token", "torchvision", "q and k norms, layer scale"])
+def test_matrices_and_gradients_are_those_of_autograd(architecture):
+    model, images = ARCHITECTURES[architecture][0]().double(), sized_images(architecture)
+    with frozen(model):
+        found = find_attention(model, images)
+        seen = list(attend(model, found, images, (), lambda outputs: outputs[:, [3, 1]]).matrices())[::-1]
+    for n in range(2):
+        for score, target in enumerate((3, 1)):
+            matrices, gradients = explicit_vit.with_gradients(model, images[n], target)
+            for block, a, g in zip(seen, matrices, gradients, strict=True):
+                assert_close(block.values[n], torch.stack(a))
+                assert_close(block.gradients()[score, n], torch.stack(g))
+
+
+def test_a_held_matrix_is_a_constant():
+    """The last attention times a factor, without a gradient through its queries and keys."""
+    model, images = vit().double(), sized_images("")
+    factors = torch.tensor([0.3, 1.0], dtype=torch.float64)
+    with frozen(model):
+        found = find_attention(model, images)
+        attended = attend(model, found, images, (), lambda outputs: outputs[:, [3]], last=factors)
+        seen = list(attended.matrices())[::-1]
+    for n in range(2):
+
+        def hold(number: int, head: int, matrix: Tensor, n: int = n) -> Tensor:
+            return matrix if number < 2 else factors[n] * matrix.detach()
+
+        matrices, gradients = explicit_vit.with_gradients(model, images[n], 3, hold)
+        for block, a, g in zip(seen, matrices, gradients, strict=True):
+            assert_close(block.values[n], torch.stack(a))
+            assert_close(block.gradients()[0, n], torch.stack(g))
+
+
+def test_every_row_of_a_rollout_sums_to_one():
+    model = vit(global_pool="avg", class_token=False).double()
+    maps = AttentionRollout(model, mean_pooling=True, upsample=False).attribute(sized_images(""))
+    assert torch.allclose(maps.sum((2, 3)), torch.ones(2, 1, dtype=torch.float64), atol=1e-12)
+    assert float(maps.min()) > 0
+
+
+def test_uniform_attention_gives_a_uniform_map():
+    model = vit().double()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[:24] = 0
+            block.attn.qkv.bias[:24] = 0
+    maps = AttentionRollout(model, upsample=False).attribute(sized_images(""))
+    assert torch.allclose(maps, torch.full_like(maps, (1 - 0.5**3) / 17), rtol=1e-12, atol=0)
+
+
+def test_rollout_does_not_depend_on_the_target_but_checks_it():
+    model, images = vit(), cases.images()
+    plain = AttentionRollout(model)
+    assert torch.equal(plain.attribute(images, target=0), plain.attribute(images, target=4))
+    with pytest.raises(IndexError, match="5 classes"):
+        plain.attribute(images, target=5)
+    weighted = AttentionRollout(model, gradient=True)
+    assert (plain.class_agnostic, weighted.class_agnostic, AttentionRollout.class_agnostic) == (True, False, True)
+    assert not torch.allclose(weighted.attribute(images, target=0), weighted.attribute(images, target=4))
+
+
+def test_fused_attention_stays_on_and_changes_nothing():
+    model, images = vit(), cases.images()
+    assert all(block.attn.fused_attn for block in model.blocks)
+    fused = GenericAttention(model).attribute(images, target=TARGETS)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    assert torch.allclose(GenericAttention(model).attribute(images, target=TARGETS), fused, rtol=1e-3, atol=1e-7)
+
+
+def test_a_head_of_zeros_has_a_rollout():
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(32, 8, 2, 2, 24, 48, num_classes=5).eval()
+    assert float(AttentionRollout(model).attribute(cases.images()).std()) > 0
+
+
+@pytest.mark.parametrize("cls", [GenericAttention, TransformerLRP, IIA])
+def test_a_head_of_zeros_gives_zeros_and_one_warning(cls):
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(32, 8, 2, 2, 24, 48, num_classes=5).eval()
+    with pytest.warns(UserWarning, match="the map is exactly zero") as told:
+        assert not cls(model).attribute(cases.images()).any()
+    assert len(told) == 1
+    assert told[0].filename == __file__
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def beit():
+    from timm.models.beit import Beit
+
+    return Beit(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5, use_rel_pos_bias=True)
+
+
+def eva():
+    from timm.models.eva import Eva
+
+    return Eva(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5, use_rot_pos_emb=True)
+
+
+def cait():
+    from timm.models.cait import Cait
+
+    return Cait(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+
+
+def xcit():
+    from timm.models.xcit import Xcit
+
+    return Xcit(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+
+
+def parallel():
+    from timm.models.vision_transformer import ParallelThingsBlock
+
+    return vit(block_fn=ParallelThingsBlock)
+
+
+REFUSED = {
+    "a CNN": (cases.resnet, 32, "ResNet, which has none .* use GradCAM"),
+    "Swin": (cases.swin, 16, r"'layers\.0\.blocks\.0\.attn' \(WindowAttention\).* use GradCAM"),
+    "relative positions": (beit, 32, r"'blocks\.1\.attn' \(Attention\): its output is not softmax"),
+    "rotary embeddings": (eva, 32, r"'blocks\.\d\.attn' \(EvaAttention\)"),
+    "class attention": (cait, 32, r"'blocks\.0\.attn' \(TalkingHeadAttn\)|'blocks_token_only"),
+    "attention of channels": (xcit, 32, r"'blocks\.\d\.attn' \(XCA\)|\(ClassAttn\)"),
+    "attention that pools": (lambda: cases.vit(global_pool="map"), 32, r"'attn_pool' \(AttentionPoolLatent\)"),
+    "two attentions subtracted": (lambda: vit(attn_layer="diff", num_heads=2), 32, r"'blocks\.2\.attn' \(DiffAtt"),
+    "a norm of the context": (lambda: vit(scale_attn_norm=True), 32, r"'blocks\.2\.attn' \(Attention\)"),
+    "two attentions side by side": (
+        parallel,
+        32,
+        r"'blocks\.0\.attns\.1\.attn' .* it stands beside 'blocks\.0\.attns\.0",
+    ),
+    "a mean head": (lambda: vit(global_pool="avg"), 32, "reads 16 of 17 tokens; pass mean_pooling=True"),
+}
+
+
+@pytest.mark.parametrize("cls", [AttentionRollout, GenericAttention])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_is_refused_by_name(case, cls):
+    build, size, said = REFUSED[case]
+    model = cases.lively(build())
+    images = cases.images(size=size)
+    with cases.untouched(model, images), pytest.raises(UnsupportedModelError, match=said):
+        cls(model).attribute(images, target=0)
+
+
+def test_a_mask_in_the_call_is_noticed():
+    """The same model is explained without the mask and refused with it."""
+    model, images = vit(), cases.images()
+    explainer = GenericAttention(model)
+    explainer.attribute(images, target=0)
+    mask = torch.zeros(17, 17).masked_fill_(torch.rand(17, 17) < 0.3, -4.0)
+    with pytest.raises(UnsupportedModelError, match=r"'blocks\.2\.attn' .* its output is not softmax"):
+        explainer.attribute(images, target=0, additional_forward_args=mask)
+
+
+class Shared(nn.Module):
+    """One block that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = vit(depth=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner._pos_embed(self.inner.patch_embed(x))
+        return self.inner.forward_head(self.inner.blocks(self.inner.blocks(x)))
+
+
+def test_a_shared_block_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"'inner\.blocks\.0\.attn' .* runs several times"):
+        AttentionRollout(Shared().eval()).attribute(cases.images())
+
+
+def test_layers_are_refused():
+    with pytest.raises(OptionError, match=r"layers: must be None for GenericAttention, .* got 'blocks\.1'"):
+        GenericAttention(vit(), "blocks.1")
