@@ -13,8 +13,18 @@
     * CheckpointError (ValueError): a checkpoint that is damaged, or of another class or a newer format
         * BackboneMismatchError: a checkpoint that was fitted for other weights
 
-Each message says what must be, what was got, and what to do.
+Each message says what must be, what was got, and what to do. The functions below check options, write the pieces that
+several messages share, and warn.
 """
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, overload
 
 
 class AttribZooError(Exception):
@@ -63,3 +73,64 @@ class CheckpointError(AttribZooError, ValueError):
 
 class BackboneMismatchError(CheckpointError):
     """The checkpoint was fitted for a model with other weights."""
+
+
+# ---------------------------------------------------------------------- options, checked
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """``value`` if it is one of the choices, else an :class:`OptionError` that lists them."""
+    if value not in choices:
+        raise OptionError(f"{name}: must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+@overload
+def check_number(name: str, value: Any, *, least: int, most: float = ..., above: bool = ...) -> int: ...
+@overload
+def check_number(name: str, value: Any, *, least: float, most: float = ..., above: bool = ...) -> float: ...
+def check_number(name: str, value: Any, *, least: float, most: float = math.inf, above: bool = False) -> float:
+    """``value`` if it is a finite number from ``least`` (or above it) to ``most``, else an :class:`OptionError`.
+
+    Where ``least`` is an integer, so must the value be; where it is a float, a float is returned.
+    """
+    whole = isinstance(least, int)
+    kind = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if kind and math.isfinite(value) and (value > least if above else value >= least) and value <= most:
+        return int(value) if whole else float(value)
+    if whole and least == 1 and most == math.inf:
+        raise OptionError(f"{name}: must be a positive integer, got {value!r}")
+    limits = f"{'above' if above else 'of at least'} {least:g}" + ("" if most == math.inf else f" and at most {most:g}")
+    raise OptionError(f"{name}: must be {'an integer' if whole else 'a number'} {limits}, got {value!r}")
+
+
+# ---------------------------------------------------------------------- pieces of messages, and warnings
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """``"; closest: 'a', 'b'"``, or nothing where no name is close."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return "; closest: " + ", ".join(map(repr, close)) if close else ""
+
+
+def listed(items: Sequence[object], show: int = 3) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(items) - show} more" if len(items) > show else ""
+    return ", ".join(map(str, items[:show])) + more
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of what lies at the bottom of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    inner = getattr(error, "reason", None) or error
+    text = str(getattr(inner, "strerror", None) or inner).strip() or type(error).__name__
+    return text.splitlines()[0].split(". ")[0].rstrip(".")[:200]
+
+
+def warn(message: str) -> None:
+    """A ``UserWarning`` that points at the line outside this library from which it was called."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == "attrib_zoo":
+        level += 1
+    warnings.warn(message, UserWarning, stacklevel=level + 1)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from attrib_zoo.errors import DataError
+from attrib_zoo.errors import DataError, reason
 from attrib_zoo.metrics import box_masks
-from attrib_zoo.wording import reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import check_images, forward_args
 from attrib_zoo.backbone.capture import check_gradient, run
 from attrib_zoo.backbone.layers.resolve import Grid, Tap
-from attrib_zoo.checks import check_choice, check_number
 from attrib_zoo.errors import (
     BackboneMismatchError,
     CheckpointError,
     DataError,
     OptionError,
+    check_choice,
+    check_number,
 )
 from attrib_zoo.fitted import FittedAttribution, attend, head_dtype
 from attrib_zoo.masking import min_max

@@ -75,10 +75,10 @@ classes; the extremal perturbation of the red object settles elsewhere, and leav
 
 MODELS = {"cnn": "CNN", "vit": "transformer"}
 CHECKS = (
-    "On scenes whose evidence is known, with a tiny CNN and a tiny vision transformer, `tests/methods/test_sanity.py` asks of "
-    "every method whether its map has more energy on the object that was asked for than chance has, and more than on "
-    "the other object; and whether the map changes (rank correlation below 0.5) when the model's last layer gets "
-    "random weights, as Adebayo et al. (NeurIPS 2018) ask. Trained methods are fitted again for that model. Tiny "
+    "On scenes whose evidence is known, with a tiny CNN and a tiny vision transformer, `tests/methods/test_sanity.py` "
+    "asks of every method whether its map has more energy on the object that was asked for than chance has, and more "
+    "than on the other object; and whether the map changes (rank correlation below 0.5) when the model's last layer "
+    "gets random weights, as Adebayo et al. (NeurIPS 2018) ask. Trained methods are fitted again for that model. Tiny "
     "models are no proof for large ones. What fails:"
 )
 TEXT_OFF_TARGET = "No better than chance, or than the other object"

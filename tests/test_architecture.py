@@ -12,8 +12,6 @@ PACKAGE = "attrib_zoo"
 
 ORDER = (
     "errors",
-    "checks",
-    "wording",
     "targets",
     "masking",
     "backbone",

@@ -15,7 +15,6 @@ from torch import nn
 from attrib_zoo import TTAME, GradCAM
 from attrib_zoo.attribution import Attribution, check_images, forward_args
 from attrib_zoo.backbone.capture import run
-from attrib_zoo.checks import check_choice
 from attrib_zoo.errors import (
     AttribZooError,
     InputError,
@@ -25,6 +24,7 @@ from attrib_zoo.errors import (
     OptionError,
     TargetError,
     UnsupportedModelError,
+    check_choice,
 )
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo import metrics
-from attrib_zoo.errors import OptionError
+from attrib_zoo.errors import OptionError, closest
 from attrib_zoo.metrics.confidence import _SISE
-from attrib_zoo.wording import closest
 
 NEEDS = {
     "region": ("masks", "boxes"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
 
 from attrib_zoo.benchmark.controls import CHANCE
+from attrib_zoo.benchmark.estimates import Estimate
+from attrib_zoo.benchmark.measures import Measure
+from attrib_zoo.benchmark.records import Records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from attrib_zoo.benchmark.table import Table
 
 _COLOURS = (
     "#d1495b",
@@ -27,7 +30,28 @@ _COLOURS = (
 _MARKERS = "osD^vPX*<>"
 
 
-def plot(table: Table) -> Figure:
+class Numbers(Protocol):
+    """What is drawn of a :class:`~attrib_zoo.benchmark.table.Table`, which imports this module and not the reverse."""
+
+    records: Records
+    measures: list[Measure]
+
+    @property
+    def methods(self) -> list[str]:
+        """The rows."""
+
+    @property
+    def controls(self) -> list[str]:
+        """Those of them that explain nothing."""
+
+    def curve(self, method: str, measure: str) -> Tensor:
+        """The mean curve, ``(P,)``."""
+
+    def estimate(self, method: str, measure: str) -> Estimate:
+        """Mean and interval."""
+
+
+def plot(table: Numbers) -> Figure:
     """A panel for each measure with a curve, and one for the first measure against the time it takes.
 
     Returns:
@@ -56,7 +80,7 @@ def plot(table: Table) -> Figure:
     return sheet
 
 
-def _scatter(panel: Axes, table: Table, styles: dict[str, dict[str, Any]]) -> None:
+def _scatter(panel: Axes, table: Numbers, styles: dict[str, dict[str, Any]]) -> None:
     """The first measure against the cost, with intervals; controls have no cost worth showing."""
     measure = table.measures[0]
     for method in table.methods:

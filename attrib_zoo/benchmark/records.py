@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attrib_zoo.benchmark.cost import Cost
-from attrib_zoo.errors import DataError
-from attrib_zoo.wording import reason
+from attrib_zoo.errors import DataError, reason
 
 FORMAT = 1
 

@@ -20,8 +20,7 @@ from attrib_zoo.benchmark.cost import Cost, clock, measured, peak_bytes
 from attrib_zoo.benchmark.measures import TRUTH, Explain, Measure, Question, Wanted, chosen
 from attrib_zoo.benchmark.records import Records, Row
 from attrib_zoo.benchmark.table import Table
-from attrib_zoo.checks import check_number
-from attrib_zoo.errors import DataError, InputError, OptionError
+from attrib_zoo.errors import DataError, InputError, OptionError, check_number
 from attrib_zoo.metrics._scores import check_masking
 from attrib_zoo.targets import TargetQuery
 from attrib_zoo.training import distributed

@@ -7,70 +7,20 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from attrib_zoo.benchmark.controls import CHANCE, CONTROLS
+from attrib_zoo.benchmark.estimates import Estimate, estimate
 from attrib_zoo.benchmark.measures import Measure
+from attrib_zoo.benchmark.plots import plot
 from attrib_zoo.benchmark.records import Records
 from attrib_zoo.errors import OptionError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over images with its 95 % bootstrap interval.
-
-    Attributes:
-        mean: the mean; NaN without images.
-        low: the lower end of the interval.
-        high: the upper end.
-        images: how many images have a value; those where the measure means nothing have none.
-    """
-
-    mean: float
-    low: float
-    high: float
-    images: int
-
-    def text(self, digits: int = 2) -> str:
-        """``"44.48 [40.11, 48.90]"``; a dash without images."""
-        if not self.images:
-            return "–"
-        if math.isnan(self.low):
-            return f"{self.mean:.{digits}f}"
-        return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-
-    def short(self, digits: int = 2) -> str:
-        """``"44.48 ±4.40"``: the mean and half the width of the interval."""
-        if not self.images or math.isnan(self.low):
-            return self.text(digits)
-        return f"{self.mean:.{digits}f} ±{(self.high - self.low) / 2:.{digits}f}"
-
-
-def estimate(values: Tensor, seed: int = 0) -> Estimate:
-    """Mean and percentile interval of 2000 bootstrap resamples of the finite values, ``(N,)``."""
-    kept = values[values.isfinite()].double()
-    if len(kept) == 0:
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    if len(kept) == 1:
-        return Estimate(float(kept[0]), math.nan, math.nan, 1)
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.cat(  # in parts: all at once are 2000 N numbers
-        [
-            kept[torch.randint(len(kept), (100, len(kept)), generator=generator)].mean(1)
-            for _ in range(_RESAMPLES // 100)
-        ]
-    )
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(float(kept.mean()), low, high, len(kept))
 
 
 class Table:
@@ -258,8 +208,6 @@ class Table:
 
     def plot(self) -> Figure:
         """Curves of ROAD, insertion and deletion where measured, and a measure against the cost."""
-        from attrib_zoo.benchmark.plots import plot
-
         return plot(self)
 
     def __str__(self) -> str:

@@ -82,18 +82,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[Any], str]:
-    from attrib_zoo.cli import evaluate as evaluation
-    from attrib_zoo.cli import shared as commands  # torch and the model libraries: only when there is work to do
-    from attrib_zoo.cli.reproduce import reproduce
+    # Here, not above: they load torch and the model libraries, which is worth the wait only where there is work to do.
+    from attrib_zoo.cli import demo, evaluate, explain, fit, layers, reproduce, shared
 
     return {
-        "demo": commands.demo,
-        "list": commands.list_methods,
-        "explain": commands.explain,
-        "fit": commands.fit,
-        "evaluate": evaluation.evaluate,
-        "layers": evaluation.layers,
-        "reproduce": reproduce,
+        "demo": demo.demo,
+        "list": shared.list_methods,
+        "explain": explain.explain,
+        "fit": fit.fit,
+        "evaluate": evaluate.evaluate,
+        "layers": layers.layers,
+        "reproduce": reproduce.reproduce,
     }[name]
 
 

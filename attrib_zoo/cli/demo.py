@@ -24,6 +24,7 @@ from attrib_zoo.methods.gradcam import GradCAM
 from attrib_zoo.methods.ttame import TTAME
 from attrib_zoo.metrics.confidence import average_drop
 from attrib_zoo.metrics.localization import energy_pointing_game
+from attrib_zoo.photos import writable_folder
 from attrib_zoo.synthetic import COLOURS, Scenes, recognised, scenes, trained
 from attrib_zoo.synthetic.networks import one_thread
 from attrib_zoo.visualize import write_picture
@@ -109,6 +110,12 @@ class DemoResult:
             lines.append(f"{' '.join(label):50}" + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
         spent = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in self.seconds.items())
         return "\n".join([*lines, "", f"time: {spent}"])
+
+
+def demo(options: Any) -> str:
+    """Run the self-contained demonstration."""
+    result = run(writable_folder(options.output), seed=options.seed, progress=True)
+    return f"{result}\n\npicture: {result.picture}"
 
 
 def run(

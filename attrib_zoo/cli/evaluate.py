@@ -1,4 +1,4 @@
-"""What the commands ``evaluate`` and ``layers`` do; each returns the text to print."""
+"""The command ``evaluate``: methods times measures on a folder of images; returns the text to print."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
-from attrib_zoo.backbone.kind import is_transformer
-from attrib_zoo.backbone.layers.resolve import describe
 from attrib_zoo.benchmark import FAMILIES, Measure, write_report
 from attrib_zoo.benchmark import evaluate as run
 from attrib_zoo.benchmark.measures import TRUTH, chosen
-from attrib_zoo.cli.shared import explainers, load_model, methods
-from attrib_zoo.errors import AttribZooError, DataError, OptionError
-from attrib_zoo.models import unloaded
+from attrib_zoo.cli.shared import explainers, load_model
+from attrib_zoo.errors import DataError, OptionError
 from attrib_zoo.photos import BoxedPhotos, Photos, find_photos, is_photo, open_photo, read_boxes, writable_folder
-from attrib_zoo.wording import reason
 
 RESULTS, REPORT = "results.jsonl", "report.html"
 
@@ -74,33 +69,6 @@ def evaluate(options: Any) -> str:
     return f"{table.to_text()}\n\n{folder}/: {files}"
 
 
-def layers(options: Any) -> str:
-    """Which layers of a model can be explained, and which method takes which by default."""
-    asked = None if options.size is None else _size(options.size)
-    model, size = unloaded(options.model)
-    if asked is not None:
-        size = (size[0], *asked)
-    try:
-        with torch.no_grad():
-            description = describe(model.eval(), torch.zeros(1, *size))
-    except (AssertionError, RuntimeError) as error:  # the model's own words
-        if isinstance(error, AttribZooError) or asked is None:
-            raise
-        raise OptionError(
-            f"size: {options.model} takes no images of {options.size} ({reason(error)}); choose another --size, or "
-            "leave it out"
-        ) from error
-    return f"{description}\n\n{_takers(model)}"
-
-
-def _size(text: str) -> tuple[int, int]:
-    """``"160x256"`` as height and width; one number is both."""
-    height, _, width = text.partition("x")
-    if not (height.isdigit() and (width or height).isdigit() and int(height) and int(width or height)):
-        raise OptionError(f"size: must be a height and a width such as 160x256, or one number, got {text!r}")
-    return int(height), int(width or height)
-
-
 def _boxes(path: str, paths: Sequence[Path]) -> dict[Path, torch.Tensor]:
     """The boxes of ``--boxes``; some photograph must have one."""
     found = read_boxes(path)
@@ -125,19 +93,3 @@ def _measures(names: str, boxed: bool) -> list[Measure]:
                 "attrib_zoo.benchmark.evaluate"
             )
     return found
-
-
-def _takers(model: nn.Module) -> str:
-    """Which method takes which of the defaults that the table names; those for models of its kind."""
-    kind = "vit" if is_transformer(model) else "cnn"
-    by_rule: dict[str, list[str]] = {}
-    for cls in methods().values():
-        if kind not in cls.models:
-            continue
-        rule = cls(model)._layer_rule()
-        counted = rule is not None and rule[0] in ("outputs", "norms")
-        name = "no layers" if rule is None else f"{rule[0]} ({rule[1]})" if counted else rule[0]
-        by_rule.setdefault(name, []).append(cls.__name__)
-    width = max(map(len, by_rule))
-    lines = [f"  {rule:{width}}  {', '.join(names)}" for rule, names in sorted(by_rule.items())]
-    return "\n".join(["taken by default:", *lines])

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from attrib_zoo.checks import check_choice
-from attrib_zoo.errors import UnsupportedModelError
+from attrib_zoo.errors import UnsupportedModelError, check_choice
 from attrib_zoo.protocols import backbones, lcam, sise, ttame
 from attrib_zoo.protocols.backbones import check_name, check_output
 from attrib_zoo.protocols.compare import Comparison

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.backbone.replay import Replay, replay
-from attrib_zoo.checks import check_choice
+from attrib_zoo.errors import check_choice
 from attrib_zoo.masking import ChunkSize
 from attrib_zoo.methods.bases.perturbation import Perturbation, at_least_float32, mean_of_layers, progress
 from attrib_zoo.targets import TargetQuery

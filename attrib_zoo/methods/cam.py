@@ -12,10 +12,9 @@ from attrib_zoo.backbone.capture import forward, select_args
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.replay import replay
-from attrib_zoo.errors import UnsupportedModelError
+from attrib_zoo.errors import UnsupportedModelError, listed
 from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 from attrib_zoo.targets import TargetQuery
-from attrib_zoo.wording import listed
 
 
 class CAM(GradientCAM):

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import check_weights, forward, select_args
-from attrib_zoo.checks import check_choice, check_number
-from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
 from attrib_zoo.masking import ChunkSize, blur
 from attrib_zoo.methods.bases.perturbation import _PerturbationAttribution, at_least_float32, progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery

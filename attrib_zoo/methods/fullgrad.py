@@ -13,10 +13,9 @@ from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import run_from_inputs
 from attrib_zoo.backbone.kind import attends
 from attrib_zoo.backbone.module import find
-from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
 from attrib_zoo.masking import min_max
 from attrib_zoo.targets import TargetQuery
-from attrib_zoo.wording import warn
 
 if TYPE_CHECKING:
 

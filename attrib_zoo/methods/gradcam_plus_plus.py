@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.checks import check_choice
+from attrib_zoo.errors import check_choice
 from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 
 

@@ -14,8 +14,7 @@ from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.backbone.replay import Replay, replay
 from attrib_zoo.backbone.vit.attention import attend
-from attrib_zoo.checks import check_choice
-from attrib_zoo.errors import OptionError
+from attrib_zoo.errors import OptionError, check_choice
 from attrib_zoo.masking import ChunkSize
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
 from attrib_zoo.targets import SCORES, Target, TargetQuery

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.checks import check_number
+from attrib_zoo.errors import check_number
 from attrib_zoo.masking import upsample as enlarge
 from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 

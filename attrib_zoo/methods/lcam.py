@@ -13,8 +13,7 @@ from attrib_zoo.backbone.capture import forward
 from attrib_zoo.backbone.layers.resolve import Tap, is_attention
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.replay import replay
-from attrib_zoo.checks import check_choice, check_number
-from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
 from attrib_zoo.fitted import attend, head_dtype
 from attrib_zoo.masking import blend
 from attrib_zoo.masking import upsample as enlarge

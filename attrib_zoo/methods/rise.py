@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward
-from attrib_zoo.checks import check_number
-from attrib_zoo.errors import OptionError
+from attrib_zoo.errors import OptionError, check_number
 from attrib_zoo.methods.bases.perturbation import Baseline, Passes, Perturbation
 from attrib_zoo.targets import TargetQuery
 

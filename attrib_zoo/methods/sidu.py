@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.checks import check_choice, check_number
+from attrib_zoo.errors import check_choice, check_number, warn
 from attrib_zoo.masking import min_max, upsample
 from attrib_zoo.methods.bases.perturbation import Baseline, PerturbationCAM, at_least_float32, refuse_transformers
 from attrib_zoo.targets import Target
-from attrib_zoo.wording import warn
 
 
 class SIDU(PerturbationCAM):

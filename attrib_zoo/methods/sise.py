@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attrib_zoo.checks import check_number
+from attrib_zoo.errors import check_number
 from attrib_zoo.methods.bases.blockwise import BlockwiseSampling
 from attrib_zoo.methods.bases.perturbation import Baseline
 

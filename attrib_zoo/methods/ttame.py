@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.checks import check_choice, check_number
+from attrib_zoo.errors import check_choice, check_number
 from attrib_zoo.fitted import attend
 from attrib_zoo.masking import blend, upsample
 from attrib_zoo.trainable import TrainableAttribution

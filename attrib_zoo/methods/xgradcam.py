@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.backbone.module import find
-from attrib_zoo.checks import check_choice
-from attrib_zoo.errors import UnsupportedModelError
+from attrib_zoo.errors import UnsupportedModelError, check_choice
 from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.errors import DataError, OptionError, TargetError, UnsupportedModelError
+from attrib_zoo.errors import DataError, OptionError, TargetError, UnsupportedModelError, closest, listed, reason
 from attrib_zoo.models.weights import ask_hub, download, fit_into
-from attrib_zoo.wording import closest, listed, reason
 
 _VIEW = 448  # pixels that a picture for the eye should have, about
 

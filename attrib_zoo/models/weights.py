@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.errors import DataError
-from attrib_zoo.wording import listed, reason
+from attrib_zoo.errors import DataError, listed, reason
 
 TIMEOUT = 20.0
 """Seconds of silence after which a download is given up."""

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.errors import DataError, OptionError, UnsupportedModelError
+from attrib_zoo.errors import DataError, OptionError, UnsupportedModelError, closest, reason
 from attrib_zoo.masking import IMAGENET_MEAN, IMAGENET_STD
 from attrib_zoo.models.weights import download, fit_into
-from attrib_zoo.wording import closest, reason
 
 _Transform = Callable[[Any], Tensor]
 

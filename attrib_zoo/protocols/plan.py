@@ -15,7 +15,7 @@ from attrib_zoo.benchmark import Table, evaluate
 from attrib_zoo.benchmark.controls import CONTROLS
 from attrib_zoo.benchmark.measures import Wanted
 from attrib_zoo.benchmark.records import Records
-from attrib_zoo.errors import DataError, OptionError
+from attrib_zoo.errors import DataError, OptionError, closest
 from attrib_zoo.photos import Photos, writable_folder
 from attrib_zoo.protocols.backbones import Backbone
 from attrib_zoo.protocols.compare import Comparison
@@ -25,7 +25,6 @@ from attrib_zoo.protocols.splits import Split, choose, read_list, write_list
 from attrib_zoo.training.checkpoint import fingerprint
 from attrib_zoo.training.data import total_steps
 from attrib_zoo.training.schedule import LONG, Schedule
-from attrib_zoo.wording import closest
 
 Makers = Mapping[str, Callable[[], Any]]
 """A method's name in the paper -> what makes it; a trained explainer is trained then."""

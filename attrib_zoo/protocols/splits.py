@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from attrib_zoo.errors import DataError, OptionError
-from attrib_zoo.wording import listed, reason
+from attrib_zoo.errors import DataError, OptionError, listed, reason
 
 
 @dataclass(frozen=True)

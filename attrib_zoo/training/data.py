@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrib_zoo.checks import check_number
-from attrib_zoo.errors import DataError, OptionError
+from attrib_zoo.errors import DataError, OptionError, check_number
 
 _KEYS = ("image", "images", "pixel_values", "inputs", "input", "x", "img")
 _EMPTY = "loader: must yield at least one batch, got none; look at the folder, the sampler and the batch size"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from attrib_zoo import GradCAM
 from attrib_zoo.benchmark import FAMILIES, Measure, evaluate, write_report
-from attrib_zoo.benchmark.table import Estimate, estimate
+from attrib_zoo.benchmark.estimates import Estimate, estimate
 from attrib_zoo.errors import DataError, OptionError
 
 NAN = math.nan

@@ -308,10 +308,10 @@ def test_an_explainer_of_other_weights_is_refused(files, usual, explainer, tmp_p
 def test_classes_that_the_explainer_never_saw_are_marked(
     files, usual, loaded, explainer, tmp_path, monkeypatch, capsys
 ) -> None:
-    from attrib_zoo.cli import shared as commands
+    from attrib_zoo.cli import explain
 
     headings: list[list[str]] = []
-    monkeypatch.setattr(commands, "figure", lambda images, columns, **_: headings.append(list(columns)))
+    monkeypatch.setattr(explain, "figure", lambda images, columns, **_: headings.append(list(columns)))
     ttame = TTAME.load(explainer, loaded.model)
     ttame.class_counts_[:] = torch.tensor([0, 9, 0, 0, 0])
     ttame.save(tmp_path / "e.safetensors")
@@ -463,9 +463,9 @@ def test_tracebacks_are_for_debugging(files, usual, tmp_path, capsys, monkeypatc
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("unforeseen")
 
-    monkeypatch.setattr("attrib_zoo.cli.shared.find_photos", broken)
+    monkeypatch.setattr("attrib_zoo.cli.explain.find_photos", broken)
     assert (
         failure(capsys, words) == "error: ZeroDivisionError: unforeseen (this should not happen; --debug shows where)"
     )
-    monkeypatch.setattr("attrib_zoo.cli.shared.find_photos", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("attrib_zoo.cli.explain.find_photos", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert failure(capsys, words, code=1) == "interrupted"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.checks import check_choice, check_number
+from attrib_zoo.errors import check_choice, check_number, warn
 from attrib_zoo.masking import min_max, upsample
 from attrib_zoo.methods.bases.gradient_cam import _gradients
 from attrib_zoo.methods.bases.perturbation import (
@@ -22,7 +22,6 @@ from attrib_zoo.methods.bases.perturbation import (
     refuse_transformers,
 )
 from attrib_zoo.targets import SCORES, TargetQuery
-from attrib_zoo.wording import warn
 
 _BINS = 256
 FUSIONS = ("hard", "soft", "simple")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,11 +12,9 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.checks import check_choice
-from attrib_zoo.errors import LayerError
-from attrib_zoo.masking import upsample
+from attrib_zoo.errors import LayerError, OptionError, check_choice, warn
+from attrib_zoo.masking import ChunkSize, upsample
 from attrib_zoo.targets import SCORES, Target, TargetQuery
-from attrib_zoo.wording import warn
 
 if TYPE_CHECKING:
 
@@ -217,3 +216,53 @@ def warn_negative(activations: Sequence[Tensor], taps: Sequence[Tap], who: str) 
             f"{who}: derived for features that are nowhere negative, but {', '.join(repr(tap.name) for tap in signed)} "
             "has feature maps with a negative sum; name a layer behind a ReLU, or use HiResCAM or LayerCAM",
         )
+
+
+# ---------------------------------------------------------------------- many copies of an image
+
+
+def each_chunk(
+    inputs: Tensor,
+    copies: int,
+    work: Callable[[Tensor, Tensor], None],
+    *,
+    chunk_size: int | None,
+    progress: str | None,
+) -> None:
+    """Call ``work(rows, numbers)`` until each image has had each copy; chunks cross the borders of images.
+
+    Args:
+        inputs: the N images, whose device and size say how many go at once.
+        copies: how many of each image.
+        work: takes the images ``(M,)`` and the numbers of the copies ``(M,)``; it must not add to a result before
+            all that needs memory is done, since it is called again with fewer where memory runs out.
+        chunk_size: M at most; ``None`` finds it.
+        progress: what a progress bar is called, or ``None``.
+    """
+
+    def some(part: slice) -> None:
+        pairs = torch.arange(part.start, part.stop)
+        work(pairs % len(inputs), pairs // len(inputs))
+
+    with progress_bar(len(inputs) * copies, progress) as advance:
+        for done in ChunkSize(chunk_size, inputs).ranges(len(inputs) * copies, some):
+            advance(done)
+
+
+@contextmanager
+def progress_bar(total: int, name: str | None) -> Iterator[Callable[[int], object]]:
+    """A bar of so many images, or nothing where it has no name."""
+    if name is None:
+        yield lambda _: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=name, unit="image", leave=False) as bar:
+        yield bar.update
+
+
+def check_seed(seed: int) -> int:
+    """``seed`` if it is an integer, else an error."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise OptionError(f"seed: must be an integer, got {seed!r}")
+    return seed

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import forward, run, select_args
 from attrib_zoo.backbone.kind import is_transformer
-from attrib_zoo.checks import check_choice
-from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, warn
 from attrib_zoo.masking import ChunkSize, black, blend, blur, channel_stats, min_max, upsample
 from attrib_zoo.targets import SCORES, Target, TargetQuery
-from attrib_zoo.wording import warn
 
 if TYPE_CHECKING:
 

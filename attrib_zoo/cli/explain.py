@@ -1,0 +1,128 @@
+"""The command ``explain``: overlays of photographs, and what the model saw in them; returns the text to print."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attrib_zoo.attribution import Attribution
+from attrib_zoo.cli.shared import explainers, load_model, table
+from attrib_zoo.errors import DataError
+from attrib_zoo.models import LoadedModel
+from attrib_zoo.photos import find_photos, open_photo, own_stems, writable_folder
+from attrib_zoo.visualize import figure, save_overlay
+
+
+@dataclass(frozen=True)
+class _Photo:
+    """A photograph, what it is called in the table, and where its pictures go."""
+
+    path: Path
+    shown: str
+    stem: str
+    files: dict[str, Path]
+
+    @property
+    def written(self) -> str:
+        kinds = list(self.files)
+        return f"{self.stem}-{kinds[0]}.png" if len(kinds) == 1 else f"{self.stem}-{{{','.join(kinds)}}}.png"
+
+
+def explain(options: Any) -> str:
+    """Write overlays of photographs, and say what the model saw in them."""
+    folder = Path(options.output)
+    paths = find_photos(options.photos, leave_out=folder)
+    for path in paths:
+        open_photo(path)  # whatever cannot be read is found before anything is written
+    loaded = load_model(options)
+    target = None if options.target is None else loaded.class_index(options.target)
+    ready = explainers(options, loaded)
+    photos = _plan(paths, folder, list(ready))
+    writable_folder(folder)
+
+    rows: list[list[str]] = []
+    for start in _progress(range(0, len(photos), options.batch_size)):
+        rows += _explain_batch(photos[start : start + options.batch_size], loaded, ready, target)
+    headers = ["photo", "top-1 class", "confidence"]
+    headers += [] if target is None else [f"explained: {loaded.class_name(target)}"]
+    size = torch.zeros(1, *loaded.input_size, device=_device_of(loaded))
+    room = max(map(len, ready))
+    reads = [f"{name:{room}} reads {', '.join(t.name for t in e.taps(size))}" for name, e in ready.items()]
+    count = sum(len(photo.files) for photo in photos)
+    footer = "\n".join([*reads, f"{count} picture{'s' * (count > 1)} in {folder}{os.sep}"])
+    return table([*headers, "files"], rows) + "\n\n" + footer
+
+
+def _explain_batch(
+    photos: Sequence[_Photo], loaded: LoadedModel, explainers: dict[str, Attribution], target: int | None
+) -> list[list[str]]:
+    """Explain and draw a few photographs; returns their rows of the table."""
+    images = [open_photo(photo.path) for photo in photos]
+    inputs = torch.stack([loaded.transform(image) for image in images]).to(_device_of(loaded))
+    with torch.no_grad():
+        outputs = loaded.model(inputs).float().cpu()
+    confidence = outputs.softmax(1) if loaded.num_classes > 1 else outputs.sigmoid()
+    decision = outputs.argmax(1)
+    asked = decision if target is None else torch.full_like(decision, target)
+    shown = sys.stderr.isatty()  # long methods draw a bar of their own
+    maps = {name: e.attribute(inputs, asked.tolist(), show_progress=shown) for name, e in explainers.items()}
+    maps = {name: found.cpu().clamp(min=0) for name, found in maps.items()}  # what speaks for the class
+    rows = []
+    for i, photo in enumerate(photos):
+        top, sure = loaded.class_name(int(decision[i])), float(confidence[i, decision[i]])
+        row = [photo.shown, top, f"{sure:.1%}"]
+        title = f"{top}  {sure:.0%}"
+        if target is not None:
+            share = float(confidence[i, target])
+            row.append(f"{share:.1%}")
+            title += f"      explained: {loaded.class_name(target)}  {share:.0%}"
+        columns = {_heading(e, int(asked[i])): maps[name][i] for name, e in explainers.items()}
+        _draw(photo, loaded.view(images[i]), columns, title)
+        rows.append([*row, photo.written])
+    return rows
+
+
+def _heading(explainer: Attribution, target: int) -> str:
+    counts = getattr(explainer, "class_counts_", None)
+    return explainer.get_name() + (" (not trained on this class)" if counts is not None and counts[target] == 0 else "")
+
+
+def _draw(photo: _Photo, view: Tensor, columns: dict[str, Tensor], title: str) -> None:
+    for file, found in zip(photo.files.values(), columns.values(), strict=False):
+        save_overlay(file, view, found)
+    if len(columns) > 1:
+        maps = {heading: [found] for heading, found in columns.items()}
+        figure([view], maps, titles=[title], path=photo.files["compared"])
+
+
+def _plan(paths: Sequence[Path], folder: Path, names: list[str]) -> list[_Photo]:
+    """Which files will be written; never one of the photographs."""
+    base = os.path.commonpath([path.absolute().parent for path in paths])
+    kinds = [*names, "compared"] if len(names) > 1 else names
+    photos = []
+    for path, stem in zip(paths, own_stems(paths), strict=True):
+        files = {kind: folder / f"{stem}-{kind}.png" for kind in kinds}
+        photos.append(_Photo(path, os.path.relpath(path.absolute(), base), stem, files))
+    own = {path.resolve() for path in paths}
+    for photo in photos:
+        for file in photo.files.values():
+            if file.resolve() in own:
+                raise DataError(f"output: '{file}' would replace a photograph; choose another folder with --output")
+    return photos
+
+
+def _device_of(loaded: LoadedModel) -> torch.device:
+    return next(loaded.model.parameters()).device
+
+
+def _progress(steps: range) -> Iterator[int]:
+    from tqdm.auto import tqdm
+
+    return iter(tqdm(steps, desc="explain", unit="batch", disable=None if len(steps) > 1 else True, leave=False))

@@ -1,0 +1,85 @@
+"""The command ``fit``: trains an explainer on a folder of images and saves it; returns the text to print."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from attrib_zoo.cli.shared import accepted, layers_of, load_model, method_of, statistics_of
+from attrib_zoo.errors import DataError, OptionError, listed
+from attrib_zoo.models import LoadedModel
+from attrib_zoo.photos import Photos, find_photos, is_photo, writable_folder
+
+
+def fit(options: Any) -> str:
+    """Train an explainer on a folder of images and save it."""
+    output = Path(options.output)
+    if output.suffix != ".safetensors":
+        raise OptionError(f"output: must end in .safetensors, got '{output}'")
+    cls: Any = method_of(options.method)
+    if not cls.needs_fit:
+        raise OptionError(
+            f"method: {options.method} needs no training; use it at once: "
+            f"attrib-zoo explain PHOTO --method {options.method} --model {options.model}"
+        )
+    training = _usable(find_photos([options.data]), options.skip_bad)
+    validation = None if options.val is None else _usable(find_photos([options.val]), options.skip_bad)
+    loaded = load_model(options)
+    settings = statistics_of(loaded) | ({} if options.recipe is None else {"recipe": options.recipe})
+    explainer = cls(loaded.model, layers_of(options.layers), **accepted(cls, settings))
+    writable_folder(output.parent)
+    folder = None if options.checkpoint_dir is None else writable_folder(options.checkpoint_dir)
+    try:
+        explainer.fit(
+            _loader(training, loaded, options, shuffle=True),
+            epochs=options.epochs,
+            max_steps=options.max_steps,
+            val_loader=None if validation is None else _loader(validation, loaded, options, shuffle=False),
+            seed=options.seed,
+            resume_from=options.resume,
+            checkpoint_dir=folder,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "with --checkpoint-dir FOLDER a fit can be continued later"
+            if folder is None
+            else f"continue with the same command and --resume {shlex.quote(str(folder))}"
+        ) from None
+    explainer.save(output)
+    return f"{explainer.report()}\n\n{_next_steps(output, options, cls.__name__)}"
+
+
+def _next_steps(output: Path, options: Any, kind: str) -> str:
+    words = ["attrib-zoo", "explain", "PHOTO", "--model", options.model]
+    words += [] if options.weights is None else ["--weights", options.weights]
+    words += ["--explainer", str(output)]
+    return "\n".join(
+        [
+            f"saved {output} ({output.stat().st_size / 1e6:.1f} MB); use it with",
+            f"  {shlex.join(words)}",
+            f"  {kind}.load({str(output)!r}, model).attribute(images)",
+        ]
+    )
+
+
+def _usable(paths: list[Path], skip_bad: bool) -> list[Path]:
+    """The files that begin as images do; the rest is an error, or left out."""
+    good = [path for path in paths if is_photo(path)]
+    bad = sorted(set(paths) - set(good))
+    if bad and (not skip_bad or not good):
+        raise DataError(f"{len(bad)} of {len(paths)} files are no images: {listed(bad)}; remove them, or --skip-bad")
+    return good
+
+
+def _loader(paths: list[Path], loaded: LoadedModel, options: Any, *, shuffle: bool) -> DataLoader[Tensor]:
+    return DataLoader(
+        Photos(paths, loaded.transform, skip_bad=options.skip_bad),
+        batch_size=min(options.batch_size, len(paths)),
+        shuffle=shuffle,
+        drop_last=shuffle,
+        num_workers=options.workers,
+    )
