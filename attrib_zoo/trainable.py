@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -13,48 +14,64 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import check_images, forward_args
-from attrib_zoo.backbone.capture import check_gradient, run
-from attrib_zoo.backbone.layers.resolve import Grid, Tap
+from attrib_zoo.attribution import Attribution, forward_args
+from attrib_zoo.backbone.capture import frozen, run
+from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.errors import (
     BackboneMismatchError,
     CheckpointError,
-    DataError,
+    NotFittedError,
     OptionError,
     check_choice,
     check_number,
 )
-from attrib_zoo.fitted import FittedAttribution, attend, head_dtype
 from attrib_zoo.masking import min_max
-from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
-from attrib_zoo.training import distributed
-from attrib_zoo.training.checkpoint import Checkpoint, fingerprint, read, write
-from attrib_zoo.training.data import Batches, check_repeatable, images_of, total_steps
-from attrib_zoo.training.fit import State, Terms, autocast, tell, train
+from attrib_zoo.targets import TargetQuery
+from attrib_zoo.training import distributed, session
+from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read, write
+from attrib_zoo.training.data import Batches, check_repeatable, total_steps
+from attrib_zoo.training.fit import State, Terms, autocast, train
 from attrib_zoo.training.history import History
-from attrib_zoo.training.losses import two_logits
-from attrib_zoo.training.schedule import OptimizerFactory, Schedule, build, check_optimizer
-from attrib_zoo.training.session import Fitted, averages, class_count, ground
+from attrib_zoo.training.schedule import OptimizerFactory, Schedule, check_optimizer
 
 _Self = TypeVar("_Self", bound="TrainableAttribution")
 _SCHEDULES = ("auto", "paper", "short")
-_FEW_STEPS = {
-    "short": (30, "raise max_steps or epochs"),
-    "paper": (20_000, "raise epochs, or pass schedule='short'"),
-    "released": (20_000, "raise epochs, or pass schedule='short'"),
-}
 
 
-class TrainableAttribution(FittedAttribution):
-    """Base of the methods with ``fit``.
+class TrainableAttribution(Attribution):
+    """Base of the methods with ``fit``: trained once for a model, then they explain in one forward pass.
 
+    A small network reads the frozen model's features and gives a map per class, scaled to [0, 1] over space.
     Subclasses say what the network is (:meth:`_network`), what it is trained for (:meth:`_terms`) and with which
     schedule (:meth:`_schedule`).
+
+    Attributes:
+        network_: the trained network, in eval mode.
+        history_: every step's loss, its parts and the learning rate; validations; warnings.
+        class_counts_: ``(K,)``, how many training images the model assigned to each class. A class with 0 has an
+            untrained row.
+        n_steps_: optimiser steps taken.
+        schedule_: name of the schedule that was used.
     """
 
+    needs_fit: ClassVar[bool] = True
+    cost: ClassVar[str] = "1F"
     default_epochs: ClassVar[int] = 8
 
+    def __init__(self, model: nn.Module, layers: Any = None, *, upsample: bool = True) -> None:
+        super().__init__(model, layers, upsample=upsample)
+        self._fitted: Fitted | None = None
+        self._warned = False
+
     # ------------------------------------------------------------------ hooks
+
+    @abstractmethod
+    def _network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
+        """A network ``(features, rows) -> (N, M, h, w)`` for layers with these channels, drawn from the generator."""
+        raise NotImplementedError
+
+    def _complete(self, network: nn.Module) -> None:
+        """Bring a trained network into the form in which it explains."""
 
     @abstractmethod
     def _terms(self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> Terms:
@@ -141,26 +158,28 @@ class TrainableAttribution(FittedAttribution):
         steps = total_steps(loader, self.default_epochs if epochs is None else epochs, max_steps)
         check_repeatable(val_loader)
         check_number("checkpoint_every", checkpoint_every, least=1)
-        folder = None if checkpoint_dir is None else _folder(checkpoint_dir)
+        folder = None if checkpoint_dir is None else session.writable(checkpoint_dir)
         asked = schedule.facts() if isinstance(schedule, Schedule) else schedule
         plan = {"steps": steps, "seed": seed, "schedule": asked, "optimizer": named, "lr": lr}
         plan["precision"] = precision
         twin = copy.copy(self)  # the fit happens here; self changes only when it has gone well
         twin._fitted, twin._resolved, twin._warned = None, {}, False
-        saved = None if resume_from is None else twin._read_resume(resume_from, plan)
-        with ground(self.model) as like, autocast(precision, like.device):
+        saved = None if resume_from is None else session.read_resume(twin, resume_from, plan)
+        with session.ground(self.model) as like, autocast(precision, like.device):
             batches = Batches(loader, seed, like)
             if saved is not None:
                 batches.restore(saved.tensors, saved.facts["state"]["order"])
             args = forward_args(additional_forward_args)
-            state = twin._begin(batches, args, plan, custom, precision == "fp16-mixed", saved)
+            state, twin._fitted = session.begin(twin, batches, args, plan, custom, precision == "fp16-mixed", saved)
             try:
                 train(
                     state,
                     lambda network, images, generator: twin._terms(network, images, args, generator),
                     steps,
                     show_progress=show_progress,
-                    validate=None if val_loader is None else (lambda: twin._validation(val_loader, seed, like, args)),
+                    validate=None
+                    if val_loader is None
+                    else (lambda: session.validate(twin, val_loader, seed, like, args)),
                     save=None if folder is None else (lambda: twin._checkpoint(folder, state, plan)),
                     save_every=checkpoint_every,
                 )
@@ -169,68 +188,8 @@ class TrainableAttribution(FittedAttribution):
                     self.__dict__.update(twin._finished(state).__dict__)
                 raise
         self.__dict__.update(twin._finished(state).__dict__)
-        self._judge(state.history)
+        session.judge(state.history)
         return self
-
-    def _begin(
-        self,
-        batches: Batches,
-        args: tuple[Any, ...],
-        plan: dict[str, Any],
-        custom: OptimizerFactory | None,
-        scaled: bool,
-        saved: Checkpoint | None,
-    ) -> State:
-        """The network, its optimiser and its counters before the first step, or where the checkpoint left them."""
-        images = check_images(batches.peek(), type(self).__name__)
-        check_gradient(self.model, images, args)
-        taps = self.taps(images, args)
-        outputs, features = run(self.model, images, args, taps)
-        generator = torch.Generator().manual_seed(plan["seed"])
-        features = [f.to(head_dtype(f)) for f in features]
-        channels = tuple(f.shape[1] for f in features)
-        network = self._network(channels, class_count(outputs), generator).to(features[0])
-        with torch.autocast(images.device.type, enabled=False):
-            asked = plan["schedule"]
-            own = Schedule(**asked) if isinstance(asked, dict) else None
-            schedule = own or self._schedule(asked, plan["steps"], network, features)
-        schedule = replace(
-            schedule,
-            optimizer=plan["optimizer"] or schedule.optimizer,
-            lr=float(schedule.lr if plan["lr"] is None else plan["lr"]),
-        )
-        layers = tuple((tap.label, tap.grid if _has_hints(self.layers) else None) for tap in taps)
-        counts = torch.zeros(class_count(outputs), dtype=torch.long)
-        decisions = self._decide(taps, images, len(counts), schedule, plan["steps"])
-        if saved is not None:
-            _check_layers(layers, saved)
-            network.load_state_dict(saved.part("network"))
-            schedule, counts = Schedule(**saved.facts["schedule"]), saved.tensors["class_counts"]
-            decisions = saved.facts["decisions"]
-        optimizer, cycle = build(network, schedule, plan["steps"], custom)
-        scaler = torch.amp.GradScaler(images.device.type) if scaled else None
-        state = State(network, optimizer, cycle, generator, batches, counts, scaler)
-        if saved is not None:
-            state.restore(Checkpoint(saved.tensors, saved.facts["state"]))
-        elif plan["steps"] < _FEW_STEPS.get(schedule.name, (0, ""))[0]:
-            least, advice = _FEW_STEPS[schedule.name]
-            tell(
-                state.history,
-                f"fit: the {schedule.name!r} schedule needs at least {least} steps to train an explainer, got "
-                f"{plan['steps']}: {advice}",
-            )
-        self._fitted = Fitted(
-            network=network,
-            layers=layers,
-            channels=channels,
-            counts=state.counts,
-            schedule=schedule,
-            steps=state.step,
-            history=state.history,
-            backbone=fingerprint(self.model) if saved is None else saved.facts["backbone"],
-            decisions=decisions,
-        )
-        return state
 
     def _so_far(self: _Self, state: State) -> _Self:
         fitted = self._ready()
@@ -244,97 +203,198 @@ class TrainableAttribution(FittedAttribution):
             parameter.grad = None
         return self
 
-    def _judge(self, history: History) -> None:
-        """Warn where the maps are no better than showing the whole image."""
-        if len(history) >= 30 and history.last("loss") >= history.last("everything"):
-            tell(
-                history,
-                f"fit: the loss at the end ({history.last('loss'):.3g}) is not below that of showing the whole image "
-                f"({history.last('everything'):.3g}), so the maps say little: train for more steps, with "
-                "schedule='short', or try another lr",
-            )
-
-    # ------------------------------------------------------------------ validation
-
-    def _validation(self, loader: Iterable[Any], seed: int, like: Tensor, args: tuple[Any, ...]) -> dict[str, float]:
-        """Loss and AD/IC of the network as it is, averaged over the images of one pass over the loader."""
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng([]):
-            return averages(
-                self._measures(images_of(batch).to(device=like.device, dtype=like.dtype), args, generator)
-                for batch in loader
-            )
-
-    def _measures(self, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> dict[str, Tensor]:
-        """Per-image measures ``(N,)`` of one batch."""
-        terms = self._terms(self._ready().network, images, args, generator)
-        outputs, features = self._features(images, args)
-        rows = terms.classes.to(images.device).unsqueeze(1)
-        maps = min_max(attend(self._network_for(features), features, rows)).to(images.dtype)
-        found = {"loss": terms.loss.expand(len(images))}
-        if outputs.ndim == 2 and outputs.shape[1] > 1:
-            hidden = self._baseline(images)
-            call: dict[str, Any] = {
-                "target": rows[:, 0],
-                "masking": hidden if isinstance(hidden, Tensor) else "standardized",
-                "clean": two_logits(outputs).softmax(1).gather(1, rows)[:, 0],
-                "additional_forward_args": args,
-            }
-            for percent in (100, 50, 15):
-                call["keep"] = percent / 100
-                found[f"AD({percent})"] = 100 * average_drop(self.model, images, maps, **call)
-                found[f"IC({percent})"] = 100 * increase_in_confidence(self.model, images, maps, **call)
-        return found
-
-    # ------------------------------------------------------------------ checkpoints
-
     def _checkpoint(self, folder: Path, state: State, plan: dict[str, Any]) -> None:
         """Everything that :meth:`save` writes, and what a resumed fit needs."""
         if not distributed.is_first():
             return
-        explainer, progress = self._so_far(state)._to_checkpoint(), state.snapshot()
+        explainer, progress = session.to_checkpoint(self, self._so_far(state)._ready()), state.snapshot()
         facts = {**explainer.facts, "plan": plan, "state": progress.facts}
         write(folder / "checkpoint.safetensors", Checkpoint({**explainer.tensors, **progress.tensors}, facts))
 
-    def _read_resume(self, path: str | os.PathLike[str], plan: dict[str, Any]) -> Checkpoint:
-        """A checkpoint of a fit with this class, these options and this plan, for this model."""
-        source = Path(path)
-        saved = read(source / "checkpoint.safetensors" if source.is_dir() else source)
-        facts = saved.facts
-        if facts.get("method") != type(self).__name__ or "state" not in facts:
-            raise CheckpointError(
-                f"resume_from: {source} must be a checkpoint that {type(self).__name__}.fit wrote to checkpoint_dir, "
-                f"got a file of {facts.get('method')}{'' if 'state' in facts else ' made by save'}"
+    # ------------------------------------------------------------------ explain
+
+    def _check_ready(self) -> None:
+        self._ready()
+
+    def _ready(self) -> Fitted:
+        if self._fitted is None:
+            name = type(self).__name__
+            raise NotFittedError(
+                f"{name} must be trained for this model before it can explain: call fit(loader), or load a file with "
+                f"{name}.load(path, model)"
             )
-        if facts["backbone"] != fingerprint(self.model):
-            raise BackboneMismatchError(
-                f"resume_from: {source} belongs to a {facts['model']} with other weights; load those weights first"
+        return self._fitted
+
+    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        outputs, features = self._features(inputs, args)
+        target = query.resolve(outputs)
+        one_value = outputs.ndim == 1 or outputs.shape[1] == 1
+        rows = torch.ones_like(target.classes) if one_value else target.classes
+        self._warn_unseen(rows)
+        return min_max(session.attend(self._network_for(features), features, rows))
+
+    def maps(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
+        """The maps of all classes from one forward pass, at the resolution of the layers.
+
+        Args:
+            inputs: as in :meth:`attribute`.
+            additional_forward_args: as in :meth:`attribute`.
+
+        Returns:
+            ``(N, K, h, w)``, each map scaled to [0, 1]. Rows of classes with ``class_counts_ == 0`` are untrained.
+        """
+        self._check_ready()
+        images, _ = self._images(inputs)
+        with frozen(self.model), torch.inference_mode(False), torch.no_grad():
+            clean = images.clone() if images.is_inference() else images.detach()
+            _, features = self._features(clean, forward_args(additional_forward_args))
+            return min_max(session.attend(self._network_for(features), features, None)).to(images.dtype)
+
+    def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
+        """Outputs and features of one pass, checked to be those that the network was trained on."""
+        self._ready()
+        outputs, features = run(self.model, inputs, args, self.taps(inputs, args))
+        session.check_same(type(self).__name__, self._ready(), outputs, features)
+        return outputs, [f.to(session.head_dtype(f)) for f in features]
+
+    def _network_for(self, features: Sequence[Tensor]) -> nn.Module:
+        return self._ready().network.to(features[0])
+
+    def _warn_unseen(self, rows: Tensor) -> None:
+        counts = self._ready().counts
+        unseen = [c for c in rows.unique().tolist() if counts[c] == 0]
+        if unseen and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: class {', '.join(map(str, unseen[:5]))}{' ...' if len(unseen) > 5 else ''} "
+                "never came up in fit, so its map is untrained; fit on images of it (class_counts_ has the counts)",
+                UserWarning,
+                stacklevel=6,
             )
-        mine = {**plan, **self.options()}
-        theirs = {**facts["plan"], **facts["options"]}
-        differ = [f"{k}={mine[k]!r} (was {theirs.get(k)!r})" for k in mine if mine[k] != theirs.get(k)]
-        if differ:
-            raise CheckpointError(f"resume_from: must be continued with the same arguments, got {', '.join(differ)}")
-        return saved
 
+    def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
+        if self._fitted is None:
+            return super()._resolve(inputs, args)
+        return self._tested(self._asked_layers(), inputs, args)
 
-def _has_hints(layers: Any) -> bool:
-    """Whether the user said how a layer is laid out."""
-    items = layers if isinstance(layers, (list, tuple)) else [layers]
-    return any(isinstance(item, (tuple, Grid, Tap)) for item in items)
+    def _asked_layers(self) -> Any:
+        """Those of the fit, so that an explainer and what is loaded from its file are known as one."""
+        if self._fitted is None:
+            return self.layers
+        return [name if grid is None else (name, grid) for name, grid in self._fitted.layers]
 
+    # ------------------------------------------------------------------ what was learned
 
-def _check_layers(layers: tuple[tuple[str, Grid | None], ...], saved: Checkpoint) -> None:
-    mine, theirs = [name for name, _ in layers], [name for name, _ in saved.facts["layers"]]
-    if mine != theirs:
-        raise CheckpointError(f"resume_from: must be continued with the same layers, got {mine} (was {theirs})")
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the explainer was fitted or loaded."""
+        return self._fitted is not None
 
+    @property
+    def network_(self) -> nn.Module:
+        """The trained network."""
+        return self._ready().network
 
-def _folder(path: str | os.PathLike[str]) -> Path:
-    """An existing folder that can be written."""
-    folder = Path(path)
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise DataError(
-            f"checkpoint_dir: must be a folder that exists and can be written, got {folder}; make it, or choose another"
+    @property
+    def history_(self) -> History:
+        """The record of the fit."""
+        return self._ready().history
+
+    @property
+    def class_counts_(self) -> Tensor:
+        """``(K,)``: how many training images the model assigned to each class."""
+        return self._ready().counts
+
+    @property
+    def n_steps_(self) -> int:
+        """Optimiser steps taken."""
+        return self._ready().steps
+
+    @property
+    def schedule_(self) -> str:
+        """Name of the schedule that was used."""
+        return self._ready().schedule.name
+
+    def report(self) -> str:
+        """The fit in a few lines: steps, schedule, loss, classes seen, validation, warnings."""
+        return session.report(self, self._ready())
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        if self._fitted is None:
+            return text
+        seen = int((self._fitted.counts > 0).sum())
+        decided = "".join(f", {k} {v}" for k, v in self._fitted.decisions.items() if isinstance(v, str))
+        return (
+            f"{text} fitted: {self._fitted.steps} steps, {self._fitted.schedule.name} schedule{decided}, "
+            f"{seen} of {self._fitted.num_classes} classes seen"
         )
-    return folder
+
+    def untrained(self: _Self, seed: int = 0) -> _Self:
+        """The same explainer with weights that nobody has trained: what it gains by its fit is the difference.
+
+        Args:
+            seed: of the weights.
+
+        Returns:
+            A copy; the explainer itself stays as it is.
+        """
+        fitted = self._ready()
+        network = self._network(fitted.channels, fitted.num_classes, torch.Generator().manual_seed(seed)).eval()
+        twin = copy.copy(self)
+        twin._fitted = replace(fitted, network=network, steps=0, history=History())
+        twin._complete(network)
+        network.to(next(fitted.network.parameters()))
+        return twin
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the fitted explainer to one safetensors file, whole or not at all.
+
+        Args:
+            path: the file; its folder must exist.
+
+        Returns:
+            The path.
+        """
+        return write(path, session.to_checkpoint(self, self._ready()))
+
+    @classmethod
+    def load(
+        cls: type[_Self], path: str | os.PathLike[str], model: nn.Module, *, strict_backbone: bool = True
+    ) -> _Self:
+        """Read a fitted explainer for the model that it was fitted for.
+
+        Args:
+            path: a file that :meth:`save` or a fit's checkpoints wrote.
+            model: the model, with the same weights as in fit.
+            strict_backbone: ``False`` warns instead of raising where the model's weights differ.
+
+        Raises:
+            CheckpointError: damaged, of another class, or of a newer format.
+            BackboneMismatchError: the model has other weights.
+        """
+        saved = read(path)
+        facts = saved.facts
+        if facts.get("method") != cls.__name__:
+            raise CheckpointError(
+                f"path: {path} must be a checkpoint of {cls.__name__}, got one of {facts.get('method')}; "
+                f"use {facts.get('method')}.load"
+            )
+        explainer = cls(model, [layer for layer, _ in facts["layers"]], **facts["options"])
+        if fingerprint(explainer.model) != facts["backbone"]:
+            message = (
+                f"path: {path} was fitted for {facts['model']} with other weights than this "
+                f"{type(explainer.model).__name__} has; load the weights it was fitted for, or fit again"
+            )
+            if strict_backbone:
+                raise BackboneMismatchError(message + " (strict_backbone=False loads it all the same)")
+            warnings.warn(message, UserWarning, stacklevel=2)
+        network = explainer._network(facts["channels"], facts["num_classes"], torch.Generator())
+        try:
+            explainer._fitted = Fitted.read(saved, network)
+        except KeyError as missing:
+            raise CheckpointError(f"path: {path} is incomplete, {missing} is not in it; fit again") from missing
+        explainer._complete(network)
+        return explainer

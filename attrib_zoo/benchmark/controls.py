@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrib_zoo.benchmark.measures import NEEDS, Explain, Measure
-from attrib_zoo.fitted import FittedAttribution
 from attrib_zoo.metrics import box_masks
+from attrib_zoo.trainable import TrainableAttribution
 
 
 def chance(seed: int) -> Explain:
@@ -75,7 +75,7 @@ def perfect(truth: Mapping[str, Any]) -> Explain:
 
 def untrained(methods: Mapping[str, Any], seed: int) -> dict[str, Explain]:
     """The twin of each trained explainer that nobody has trained."""
-    trained = {name: method for name, method in methods.items() if isinstance(method, FittedAttribution)}
+    trained = {name: method for name, method in methods.items() if isinstance(method, TrainableAttribution)}
     return {f"{name}, untrained": method.untrained(seed).attribute for name, method in trained.items()}
 
 

@@ -14,7 +14,6 @@ from attrib_zoo.backbone.layers.resolve import Tap, is_attention
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.replay import replay
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
-from attrib_zoo.fitted import attend, head_dtype
 from attrib_zoo.masking import blend
 from attrib_zoo.masking import upsample as enlarge
 from attrib_zoo.trainable import TrainableAttribution
@@ -23,6 +22,7 @@ from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
+from attrib_zoo.training.session import attend, head_dtype
 
 _RECIPES = ("paper", "released")
 _BORDER, _OFFSET = 0.3, 5e-4  # of the released loss

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import forward
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import check_choice, check_number
-from attrib_zoo.fitted import attend
 from attrib_zoo.masking import blend, upsample
 from attrib_zoo.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
@@ -19,6 +18,7 @@ from attrib_zoo.training.head import ACTIVATIONS, AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
+from attrib_zoo.training.session import attend
 
 _RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"variation": "mean", "border_penalty": 0.0, "area_offset": 0.0, "psi": "auto"},

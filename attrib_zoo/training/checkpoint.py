@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.errors import CheckpointError, DataError
+from attrib_zoo.training.history import History
+from attrib_zoo.training.schedule import Schedule
 
 FORMAT = 1
 
@@ -147,3 +150,70 @@ def restore_optimizer(
         index, name = key.split("/", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
+
+
+@dataclass
+class Fitted:
+    """A trained network and all that must be known to use it.
+
+    Attributes:
+        network: maps features and wanted classes to attention maps.
+        layers: names of the layers that it reads, each with the layout that the user gave, if any.
+        channels: of each layer.
+        counts: ``(K,)`` training images that the model assigned to each class.
+        schedule: how it was optimised.
+        steps: optimiser steps taken.
+        history: what happened.
+        backbone: fingerprint of the model's weights.
+        decisions: what the method decided from the model, e.g. the masking rule.
+    """
+
+    network: nn.Module
+    layers: tuple[tuple[str, Grid | None], ...]
+    channels: tuple[int, ...]
+    counts: Tensor
+    schedule: Schedule
+    steps: int
+    history: History
+    backbone: str
+    decisions: dict[str, Any]
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.counts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to write."""
+        return {**{f"network/{k}": v for k, v in self.network.state_dict().items()}, "class_counts": self.counts}
+
+    def facts(self) -> dict[str, Any]:
+        """The JSON-ready facts to write."""
+        return {
+            "layers": [[name, None if grid is None else grid.to_dict()] for name, grid in self.layers],
+            "channels": list(self.channels),
+            "num_classes": self.num_classes,
+            "schedule": self.schedule.facts(),
+            "steps": self.steps,
+            "backbone": self.backbone,
+            "decisions": self.decisions,
+            **self.history.facts(),
+        }
+
+    @classmethod
+    def read(cls, saved: Checkpoint, network: nn.Module) -> Fitted:
+        """Inverse of :meth:`tensors` and :meth:`facts`; the network is filled with the saved weights."""
+        facts = saved.facts
+        network.load_state_dict(saved.part("network"))
+        network.eval()
+        return cls(
+            network=network,
+            layers=tuple((name, None if grid is None else Grid.from_dict(grid)) for name, grid in facts["layers"]),
+            channels=tuple(facts["channels"]),
+            counts=saved.tensors["class_counts"],
+            schedule=Schedule(**facts["schedule"]),
+            steps=facts["steps"],
+            history=History.read(saved.tensors, facts),
+            backbone=facts["backbone"],
+            decisions=facts["decisions"],
+        )

@@ -1,103 +1,76 @@
-"""What a fit gives an explainer, and its form in a file."""
+"""A fit from its first step to its file: what it begins with, validates, resumes, and leaves in the explainer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import frozen
-from attrib_zoo.backbone.grid import Grid
-from attrib_zoo.errors import UnsupportedModelError
-from attrib_zoo.training.checkpoint import Checkpoint
+from attrib_zoo.attribution import check_images
+from attrib_zoo.backbone.capture import check_gradient, frozen, run
+from attrib_zoo.backbone.grid import Grid, Tap
+from attrib_zoo.errors import BackboneMismatchError, CheckpointError, DataError, LayerError, UnsupportedModelError
+from attrib_zoo.masking import min_max
+from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
+from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read
+from attrib_zoo.training.data import Batches, images_of
+from attrib_zoo.training.fit import State, Terms, tell
 from attrib_zoo.training.history import History
 from attrib_zoo.training.losses import two_logits
-from attrib_zoo.training.schedule import Schedule
+from attrib_zoo.training.schedule import OptimizerFactory, Schedule, build
+
+_FEW_STEPS = {
+    "short": (30, "raise max_steps or epochs"),
+    "paper": (20_000, "raise epochs, or pass schedule='short'"),
+    "released": (20_000, "raise epochs, or pass schedule='short'"),
+}
 
 
-@dataclass
-class Fitted:
-    """A trained network and all that must be known to use it.
-
-    Attributes:
-        network: maps features and wanted classes to attention maps.
-        layers: names of the layers that it reads, each with the layout that the user gave, if any.
-        channels: of each layer.
-        counts: ``(K,)`` training images that the model assigned to each class.
-        schedule: how it was optimised.
-        steps: optimiser steps taken.
-        history: what happened.
-        backbone: fingerprint of the model's weights.
-        decisions: what the method decided from the model, e.g. the masking rule.
-    """
-
-    network: nn.Module
-    layers: tuple[tuple[str, Grid | None], ...]
-    channels: tuple[int, ...]
-    counts: Tensor
-    schedule: Schedule
-    steps: int
-    history: History
-    backbone: str
-    decisions: dict[str, Any]
+class Explainer(Protocol):
+    """What a fit needs of the explainer: the hooks of :class:`attrib_zoo.trainable.TrainableAttribution`."""
 
     @property
-    def num_classes(self) -> int:
-        """K."""
-        return len(self.counts)
+    def model(self) -> nn.Module:
+        """The frozen model."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors to write."""
-        return {**{f"network/{k}": v for k, v in self.network.state_dict().items()}, "class_counts": self.counts}
+    @property
+    def layers(self) -> Any:
+        """As the user gave them."""
 
-    def facts(self) -> dict[str, Any]:
-        """The JSON-ready facts to write."""
-        return {
-            "layers": [[name, None if grid is None else grid.to_dict()] for name, grid in self.layers],
-            "channels": list(self.channels),
-            "num_classes": self.num_classes,
-            "schedule": self.schedule.facts(),
-            "steps": self.steps,
-            "backbone": self.backbone,
-            "decisions": self.decisions,
-            **self.history.facts(),
-        }
+    def taps(self, inputs: Tensor, additional_forward_args: Any = None) -> tuple[Tap, ...]:
+        """The layers, resolved."""
 
-    @classmethod
-    def read(cls, saved: Checkpoint, network: nn.Module) -> Fitted:
-        """Inverse of :meth:`tensors` and :meth:`facts`; the network is filled with the saved weights."""
-        facts = saved.facts
-        network.load_state_dict(saved.part("network"))
-        network.eval()
-        return cls(
-            network=network,
-            layers=tuple((name, None if grid is None else Grid.from_dict(grid)) for name, grid in facts["layers"]),
-            channels=tuple(facts["channels"]),
-            counts=saved.tensors["class_counts"],
-            schedule=Schedule(**facts["schedule"]),
-            steps=facts["steps"],
-            history=History.read(saved.tensors, facts),
-            backbone=facts["backbone"],
-            decisions=facts["decisions"],
-        )
+    def options(self) -> dict[str, Any]:
+        """The options of its constructor."""
+
+    def _ready(self) -> Fitted: ...
+
+    def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]: ...
+
+    def _network_for(self, features: Sequence[Tensor]) -> nn.Module: ...
+
+    def _network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module: ...
+
+    def _terms(
+        self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator
+    ) -> Terms: ...
+
+    def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule: ...
+
+    def _baseline(self, images: Tensor) -> Tensor | float: ...
+
+    def _decide(
+        self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
+    ) -> dict[str, Any]: ...
 
 
-def class_count(outputs: Tensor) -> int:
-    """K of ``(N, K)`` logits; 2 for one value per image.
-
-    Raises:
-        UnsupportedModelError: outputs of any other shape.
-    """
-    if outputs.ndim > 2:
-        raise UnsupportedModelError(
-            f"model: must return (N, K) logits to fit an explainer, got shape {tuple(outputs.shape)}; wrap it in a "
-            "module that gives one score per class"
-        )
-    return two_logits(outputs).shape[1]
+# ---------------------------------------------------------------------- begin
 
 
 @contextmanager
@@ -126,6 +99,152 @@ def ground(model: nn.Module) -> Iterator[Tensor]:
             parameter.requires_grad = flag
 
 
+def begin(
+    explainer: Explainer,
+    batches: Batches,
+    args: tuple[Any, ...],
+    plan: dict[str, Any],
+    custom: OptimizerFactory | None,
+    scaled: bool,
+    saved: Checkpoint | None,
+) -> tuple[State, Fitted]:
+    """The network, its optimiser and its counters before the first step, or where the checkpoint left them."""
+    images = check_images(batches.peek(), type(explainer).__name__)
+    check_gradient(explainer.model, images, args)
+    taps = explainer.taps(images, args)
+    outputs, features = run(explainer.model, images, args, taps)
+    generator = torch.Generator().manual_seed(plan["seed"])
+    features = [f.to(head_dtype(f)) for f in features]
+    channels = tuple(f.shape[1] for f in features)
+    network = explainer._network(channels, class_count(outputs), generator).to(features[0])
+    with torch.autocast(images.device.type, enabled=False):
+        asked = plan["schedule"]
+        own = Schedule(**asked) if isinstance(asked, dict) else None
+        schedule = own or explainer._schedule(asked, plan["steps"], network, features)
+    schedule = replace(
+        schedule,
+        optimizer=plan["optimizer"] or schedule.optimizer,
+        lr=float(schedule.lr if plan["lr"] is None else plan["lr"]),
+    )
+    layers = tuple((tap.label, tap.grid if _has_hints(explainer.layers) else None) for tap in taps)
+    counts = torch.zeros(class_count(outputs), dtype=torch.long)
+    decisions = explainer._decide(taps, images, len(counts), schedule, plan["steps"])
+    if saved is not None:
+        _check_layers(layers, saved)
+        network.load_state_dict(saved.part("network"))
+        schedule, counts = Schedule(**saved.facts["schedule"]), saved.tensors["class_counts"]
+        decisions = saved.facts["decisions"]
+    optimizer, cycle = build(network, schedule, plan["steps"], custom)
+    scaler = torch.amp.GradScaler(images.device.type) if scaled else None
+    state = State(network, optimizer, cycle, generator, batches, counts, scaler)
+    if saved is not None:
+        state.restore(Checkpoint(saved.tensors, saved.facts["state"]))
+    elif plan["steps"] < _FEW_STEPS.get(schedule.name, (0, ""))[0]:
+        least, advice = _FEW_STEPS[schedule.name]
+        tell(
+            state.history,
+            f"fit: the {schedule.name!r} schedule needs at least {least} steps to train an explainer, got "
+            f"{plan['steps']}: {advice}",
+        )
+    fitted = Fitted(
+        network=network,
+        layers=layers,
+        channels=channels,
+        counts=state.counts,
+        schedule=schedule,
+        steps=state.step,
+        history=state.history,
+        backbone=fingerprint(explainer.model) if saved is None else saved.facts["backbone"],
+        decisions=decisions,
+    )
+    return state, fitted
+
+
+def _has_hints(layers: Any) -> bool:
+    """Whether the user said how a layer is laid out."""
+    items = layers if isinstance(layers, (list, tuple)) else [layers]
+    return any(isinstance(item, (tuple, Grid, Tap)) for item in items)
+
+
+def class_count(outputs: Tensor) -> int:
+    """K of ``(N, K)`` logits; 2 for one value per image.
+
+    Raises:
+        UnsupportedModelError: outputs of any other shape.
+    """
+    if outputs.ndim > 2:
+        raise UnsupportedModelError(
+            f"model: must return (N, K) logits to fit an explainer, got shape {tuple(outputs.shape)}; wrap it in a "
+            "module that gives one score per class"
+        )
+    return two_logits(outputs).shape[1]
+
+
+def check_same(name: str, fitted: Fitted, outputs: Tensor, features: Sequence[Tensor]) -> None:
+    """Raise where the model has other classes or channels than in the fit."""
+    if class_count(outputs) != fitted.num_classes:
+        raise UnsupportedModelError(
+            f"model: must have the {fitted.num_classes} classes that {name} was fitted for, "
+            f"got {class_count(outputs)}; fit again for the changed model"
+        )
+    channels = tuple(f.shape[1] for f in features)
+    if channels != fitted.channels:
+        raise LayerError(
+            f"layers: must have {fitted.channels} channels as in fit, got {channels}; fit again for the changed model"
+        )
+
+
+def head_dtype(features: Tensor) -> torch.dtype:
+    """The head computes in float32, or in float64 for float64 models."""
+    return torch.promote_types(features.dtype, torch.float32)
+
+
+def attend(network: nn.Module, features: Sequence[Tensor], rows: Tensor | None) -> Tensor:
+    """The network's maps ``(N, M, h, w)``; it keeps its own precision inside autocast."""
+    with torch.autocast(features[0].device.type, enabled=False):
+        maps: Tensor = network(features, rows)
+    return maps
+
+
+# ---------------------------------------------------------------------- validate
+
+
+def validate(
+    explainer: Explainer, loader: Iterable[Any], seed: int, like: Tensor, args: tuple[Any, ...]
+) -> dict[str, float]:
+    """Loss and AD/IC of the network as it is, averaged over the images of one pass over the loader."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng([]):
+        return averages(
+            _measures(explainer, images_of(batch).to(device=like.device, dtype=like.dtype), args, generator)
+            for batch in loader
+        )
+
+
+def _measures(
+    explainer: Explainer, images: Tensor, args: tuple[Any, ...], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Per-image measures ``(N,)`` of one batch."""
+    terms = explainer._terms(explainer._ready().network, images, args, generator)
+    outputs, features = explainer._features(images, args)
+    rows = terms.classes.to(images.device).unsqueeze(1)
+    maps = min_max(attend(explainer._network_for(features), features, rows)).to(images.dtype)
+    found = {"loss": terms.loss.expand(len(images))}
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        hidden = explainer._baseline(images)
+        call: dict[str, Any] = {
+            "target": rows[:, 0],
+            "masking": hidden if isinstance(hidden, Tensor) else "standardized",
+            "clean": two_logits(outputs).softmax(1).gather(1, rows)[:, 0],
+            "additional_forward_args": args,
+        }
+        for percent in (100, 50, 15):
+            call["keep"] = percent / 100
+            found[f"AD({percent})"] = 100 * average_drop(explainer.model, images, maps, **call)
+            found[f"IC({percent})"] = 100 * increase_in_confidence(explainer.model, images, maps, **call)
+    return found
+
+
 def averages(found: Iterable[dict[str, Tensor]]) -> dict[str, float]:
     """Means over images of per-image measures ``(N,)`` that come batch by batch."""
     sums: dict[str, float] = {}
@@ -135,3 +254,91 @@ def averages(found: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         for name, values in measures.items():
             sums[name] = sums.get(name, 0.0) + float(values.double().sum())
     return {name: value / count for name, value in sums.items()} if count else {}
+
+
+def judge(history: History) -> None:
+    """Warn where the maps are no better than showing the whole image."""
+    if len(history) >= 30 and history.last("loss") >= history.last("everything"):
+        tell(
+            history,
+            f"fit: the loss at the end ({history.last('loss'):.3g}) is not below that of showing the whole image "
+            f"({history.last('everything'):.3g}), so the maps say little: train for more steps, with "
+            "schedule='short', or try another lr",
+        )
+
+
+def report(explainer: Explainer, fitted: Fitted) -> str:
+    """The fit in a few lines."""
+    seen = int((fitted.counts > 0).sum())
+    lines = [
+        f"{type(explainer).__name__} for {type(explainer.model).__name__}, "
+        f"layers {', '.join(n for n, _ in fitted.layers)}",
+        f"  steps        {fitted.steps} ({fitted.schedule.name} schedule, {fitted.schedule.optimizer}, "
+        f"max lr {fitted.schedule.lr:.3g})",
+        f"  images       {int(fitted.counts.sum())}, classes seen {seen} of {fitted.num_classes}",
+    ]
+    if len(fitted.history):
+        parts = ", ".join(f"{k} {fitted.history.last(k):.3g}" for k in fitted.history.steps if k != "lr")
+        lines.append(f"  last tenth   {parts}")
+    if fitted.history.validation:
+        last = fitted.history.validation[-1]
+        lines.append("  validation   " + ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k != "step"))
+    lines += [f"  warning      {message}" for message in fitted.history.messages]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------- checkpoints and resuming
+
+
+def to_checkpoint(explainer: Explainer, fitted: Fitted) -> Checkpoint:
+    """All that a fitted explainer is made of, ready to be written."""
+    from attrib_zoo import __version__
+
+    return Checkpoint(
+        {**fitted.tensors(), **fitted.history.tensors()},
+        {
+            "method": type(explainer).__name__,
+            "library": __version__,
+            "model": type(explainer.model).__name__,
+            "options": explainer.options(),
+            **fitted.facts(),
+        },
+    )
+
+
+def read_resume(explainer: Explainer, path: str | os.PathLike[str], plan: dict[str, Any]) -> Checkpoint:
+    """A checkpoint of a fit with this class, these options and this plan, for this model."""
+    source = Path(path)
+    saved = read(source / "checkpoint.safetensors" if source.is_dir() else source)
+    facts = saved.facts
+    if facts.get("method") != type(explainer).__name__ or "state" not in facts:
+        raise CheckpointError(
+            f"resume_from: {source} must be a checkpoint that {type(explainer).__name__}.fit wrote to checkpoint_dir, "
+            f"got a file of {facts.get('method')}{'' if 'state' in facts else ' made by save'}"
+        )
+    if facts["backbone"] != fingerprint(explainer.model):
+        raise BackboneMismatchError(
+            f"resume_from: {source} belongs to a {facts['model']} with other weights; load those weights first"
+        )
+    mine = {**plan, **explainer.options()}
+    theirs = {**facts["plan"], **facts["options"]}
+    differ = [f"{k}={mine[k]!r} (was {theirs.get(k)!r})" for k in mine if mine[k] != theirs.get(k)]
+    if differ:
+        raise CheckpointError(f"resume_from: must be continued with the same arguments, got {', '.join(differ)}")
+    return saved
+
+
+def _check_layers(layers: tuple[tuple[str, Grid | None], ...], saved: Checkpoint) -> None:
+    mine, theirs = [name for name, _ in layers], [name for name, _ in saved.facts["layers"]]
+    if mine != theirs:
+        raise CheckpointError(f"resume_from: must be continued with the same layers, got {mine} (was {theirs})")
+
+
+def writable(path: str | os.PathLike[str]) -> Path:
+    """An existing folder that can be written."""
+    folder = Path(path)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DataError(
+            f"checkpoint_dir: must be a folder that exists and can be written, got {folder}; make it, or choose another"
+        )
+    return folder
