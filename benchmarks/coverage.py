@@ -38,7 +38,7 @@ from attrib_zoo.backbone.layers.gridcheck import probe
 from attrib_zoo.backbone.layers import look, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = ROOT / "docs" / "results" / "coverage.csv"
+ROWS = ROOT / "benchmarks" / "results" / "coverage.csv"
 PAGE = ROOT / "docs" / "explanation" / "coverage.md"
 STEPS = ("layers", "grid", "gradcam", "masks", "ttame")
 FIELDS = ("library", "family", "model", "size", "millions", "run", *STEPS, "chosen", "reason", "seconds")
@@ -301,7 +301,8 @@ def page(rows: Sequence[dict[str, str]], total: dict[str, int]) -> str:
     lines = [
         "# Coverage",
         "",
-        "Written by `python benchmarks/coverage.py --summary` from [the rows](../results/coverage.csv), one per model.",
+        "Written by `python benchmarks/coverage.py --summary` from [the rows](../../benchmarks/results/coverage.csv), "
+        "one per model.",
         "",
         f"**{len(rows)} models were looked at**: {of}. They come from {len(families)} families (source files of the "
         "two libraries). What was not run is not claimed.",

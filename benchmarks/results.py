@@ -10,7 +10,7 @@
 fitted on Tiny-ImageNet enlarged to 224. The others: 500 validation images of Tiny-ImageNet-50 with their boxes at 64
 pixels, backbones and explainers trained on its training images. The model's own decision is explained. Stop and run
 again at will; ``--images`` stops a slow method early, and a later run without it goes on. ``--write`` makes
-``docs/results/CASE.md``, ``.json`` and ``.png`` of what is there.
+``docs/results/CASE.md`` and ``.png`` of what is there, and ``benchmarks/results/CASE.json`` with the numbers.
 """
 
 from __future__ import annotations
@@ -356,7 +356,7 @@ def page(name: str, case: Case, results: Table, facts: dict[str, Any], refused: 
     return "\n".join(lines) + "\n"
 
 
-def write(name: str, case: Case, work: Path, output: Path) -> None:
+def write(name: str, case: Case, work: Path, output: Path, raw: Path) -> None:
     """The page, the numbers and the plots."""
     results, facts = gathered(case, work / name)
     refused = {path.stem: path.read_text() for path in sorted((work / name).glob("*.refused"))}
@@ -364,7 +364,8 @@ def write(name: str, case: Case, work: Path, output: Path) -> None:
     (output / f"{name}.md").write_text(page(name, case, results, facts, refused), encoding="utf-8")
     told = {method: {key: fact[key] for key in fact if key != "classes seen"} for method, fact in facts.items()}
     numbers = {"case": case.says, "measured": told, **json.loads(results.to_json())}
-    (output / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    raw.mkdir(parents=True, exist_ok=True)
+    (raw / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     wanted, most = {*FIRST, SMOOTH, "random map", "image edges"}, len(results.images)
     shown = {method for method in wanted if images(results, method) == most}  # means of other images compare badly
     results.records.rows = {key: row for key, row in results.records.rows.items() if key[0] in shown}
@@ -380,7 +381,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--images", type=int, help="of each method, no more than so many")
     parser.add_argument("--write", action="store_true", help="only write the pages")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="of pages and plots")
+    parser.add_argument("--raw", type=Path, default=ROOT / "benchmarks" / "results", help="of the numbers")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in options.cases:
@@ -388,7 +390,7 @@ def main() -> None:
         folder = options.work / name
         folder.mkdir(parents=True, exist_ok=True)
         if options.write:
-            write(name, case, options.work, options.output)
+            write(name, case, options.work, options.output, options.raw)
             continue
         for method in options.methods or names(case):
             start = time.process_time()

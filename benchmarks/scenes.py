@@ -151,7 +151,7 @@ def written(options: argparse.Namespace, found: dict[str, Any], seconds: float) 
             "Confidence in red without and with it:\n" + "; ".join(lines) + ".",
             cues,
         ]
-    (options.output / "scenes.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (options.raw / "scenes.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     page = options.output / "scenes.md"
     text = page.read_text(encoding="utf-8").split(MARKER)[0] if page.exists() else ""
     page.write_text(text + MARKER + "\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
@@ -165,11 +165,12 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], metavar="METHOD", help="in (b)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="of the page")
+    parser.add_argument("--raw", type=Path, default=Path("benchmarks/results"), help="of the numbers")
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    for folder in (options.output, *([options.work] if options.work else [])):
+    for folder in (options.output, options.raw, *([options.work] if options.work else [])):
         folder.mkdir(parents=True, exist_ok=True)
     start = time.process_time()
     found = {}

@@ -18,18 +18,22 @@ WIDTH = 100
 
 PAGES = {
     "methods": ("Methods", "methods", ""),
-    "contract": ("What every method can do", "attribution trainable fitted training.history targets errors", ""),
+    "contract": ("What every method can do", "attribution trainable training.history targets errors", ""),
     "measures-and-pictures": ("Measures and pictures", "metrics visualize", ""),
     "benchmark": (
         "Methods times measures",
-        "benchmark benchmark.runner benchmark.table benchmark.report benchmark.measures",
+        "benchmark benchmark.runner benchmark.table benchmark.estimates benchmark.report benchmark.measures",
         "",
     ),
-    "models-and-images": ("Models and images", "models photos synthetic", ""),
+    "models-and-images": (
+        "Models and images",
+        "models models.load photos synthetic synthetic.scenes synthetic.networks",
+        "",
+    ),
     "backbone": (
         "Frozen models: layers, layouts, passes, masks",
-        "backbone.layers backbone.grid backbone.gridcheck backbone.capture backbone.replay backbone.kind "
-        "backbone.module masking",
+        "backbone.layers backbone.layers.resolve backbone.grid backbone.layers.gridcheck backbone.capture "
+        "backbone.replay backbone.kind backbone.module masking",
         "",
     ),
     "testing": ("The contract suite", "testing testing.suite", "testing"),
