@@ -35,8 +35,8 @@ from attrib_zoo import models, synthetic, visualize
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli.shared import methods
 from attrib_zoo.errors import AttribZooError, UnsupportedModelError
-from attrib_zoo.photos import Photos
-from attrib_zoo.trainable import TrainableAttribution
+from attrib_zoo.models.photos import Photos
+from attrib_zoo.methods.bases.trainable import TrainableAttribution
 
 PHOTOGRAPHS = ("black stork", "wire-haired fox terrier")
 SCENES = (3, 11)

@@ -25,7 +25,7 @@ from torchvision import transforms
 from attrib_zoo import TTAME, GradCAM, models, visualize
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.metrics import masked_confidence
-from attrib_zoo.photos import Photos
+from attrib_zoo.models.photos import Photos
 
 KEEPS = (1.0, 0.5, 0.15)
 NAMES = ["AD(100)", "IC(100)", "AD(50)", "IC(50)", "AD(15)", "IC(15)"]

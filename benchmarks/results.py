@@ -43,7 +43,7 @@ from attrib_zoo.benchmark.measures import TRUTH, Question, chosen
 from attrib_zoo.benchmark.records import Records
 from attrib_zoo.cli.shared import methods
 from attrib_zoo.errors import UnsupportedModelError
-from attrib_zoo.photos import Photos
+from attrib_zoo.models.photos import Photos
 
 ROOT = Path(__file__).resolve().parent.parent
 FAITHFUL = ["ad", "ic", "drop", "increase", "road", "insertion", "deletion"]

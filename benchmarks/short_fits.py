@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from attrib_zoo import TTAME, GradCAM, models
-from attrib_zoo.photos import Photos
+from attrib_zoo.models.photos import Photos
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "paper's schedule": ({}, {"schedule": "paper"}),

@@ -18,7 +18,7 @@ WIDTH = 100
 
 PAGES = {
     "methods": ("Methods", "methods", ""),
-    "contract": ("What every method can do", "attribution trainable training.history targets errors", ""),
+    "contract": ("What every method can do", "attribution methods.bases.trainable training.history targets errors", ""),
     "measures-and-pictures": ("Measures and pictures", "metrics visualize", ""),
     "benchmark": (
         "Methods times measures",
@@ -27,7 +27,7 @@ PAGES = {
     ),
     "models-and-images": (
         "Models and images",
-        "models models.load photos synthetic synthetic.scenes synthetic.networks",
+        "models models.load models.photos synthetic synthetic.scenes synthetic.networks",
         "",
     ),
     "backbone": (
@@ -53,8 +53,11 @@ def module_names() -> list[str]:
 def page_of(name: str) -> tuple[str, bool]:
     """Where a module is described, and whether in full; what is listed nowhere is an internal."""
     package = name.split(".", maxsplit=1)[0]
+    for page, (_, full, _) in PAGES.items():
+        if name in full.split():
+            return page, True
     for page, (_, full, brief) in PAGES.items():
-        if name in full.split() or (package in ("methods", "metrics") and package in full.split()):
+        if package in ("methods", "metrics") and package in full.split():
             return page, True
         if package in brief.split():
             return page, False

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrib_zoo.benchmark.measures import NEEDS, Explain, Measure
+from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.metrics import box_masks
-from attrib_zoo.trainable import TrainableAttribution
 
 
 def chance(seed: int) -> Explain:

@@ -24,7 +24,7 @@ from attrib_zoo.methods.gradcam import GradCAM
 from attrib_zoo.methods.ttame import TTAME
 from attrib_zoo.metrics.confidence import average_drop
 from attrib_zoo.metrics.localization import energy_pointing_game
-from attrib_zoo.photos import writable_folder
+from attrib_zoo.models.photos import writable_folder
 from attrib_zoo.synthetic import COLOURS, Scenes, recognised, scenes, trained
 from attrib_zoo.synthetic.networks import one_thread
 from attrib_zoo.visualize import write_picture

@@ -14,7 +14,7 @@ from attrib_zoo.benchmark import evaluate as run
 from attrib_zoo.benchmark.measures import TRUTH, chosen
 from attrib_zoo.cli.shared import explainers, load_model
 from attrib_zoo.errors import DataError, OptionError
-from attrib_zoo.photos import BoxedPhotos, Photos, find_photos, is_photo, open_photo, read_boxes, writable_folder
+from attrib_zoo.models.photos import BoxedPhotos, Photos, find_photos, is_photo, open_photo, read_boxes, writable_folder
 
 RESULTS, REPORT = "results.jsonl", "report.html"
 

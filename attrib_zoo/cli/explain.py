@@ -16,7 +16,7 @@ from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli.shared import explainers, load_model, table
 from attrib_zoo.errors import DataError
 from attrib_zoo.models import LoadedModel
-from attrib_zoo.photos import find_photos, open_photo, own_stems, writable_folder
+from attrib_zoo.models.photos import find_photos, open_photo, own_stems, writable_folder
 from attrib_zoo.visualize import figure, save_overlay
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from attrib_zoo.cli.shared import accepted, layers_of, load_model, method_of, statistics_of
 from attrib_zoo.errors import DataError, OptionError, listed
 from attrib_zoo.models import LoadedModel
-from attrib_zoo.photos import Photos, find_photos, is_photo, writable_folder
+from attrib_zoo.models.photos import Photos, find_photos, is_photo, writable_folder
 
 
 def fit(options: Any) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from attrib_zoo.benchmark.protocols import backbones, lcam, sise, ttame
+from attrib_zoo.benchmark.protocols.backbones import check_name, check_output
+from attrib_zoo.benchmark.protocols.compare import Comparison
+from attrib_zoo.benchmark.protocols.datasets import VOC_CLASSES, imagenet_validation, voc2007
+from attrib_zoo.benchmark.protocols.papers import printed
+from attrib_zoo.benchmark.protocols.plan import Plan
 from attrib_zoo.errors import UnsupportedModelError, check_choice
-from attrib_zoo.protocols import backbones, lcam, sise, ttame
-from attrib_zoo.protocols.backbones import check_name, check_output
-from attrib_zoo.protocols.compare import Comparison
-from attrib_zoo.protocols.datasets import VOC_CLASSES, imagenet_validation, voc2007
-from attrib_zoo.protocols.papers import printed
-from attrib_zoo.protocols.plan import Plan
 
 PAPERS = ("ttame", "lcam", "sise")
 """What the command's first word may be."""

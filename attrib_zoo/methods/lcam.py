@@ -16,7 +16,7 @@ from attrib_zoo.backbone.replay import replay
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
 from attrib_zoo.masking import blend
 from attrib_zoo.masking import upsample as enlarge
-from attrib_zoo.trainable import TrainableAttribution
+from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden

@@ -12,7 +12,7 @@ from attrib_zoo.backbone.capture import forward
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import check_choice, check_number
 from attrib_zoo.masking import blend, upsample
-from attrib_zoo.trainable import TrainableAttribution
+from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import ACTIVATIONS, AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden

@@ -1,4 +1,4 @@
-"""Classifiers of torchvision and timm by name, with their weights, preprocessing and class names."""
+"""Classifiers of torchvision and timm by name, and the photographs that they are given."""
 
 from attrib_zoo.models.load import LoadedModel as LoadedModel
 from attrib_zoo.models.load import load as load

@@ -33,7 +33,7 @@ _FEW_STEPS = {
 
 
 class Explainer(Protocol):
-    """What a fit needs of the explainer: the hooks of :class:`attrib_zoo.trainable.TrainableAttribution`."""
+    """What a fit needs of an explainer: what ``TrainableAttribution`` of ``methods.bases.trainable`` fills."""
 
     @property
     def model(self) -> nn.Module:

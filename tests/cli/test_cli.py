@@ -19,7 +19,7 @@ import attrib_zoo
 from attrib_zoo import TTAME, GradCAM, HiResCAM, models
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli import demo, main
-from attrib_zoo.photos import Photos
+from attrib_zoo.models.photos import Photos
 from attrib_zoo.visualize import overlay
 
 COMMANDS = ("demo", "list", "layers", "explain", "fit", "evaluate")

@@ -17,7 +17,7 @@ from PIL import Image
 from attrib_zoo import TTAME, GradCAM, LayerCAM, models
 from attrib_zoo.benchmark import Table, evaluate
 from attrib_zoo.cli import main
-from attrib_zoo.photos import BoxedPhotos, Photos, read_boxes
+from attrib_zoo.models.photos import BoxedPhotos, Photos, read_boxes
 
 TABLES = ["table.csv", "table.json", "table.md", "table.tex"]
 FILES = ["differences.md", "plots.png", "report.html", "results.jsonl", *TABLES]

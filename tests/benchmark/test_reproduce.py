@@ -13,15 +13,22 @@ from PIL import Image
 from scipy.io import savemat
 from torch import nn
 
-from attrib_zoo import metrics, protocols, synthetic
+from attrib_zoo import metrics, synthetic
+from attrib_zoo.benchmark import protocols
+from attrib_zoo.benchmark.protocols import Backbone, Plan, backbones, lcam, papers, sise, ttame
+from attrib_zoo.benchmark.protocols.datasets import (
+    VOC_CLASSES,
+    VOCRegions,
+    imagenet_training,
+    imagenet_validation,
+    voc2007,
+)
+from attrib_zoo.benchmark.protocols.plan import measure, slug, wanted
+from attrib_zoo.benchmark.protocols.splits import choose, draw, read_list, write_list
+from attrib_zoo.benchmark.protocols.voc_head import fit_logistic
 from attrib_zoo.cli import main
 from attrib_zoo.errors import DataError, OptionError, UnsupportedModelError
 from attrib_zoo.metrics._regions import box_masks
-from attrib_zoo.protocols import Backbone, Plan, backbones, lcam, papers, sise, ttame
-from attrib_zoo.protocols.datasets import VOC_CLASSES, VOCRegions, imagenet_training, imagenet_validation, voc2007
-from attrib_zoo.protocols.plan import measure, slug, wanted
-from attrib_zoo.protocols.splits import choose, draw, read_list, write_list
-from attrib_zoo.protocols.voc_head import fit_logistic
 from attrib_zoo.synthetic.networks import seeded
 from attrib_zoo.training import checkpoint
 
@@ -475,7 +482,7 @@ def test_energy_is_taken_as_it_is():
 
 def test_vgg_has_a_learning_rate_of_its_own(imagenet):
     from attrib_zoo import LCAMImg
-    from attrib_zoo.protocols.plan import _schedule
+    from attrib_zoo.benchmark.protocols.plan import _schedule
 
     assert _schedule(lcam.VGG["paper"], 20_000) == lcam.VGG["paper"]
     assert _schedule(lcam.VGG["paper"], 19_999) == _schedule(None, 20_000) == "auto"
@@ -681,7 +688,7 @@ def test_models_are_loaded_from_files_and_from_torchvision(tmp_path, monkeypatch
 
 
 def test_no_methods_at_all(imagenet, monkeypatch):
-    from attrib_zoo.protocols import plan as module
+    from attrib_zoo.benchmark.protocols import plan as module
 
     monkeypatch.setattr(module, "CONTROLS", {})
     with pytest.raises(OptionError, match="at least one method"):

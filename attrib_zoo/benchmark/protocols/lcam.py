@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from attrib_zoo import RISE, GradCAM, GradCAMPlusPlus, LCAMFm, LCAMImg, ScoreCAM
+from attrib_zoo.benchmark.protocols.backbones import Backbone
+from attrib_zoo.benchmark.protocols.compare import Comparison
+from attrib_zoo.benchmark.protocols.plan import Makers, Plan, imagenet_run, train
 from attrib_zoo.errors import UnsupportedModelError
-from attrib_zoo.protocols.backbones import Backbone
-from attrib_zoo.protocols.compare import Comparison
-from attrib_zoo.protocols.plan import Makers, Plan, imagenet_run, train
 from attrib_zoo.training.schedule import Schedule
 
 BATCH = 64

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from attrib_zoo.benchmark.protocols.papers import Printed
 from attrib_zoo.benchmark.table import Table
-from attrib_zoo.protocols.papers import Printed
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 from attrib_zoo.benchmark import Table, evaluate
 from attrib_zoo.benchmark.controls import CONTROLS
 from attrib_zoo.benchmark.measures import Wanted
+from attrib_zoo.benchmark.protocols.backbones import Backbone
+from attrib_zoo.benchmark.protocols.compare import Comparison
+from attrib_zoo.benchmark.protocols.datasets import Labelled, imagenet_training, imagenet_validation
+from attrib_zoo.benchmark.protocols.papers import printed
+from attrib_zoo.benchmark.protocols.splits import Split, choose, read_list, write_list
 from attrib_zoo.benchmark.records import Records
 from attrib_zoo.errors import DataError, OptionError, closest
-from attrib_zoo.photos import Photos, writable_folder
-from attrib_zoo.protocols.backbones import Backbone
-from attrib_zoo.protocols.compare import Comparison
-from attrib_zoo.protocols.datasets import Labelled, imagenet_training, imagenet_validation
-from attrib_zoo.protocols.papers import printed
-from attrib_zoo.protocols.splits import Split, choose, read_list, write_list
+from attrib_zoo.models.photos import Photos, writable_folder
 from attrib_zoo.training.checkpoint import fingerprint
 from attrib_zoo.training.data import total_steps
 from attrib_zoo.training.schedule import LONG, Schedule

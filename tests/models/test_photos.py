@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from attrib_zoo.errors import DataError
-from attrib_zoo.photos import Photos, find_photos, is_photo, open_photo, own_stems, writable_folder
+from attrib_zoo.models.photos import Photos, find_photos, is_photo, open_photo, own_stems, writable_folder
 
 
 def picture(path: Path, colour: tuple[int, int, int] = (200, 100, 50), **options: object) -> Path:

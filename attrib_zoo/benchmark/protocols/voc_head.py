@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from attrib_zoo.benchmark.protocols.backbones import Backbone, last_linear, replace_last
+from attrib_zoo.benchmark.protocols.datasets import VOC_CLASSES, VOCImage, presence
 from attrib_zoo.errors import DataError
+from attrib_zoo.models.photos import Photos
 from attrib_zoo.models.weights import read_weights
-from attrib_zoo.photos import Photos
-from attrib_zoo.protocols.backbones import Backbone, last_linear, replace_last
-from attrib_zoo.protocols.datasets import VOC_CLASSES, VOCImage, presence
 
 _LR, _DECAY = 1e-2, 1e-3
 

@@ -18,11 +18,11 @@ from attrib_zoo import (
     ScoreCAM,
     TransformerLRP,
 )
-from attrib_zoo.protocols import lcam
-from attrib_zoo.protocols.backbones import Backbone
-from attrib_zoo.protocols.compare import Comparison
-from attrib_zoo.protocols.papers import VARIANTS
-from attrib_zoo.protocols.plan import Makers, Plan, imagenet_run, train
+from attrib_zoo.benchmark.protocols import lcam
+from attrib_zoo.benchmark.protocols.backbones import Backbone
+from attrib_zoo.benchmark.protocols.compare import Comparison
+from attrib_zoo.benchmark.protocols.papers import VARIANTS
+from attrib_zoo.benchmark.protocols.plan import Makers, Plan, imagenet_run, train
 
 EPOCHS = 8
 """The most that the paper tries, and what the released code takes."""

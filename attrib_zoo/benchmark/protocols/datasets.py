@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from attrib_zoo.benchmark.protocols.splits import read_list
 from attrib_zoo.errors import DataError, listed, reason
-from attrib_zoo.photos import SUFFIXES, find_photos, open_photo
-from attrib_zoo.protocols.splits import read_list
+from attrib_zoo.models.photos import SUFFIXES, find_photos, open_photo
 
 _Transform = Callable[[Any], Tensor]
 

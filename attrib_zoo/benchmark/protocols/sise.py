@@ -10,15 +10,15 @@ from torch import Tensor
 
 from attrib_zoo import RISE, SISE, ExtremalPerturbation, FullGrad, GradCAM, GradCAMPlusPlus, ScoreCAM, metrics
 from attrib_zoo.benchmark.measures import FAMILIES, Measure
+from attrib_zoo.benchmark.protocols.backbones import Backbone, check_output
+from attrib_zoo.benchmark.protocols.compare import Comparison
+from attrib_zoo.benchmark.protocols.datasets import VOC_CLASSES, VOCImage, VOCRegions, voc2007
+from attrib_zoo.benchmark.protocols.papers import printed
+from attrib_zoo.benchmark.protocols.plan import Makers, Plan, keep, measure, wanted, write
+from attrib_zoo.benchmark.protocols.voc_head import give_head
 from attrib_zoo.benchmark.table import Table
 from attrib_zoo.errors import DataError, UnsupportedModelError
-from attrib_zoo.photos import Photos
-from attrib_zoo.protocols.backbones import Backbone, check_output
-from attrib_zoo.protocols.compare import Comparison
-from attrib_zoo.protocols.datasets import VOC_CLASSES, VOCImage, VOCRegions, voc2007
-from attrib_zoo.protocols.papers import printed
-from attrib_zoo.protocols.plan import Makers, Plan, keep, measure, wanted, write
-from attrib_zoo.protocols.voc_head import give_head
+from attrib_zoo.models.photos import Photos
 
 REGIONS = [
     Measure(
