@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import forward
+from attrib_zoo.backbone.capture import forward, run
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.errors import check_choice, check_number
-from attrib_zoo.masking import blend, upsample
+from attrib_zoo.errors import check_choice, listed
+from attrib_zoo.masking import blend, blur, upsample
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
-from attrib_zoo.training.head import ACTIVATIONS, AttentionHead
+from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
-from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
+from attrib_zoo.training.losses import area, cross_entropy, gone, order_mask, two_logits, variation
+from attrib_zoo.training.recipe import Recipe, as_recipe
+from attrib_zoo.training.rows import class_rows, starting_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
-from attrib_zoo.training.session import attend
+from attrib_zoo.training.session import attend, head_dtype
 
-_RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"variation": "mean", "border_penalty": 0.0, "area_offset": 0.0, "psi": "auto"},
-    "released": {"variation": "sum", "border_penalty": 0.3, "area_offset": 5e-4, "psi": "batch"},
-}
 _BRANCH_LR = 1e-3
+_ROWS_LR = 3e-4
+_ROW_IMAGES = 32
+_MOST_STEPS = 300  # of a fit that is told neither epochs nor steps, where it starts from rows
+_SHARES = (0.05, 0.9)  # of the cells that the order loss shows or hides
+_BLUR = 10 / 224  # deviation of the blur that hides, as a share of the image's width
 _IMAGES_PER_CLASS = 100  # with fewer in a short fit, classes that are not the image's own cost more than they teach
 
 
@@ -112,51 +115,49 @@ class TTAME(TrainableAttribution):
         model: nn.Module,
         layers: Any = None,
         *,
-        recipe: str = "paper",
-        lambda_ce: float = 1.5,
-        lambda_tv: float = 2.0,
-        lambda_variation: float = 0.005,
-        area_power: float = 0.3,
+        recipe: str | Recipe | Mapping[str, Any] = "rows",
+        lambda_ce: float | None = None,
+        lambda_tv: float | None = None,
+        lambda_variation: float | None = None,
+        area_power: float | None = None,
         variation: str | None = None,
         border_penalty: float | None = None,
         area_offset: float | None = None,
         psi: str | None = None,
-        num_layers: int = 3,
-        skip: bool = True,
-        batch_norm: bool = True,
-        branch_activation: str = "relu",
+        num_layers: int | None = None,
+        skip: bool | None = None,
+        batch_norm: bool | None = None,
+        branch_activation: str | None = None,
         masking: str = "auto",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         upsample: bool = True,
     ) -> None:
         super().__init__(model, layers, upsample=upsample)
-        self.recipe = check_choice("recipe", recipe, tuple(_RECIPES))
-        defaults = _RECIPES[recipe]
-        self.lambda_ce = check_number("lambda_ce", lambda_ce, least=0.0)
-        self.lambda_tv = check_number("lambda_tv", lambda_tv, least=0.0)
-        self.lambda_variation = check_number("lambda_variation", lambda_variation, least=0.0)
-        self.area_power = check_number("area_power", area_power, least=1e-6)
-        given: dict[str, Any] = {
-            "variation": variation,
-            "border_penalty": border_penalty,
-            "area_offset": area_offset,
-            "psi": psi,
-        }
-        chosen = {name: defaults[name] if value is None else value for name, value in given.items()}
-        self.variation = check_choice("variation", chosen["variation"], ("mean", "sum"))
-        self.border_penalty = check_number("border_penalty", chosen["border_penalty"], least=0.0)
-        self.area_offset = check_number("area_offset", chosen["area_offset"], least=0.0)
-        self.psi = check_choice("psi", chosen["psi"], ("auto", "random", "batch", "own"))
-        self.num_layers = check_choice("num_layers", num_layers, (1, 2, 3))
-        self.skip = bool(skip)
-        self.batch_norm = bool(batch_norm)
-        self.branch_activation = check_choice("branch_activation", branch_activation, ACTIVATIONS)
+        self.recipe = as_recipe(recipe).but(
+            lambda_ce=lambda_ce,
+            lambda_tv=lambda_tv,
+            lambda_variation=lambda_variation,
+            area_power=area_power,
+            variation=variation,
+            border_penalty=border_penalty,
+            area_offset=area_offset,
+            psi=psi,
+            num_layers=num_layers,
+            skip=skip,
+            batch_norm=batch_norm,
+            branch_activation=branch_activation,
+        )
         self.masking = check_choice("masking", masking, MASKINGS)
         self.mean, self.std = check_statistics(mean, std)
 
+    def options(self) -> dict[str, Any]:
+        """The recipe, as its name or its fields, and the options that are not part of it."""
+        own = ("masking", "mean", "std", "upsample")
+        return {"recipe": self.recipe.facts(), **{name: getattr(self, name) for name in own}}
+
     def _layer_rule(self) -> tuple[str, int]:
-        return ("norms" if self.recipe == "released" else "outputs"), self.num_layers
+        return self.recipe.layer_rule, self.recipe.num_layers
 
     # ------------------------------------------------------------------ training
 
@@ -164,26 +165,59 @@ class TTAME(TrainableAttribution):
         return AttentionHead(
             channels,
             num_classes,
-            skip=self.skip,
-            batch_norm=self.batch_norm,
-            activation=self.branch_activation,
+            branches=self.recipe.branches,
+            skip=self.recipe.skip,
+            batch_norm=self.recipe.batch_norm,
+            activation=self.recipe.branch_activation,
             generator=generator,
         )
 
     def _complete(self, network: nn.Module) -> None:
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
+    @property
+    def _start_images(self) -> int:
+        return _ROW_IMAGES if self.recipe.start == "rows" else 0
+
+    @property
+    def _most_steps(self) -> int | None:
+        return _MOST_STEPS if self.recipe.start == "rows" else None
+
+    def _start(
+        self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
+    ) -> list[str]:
+        head: Any = network
+        rows = class_rows(self.model, images, args, taps, show_progress=show_progress)
+        outputs, features = run(self.model, images, args, taps)
+        features = [f.to(head_dtype(f)) for f in features]
+        started, silent = starting_rows(rows, features, two_logits(outputs).argmax(1))
+        if not any(bool(weight.any()) for weight in started):
+            return [
+                "fit: no class of the model has a gradient at the layers that are read (a head of zeros, or layers that "
+                "its outputs do not use), so there are no rows to start from: the maps start at zero and are trained"
+            ]
+        head.start_from(started, head.reach(features))
+        if silent:
+            return [
+                f"fit: class {listed(silent, 5)} has no gradient on the {rows.images} images that the rows were taken "
+                "from, so its map starts as the mean of all classes'; fit on images of it, or on more images"
+            ]
+        return []
+
     def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
-        if is_long(asked, steps, self.recipe):
-            return Schedule(self.recipe, "sgd", 1e-3, weight_decay=5e-4)
-        network.share_rows(network.reach(features))  # type: ignore[operator]  # an AttentionHead
+        head: Any = network
+        if is_long(asked, steps, self.recipe.name) and self.recipe.start == "random":
+            return Schedule(self.recipe.name, "sgd", 1e-3, weight_decay=5e-4)
+        if len(head.mixing):
+            return Schedule("rows", "adam", _ROWS_LR)
+        head.share_rows(head.reach(features))
         return Schedule("short", "adam", LOGIT_STEP, branch_lr=_BRANCH_LR)
 
     def _decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
         masking = decide_masking(self.model, taps, images, self.masking, self.mean, self.std)
-        psi = self.psi
+        psi = self.recipe.psi
         if psi == "auto":
             few = schedule.name == "short" and steps * len(images) < _IMAGES_PER_CLASS * num_classes
             psi = "own" if few else "random"
@@ -193,6 +227,8 @@ class TTAME(TrainableAttribution):
         clean, features = self._features(images, args)
         logits = two_logits(clean)
         classes = logits.argmax(1)
+        if self.recipe.loss == "order":
+            return self._order_terms(network, images, args, generator, features, logits, classes)
         rows, own = extra_classes(classes, logits.shape[1], self._ready().decisions["psi"], generator)
         attention = attend(network, features, rows)
         own_map = attention[torch.arange(len(images), device=own.device), own].unsqueeze(1).sigmoid()
@@ -200,12 +236,12 @@ class TTAME(TrainableAttribution):
         masked = forward(self.model, blend(images, mask, self._baseline(images)), args)
         parts = {
             "ce": cross_entropy(masked, classes).mean(),
-            "area": area(attention, self.area_power, self.area_offset).mean(),
+            "area": area(attention, self.recipe.area_power, self.recipe.area_offset).mean(),
             "variation": self._variation(attention.sigmoid()).mean(),
         }
         everything = self._loss(
             cross_entropy(clean, classes).mean(),
-            (1 + self.area_offset) ** self.area_power,
+            (1 + self.recipe.area_offset) ** self.recipe.area_power,
             self._variation(torch.ones_like(attention[:1])).mean(),
         )
         return Terms(
@@ -216,10 +252,39 @@ class TTAME(TrainableAttribution):
 
     def _loss(self, ce: Tensor, area_term: Tensor | float, variation_term: Tensor) -> Tensor:
         """Eq. 11 and 15."""
-        return self.lambda_ce * ce + self.lambda_tv * (area_term + self.lambda_variation * variation_term)
+        recipe = self.recipe
+        return recipe.lambda_ce * ce + recipe.lambda_tv * (area_term + recipe.lambda_variation * variation_term)
 
     def _variation(self, masks: Tensor) -> Tensor:
-        return variation(masks, total=self.variation == "sum", border=self.border_penalty)
+        return variation(masks, total=self.recipe.variation == "sum", border=self.recipe.border_penalty)
+
+    def _order_terms(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        args: tuple[Any, ...],
+        generator: torch.Generator,
+        features: Sequence[Tensor],
+        logits: Tensor,
+        classes: Tensor,
+    ) -> Terms:
+        """Half of the images show the first cells of their maps, half the others; what is hidden varies too."""
+        count = len(images)
+        drawn = torch.rand(3, count, generator=generator).to(images.device)
+        maps = self._class_maps(network, features, logits, classes.unsqueeze(1))
+        mask = order_mask(maps, _SHARES[0] + (_SHARES[1] - _SHARES[0]) * drawn[0])
+        kept = (torch.arange(count, device=images.device) + (drawn[1, 0] < 0.5)) % 2 == 0
+        mask = torch.where(kept.view(-1, 1, 1, 1), mask, 1 - mask)
+        blurred = (drawn[2] < 0.5).view(-1, 1, 1, 1)
+        hidden_there = torch.where(blurred, blur(images, _BLUR * images.shape[-1]), self._baseline(images))
+        shown = blend(images, upsample(mask, images.shape[-2:]).to(images.dtype), hidden_there)
+        outputs = forward(self.model, shown, args)
+        losses = torch.where(kept, cross_entropy(outputs, classes), gone(outputs, classes))
+        parts = {
+            "keep": (losses * kept).sum() / kept.sum().clamp(min=1),
+            "drop": (losses * ~kept).sum() / (~kept).sum().clamp(min=1),
+        }
+        return Terms(losses.mean(), parts, classes)
 
     def _baseline(self, images: Tensor) -> Tensor | float:
         """What is seen where the mask is 0: black (Eq. 13) or the mean colour (Eq. 14)."""

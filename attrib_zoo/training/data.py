@@ -38,21 +38,24 @@ def images_of(batch: Any) -> Tensor:
     return found
 
 
-def total_steps(loader: Iterable[Any], epochs: int, max_steps: int | None) -> int:
-    """``max_steps``, or epochs times the loader's length."""
+def total_steps(
+    loader: Iterable[Any], epochs: int, max_steps: int | None, *, least: int = 1, most: int | None = None
+) -> int:
+    """``max_steps``, of which there must be ``least``; else epochs times the loader's length, but not above ``most``."""
     check_number("epochs", epochs, least=1)
     if max_steps is not None:
-        check_number("max_steps", max_steps, least=1)
+        check_number("max_steps", max_steps, least=least)
     length = _length(loader)
     if length == 0:
         raise DataError(_EMPTY)
     if max_steps is not None:
         return max_steps
-    if length is None:
+    if length is None and most is None:
         raise OptionError(
             "max_steps: must be given for a loader without a length, since the schedule needs the number of steps"
         )
-    return epochs * length
+    planned = most if length is None else epochs * length
+    return min(planned, planned if most is None else most)
 
 
 def check_repeatable(val_loader: Iterable[Any] | None) -> None:
@@ -92,29 +95,37 @@ class Batches(Iterator[Tensor]):
         self.epoch = 0
         self.position = 0  # batches of this epoch that were taken
         self.per_epoch = _length(loader)
-        self._pending: Tensor | None = None
+        self._pending: list[Tensor] = []
         self._size: torch.Size | None = None
         self._epoch_start = [g.get_state() for g in self._generators()]
         self._stream = self._endless()
 
     def __next__(self) -> Tensor:
-        if self._pending is not None:
-            images, self._pending = self._pending, None
-            return images
-        return next(self._stream)
+        return self._pending.pop(0) if self._pending else next(self._stream)
 
-    def peek(self) -> Tensor:
-        """The next batch, which stays the next one."""
-        if self._pending is None:
-            self._pending = next(self._stream, None)
-        if self._pending is None:
+    def peek(self, images: int = 1) -> Tensor:
+        """The next batch, which stays the next one; with ``images``, so many of the next batches of this epoch.
+
+        Of a loader whose length nobody knows it is never more than one batch.
+        """
+        while sum(map(len, self._pending)) < images and (not self._pending or self._within_epoch):
+            batch = next(self._stream, None)
+            if batch is None:
+                break
+            self._pending.append(batch)
+        if not self._pending:
             raise DataError(_EMPTY)
-        return self._pending
+        return self._pending[0] if images == 1 else torch.cat(self._pending)[:images]
+
+    @property
+    def _within_epoch(self) -> bool:
+        """Whether this epoch is known to have more batches."""
+        return self.per_epoch is not None and self.position < self.per_epoch
 
     @property
     def between_epochs(self) -> bool:
         """Whether the next batch is the first of an epoch."""
-        return self.per_epoch is not None and (self.position - (self._pending is not None)) % self.per_epoch == 0
+        return self.per_epoch is not None and (self.position - len(self._pending)) % self.per_epoch == 0
 
     def _endless(self) -> Iterator[Tensor]:
         while True:
@@ -157,7 +168,7 @@ class Batches(Iterator[Tensor]):
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """The place before the next batch, as tensors and JSON-ready facts."""
         tensors = {f"loader/{i}": state for i, state in enumerate(self._epoch_start)}
-        return tensors, {"epoch": self.epoch, "position": self.position - (self._pending is not None)}
+        return tensors, {"epoch": self.epoch, "position": self.position - len(self._pending)}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, int]) -> None:
         """Continue at the place that :meth:`state` gave; to be called before the first batch is taken."""

@@ -21,6 +21,7 @@ from attrib_zoo.training.data import Batches
 from attrib_zoo.training.history import History
 from attrib_zoo.training.schedule import Falling
 
+_VALIDATIONS = 5  # in a fit that keeps its best state, before the last
 PRECISIONS = (None, "bf16-mixed", "fp16-mixed")
 
 
@@ -50,6 +51,9 @@ class State:
     step: int = 0
     history: History = field(default_factory=History)
     whole: bool = True  # false while the weights change
+    keep_best: bool = False  # end with the state whose validation loss was the lowest
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_loss: float = math.inf
     _boundary: tuple[Tensor, dict[str, Tensor], dict[str, int]] | None = None
     _statistics: list[Tensor] = field(default_factory=list)
 
@@ -72,6 +76,7 @@ class State:
         generator, loader, order = self._boundary  # type: ignore[misc]  # set by mark
         named = {f"optimizer/{k}": v for k, v in tensors.items()}
         named |= {**loader, "generator": generator, **self.history.tensors()}
+        named |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         cycle = {k: v for k, v in self.cycle.state_dict().items() if isinstance(v, (int, float, str, bool, list))}
         facts = {
             "step": self.step,
@@ -79,6 +84,7 @@ class State:
             "optimizer": optimizer,
             "cycle": cycle,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "best_loss": self.best_loss if self.best else None,
             **self.history.facts(),
         }
         return Checkpoint(named, facts)
@@ -91,6 +97,8 @@ class State:
         self.generator.set_state(saved.tensors["generator"])
         if self.scaler is not None and facts["scaler"] is not None:
             self.scaler.load_state_dict(facts["scaler"])
+        self.best, best_loss = saved.part("best"), facts.get("best_loss")
+        self.best_loss = math.inf if best_loss is None else best_loss
         self.step = facts["step"]
         self.history = History.read(saved.tensors, facts)
 
@@ -132,7 +140,7 @@ def train(
     with _progress(steps, state.step, show_progress) as report:
         try:
             while state.step < steps:
-                if validate is not None and state.step > 0 and state.batches.between_epochs:
+                if validate is not None and _is_due(state, steps):
                     _validate(state, validate)
                 images = next(state.batches, None)
                 if images is None:
@@ -145,6 +153,7 @@ def train(
             state.network.eval()
             if validate is not None:
                 _validate(state, validate)
+                _return_to_best(state)
             if save is not None:
                 save()
         except BaseException:
@@ -229,9 +238,35 @@ def _validate(state: State, validate: Callable[[], dict[str, float]]) -> None:
     state.network.eval()
     try:
         with torch.no_grad():
-            done.append({"step": float(state.step), **validate()})
+            found = validate()
+        done.append({"step": float(state.step), **found})
+        if state.keep_best and found.get("loss", math.inf) < state.best_loss:
+            state.best_loss = found["loss"]
+            state.best = {name: tensor.detach().clone() for name, tensor in state.network.state_dict().items()}
     finally:
         state.network.train(training)
+
+
+def _is_due(state: State, steps: int) -> bool:
+    """Whether the network is validated before this step: at epochs, and where the best is kept, often enough."""
+    if state.keep_best:
+        return state.step % max(1, steps // _VALIDATIONS) == 0
+    return state.step > 0 and state.batches.between_epochs
+
+
+def _return_to_best(state: State) -> None:
+    """Where the best is kept and was not the last, go back to it and say so."""
+    losses = {int(entry["step"]): entry["loss"] for entry in state.history.validation}
+    if not state.best or losses[max(losses)] <= state.best_loss:
+        return
+    state.network.load_state_dict(state.best)
+    step = min(losses, key=lambda step: losses[step])
+    kept = "nothing that was trained is kept" if step == 0 else f"the explainer is that of step {step}"
+    tell(
+        state.history,
+        f"fit: validation was best after {step} of {state.step} steps (loss {state.best_loss:.4g}, at the end "
+        f"{losses[max(losses)]:.4g}), training beyond it did not pay: {kept}",
+    )
 
 
 def _ended_early(state: State, steps: int) -> str:

@@ -86,7 +86,8 @@ class AttentionHead(nn.Module):
         self.channels = tuple(channels)
         self.branches = nn.ModuleList(FeatureBranch(c, **options) for c in channels if branches)
         self.fuser = _empty_conv(sum(channels), num_classes)
-        self.common: nn.Parameter | None = None  # (ΣC + 1,): see share_rows
+        self.common: nn.Parameter | None = None  # (ΣC + 1,): see share_rows and start_from
+        self.mixing = nn.ParameterList()  # (C_i, C_i) for each layer: see start_from
         self.scale: Tensor | None
         self.register_buffer("scale", None)  # (ΣC,): see share_rows
         for module in self.modules():
@@ -143,6 +144,9 @@ class AttentionHead(nn.Module):
         weight, bias = self.fuser.weight[:, :, 0, 0][rows], self._bias[rows]
         if self.common is None or self.scale is None:
             return weight, bias
+        if len(self.mixing):
+            mixed = [part @ mix for part, mix in zip(weight.split(self.channels, dim=-1), self.mixing, strict=True)]
+            return weight + torch.cat(mixed, dim=-1) + self.common[:-1] * self.scale, bias + self.common[-1]
         return (weight + self.common[:-1]) * self.scale, bias + self.common[-1]
 
     @property
@@ -160,25 +164,52 @@ class AttentionHead(nn.Module):
         Args:
             reach: for each layer, the sum over channels of its branch's absolute activations at a location.
         """
-        scale = [1 / max(a, 1e-12) for a, size in zip(reach, self.channels, strict=True) for _ in range(size)]
         nn.init.zeros_(self.fuser.weight)
         nn.init.zeros_(self._bias)
+        self._share(reach)
+
+    @torch.no_grad()
+    def start_from(self, rows: Sequence[Tensor], reach: Sequence[float]) -> None:
+        r"""Begin with these rows of the fusing convolution, and train what all classes share.
+
+        .. math:: w_c \leftarrow w_c + w_c M + g
+
+        for each layer, with one matrix M and one vector g for all classes, both zero at the start: the maps are then
+        exactly those of the rows, and what an image of one class teaches moves the maps of all others too, also of
+        those that never come up. :meth:`fold` makes it one ordinary convolution.
+
+        Args:
+            rows: ``(K, C_i)`` for each layer.
+            reach: as in :meth:`share_rows`; the unit of g.
+        """
+        weight = torch.cat([row.to(self.fuser.weight) for row in rows], dim=1)
+        self.fuser.weight.copy_(weight[:, :, None, None])
+        nn.init.zeros_(self._bias)
+        self._share(reach)
+        self.mixing = nn.ParameterList(nn.Parameter(weight.new_zeros(size, size)) for size in self.channels)
+        self.fuser.requires_grad_(False)
+
+    def _share(self, reach: Sequence[float]) -> None:
+        scale = [1 / max(a, 1e-12) for a, size in zip(reach, self.channels, strict=True) for _ in range(size)]
         self.scale = self.fuser.weight.new_tensor(scale)
         self.common = nn.Parameter(self.scale.new_zeros(len(scale) + 1))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if prefix + "common" in state and self.common is None:
-            self.share_rows([1.0] * len(self.channels))
+        if prefix + "mixing.0" in state and not len(self.mixing):
+            self.start_from([self.fuser.weight.new_zeros(len(self._bias), c) for c in self.channels], self._ones)
+        elif prefix + "common" in state and self.common is None:
+            self.share_rows(self._ones)
         super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Add the common row to every class's own."""
+        """Add what all classes share to every class's own row."""
         if self.common is not None:
             weight, bias = self._rows(torch.arange(len(self._bias), device=self._bias.device))
             self.fuser.weight.copy_(weight[:, :, None, None])
             self._bias.copy_(bias)
-            self.common, self.scale = None, None
+            self.common, self.scale, self.mixing = None, None, nn.ParameterList()
+            self.fuser.requires_grad_(True)
 
     @torch.no_grad()
     def reach(self, features: Sequence[Tensor]) -> list[float]:
@@ -188,6 +219,10 @@ class AttentionHead(nn.Module):
         """
         views = [b.batch_view(x) for b, x in zip(self._each(), features, strict=True)] if self.branches else features
         return [float(view.abs().sum(1).mean()) for view in views]
+
+    @property
+    def _ones(self) -> list[float]:
+        return [1.0] * len(self.channels)
 
     def _each(self) -> list[FeatureBranch]:
         return [branch for branch in self.branches if isinstance(branch, FeatureBranch)]

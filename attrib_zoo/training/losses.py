@@ -58,3 +58,42 @@ def two_logits(outputs: Tensor) -> Tensor:
         z = outputs.reshape(-1)
         return torch.stack([torch.zeros_like(z), z], dim=1)
     return outputs
+
+
+def order_mask(maps: Tensor, share: Tensor, softness: float = 0.5) -> Tensor:
+    r"""Show a share of each map's cells, the highest first, with an edge soft enough to be differentiated.
+
+    .. math:: m = \sigma\left( \frac{e - Q_{1-q}(e)}{\tau \, \mathrm{std}(e)} \right)
+
+    with Q the quantile over the cells. Only the order and the relative distances of the values count, not their scale.
+
+    Args:
+        maps: e, ``(N, 1, h, w)``.
+        share: q, ``(N,)`` in 0...1.
+        softness: τ.
+
+    Returns:
+        m, ``(N, 1, h, w)`` in 0...1; 1/2 everywhere where a map is constant.
+    """
+    cells = maps.flatten(1)
+    with torch.no_grad():
+        ascending = cells.sort(1).values
+        place = (1 - share.to(cells)) * (cells.shape[1] - 1)
+        low = place.floor().long()
+        high = (low + 1).clamp(max=cells.shape[1] - 1)
+        below, above = ascending.gather(1, low[:, None]), ascending.gather(1, high[:, None])
+        limit = torch.lerp(below, above, (place - low)[:, None])
+        spread = cells.std(1, correction=0, keepdim=True)
+        unit = softness * torch.where(spread > 0, spread, torch.ones_like(spread))
+    return ((cells - limit) / unit).sigmoid().view_as(maps)
+
+
+def gone(outputs: Tensor, classes: Tensor) -> Tensor:
+    """``-log(1 - p)`` of each image's class, ``(N,)``: 0 where the model does not see the class any more.
+
+    Computed from the logits, ``log(1 - p) = logsumexp of the others - logsumexp of all``, which is finite where p
+    rounds to 1.
+    """
+    logits = two_logits(outputs)
+    others = logits.scatter(1, classes.unsqueeze(1), -torch.inf)
+    return logits.logsumexp(1) - others.logsumexp(1)

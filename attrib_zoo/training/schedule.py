@@ -69,7 +69,9 @@ def build(
             members = [
                 parameter
                 for name, parameter in network.named_parameters()
-                if name.startswith("branches") is in_branch and name.endswith("bias") is is_bias
+                if parameter.requires_grad
+                and name.startswith("branches") is in_branch
+                and name.endswith("bias") is is_bias
             ]
             if members:
                 groups.append(

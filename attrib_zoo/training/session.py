@@ -65,6 +65,13 @@ class Explainer(Protocol):
 
     def _baseline(self, images: Tensor) -> Tensor | float: ...
 
+    @property
+    def _start_images(self) -> int: ...
+
+    def _start(
+        self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
+    ) -> list[str]: ...
+
     def _decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]: ...
@@ -107,9 +114,11 @@ def begin(
     custom: OptimizerFactory | None,
     scaled: bool,
     saved: Checkpoint | None,
+    show_progress: bool = False,
 ) -> tuple[State, Fitted]:
     """The network, its optimiser and its counters before the first step, or where the checkpoint left them."""
     images = check_images(batches.peek(), type(explainer).__name__)
+    told: list[str] = []
     check_gradient(explainer.model, images, args)
     taps = explainer.taps(images, args)
     outputs, features = run(explainer.model, images, args, taps)
@@ -117,6 +126,10 @@ def begin(
     features = [f.to(head_dtype(f)) for f in features]
     channels = tuple(f.shape[1] for f in features)
     network = explainer._network(channels, class_count(outputs), generator).to(features[0])
+    if explainer._start_images and saved is None:
+        told = explainer._start(network, batches.peek(explainer._start_images), args, taps, show_progress)
+    elif saved is not None:
+        network.load_state_dict(saved.part("network"))
     with torch.autocast(images.device.type, enabled=False):
         asked = plan["schedule"]
         own = Schedule(**asked) if isinstance(asked, dict) else None
@@ -131,12 +144,14 @@ def begin(
     decisions = explainer._decide(taps, images, len(counts), schedule, plan["steps"])
     if saved is not None:
         _check_layers(layers, saved)
-        network.load_state_dict(saved.part("network"))
         schedule, counts = Schedule(**saved.facts["schedule"]), saved.tensors["class_counts"]
         decisions = saved.facts["decisions"]
     optimizer, cycle = build(network, schedule, plan["steps"], custom)
     scaler = torch.amp.GradScaler(images.device.type) if scaled else None
     state = State(network, optimizer, cycle, generator, batches, counts, scaler)
+    state.keep_best = explainer._start_images > 0
+    for message in told:
+        tell(state.history, message)
     if saved is not None:
         state.restore(Checkpoint(saved.tensors, saved.facts["state"]))
     elif plan["steps"] < _FEW_STEPS.get(schedule.name, (0, ""))[0]:

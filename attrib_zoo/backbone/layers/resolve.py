@@ -28,7 +28,7 @@ __all__ = ["Description", "Grid", "Layer", "Layers", "Tap", "Trace", "describe",
 
 Layers: TypeAlias = Layer | Sequence[Layer] | None
 
-RULES = ("outputs", "norms", "gradient", "stages", "unpooled", "fine")
+RULES = ("outputs", "norms", "live", "gradient", "stages", "unpooled", "fine")
 
 _log = logging.getLogger("attrib_zoo")
 
@@ -59,8 +59,9 @@ def resolve(
         args: further arguments of the model's forward.
         count: how many layers the rule takes; a smaller network gives what it has.
         rule: ``"outputs"``: the last stage ends, or the last blocks of a plain transformer; ``"norms"``: the same, and
-            in token blocks their first normalisation layer; ``"gradient"``: the deepest one that the outputs have a
-            gradient to; ``"stages"``: every stage end; ``"unpooled"``: the same, but what goes into a pooling instead
+            in token blocks their first normalisation layer; ``"live"``: of the stage ends or blocks that the outputs
+            have a gradient to, the last ones that share a grid; ``"gradient"``: the deepest layer that the outputs
+            have a gradient to; ``"stages"``: every stage end; ``"unpooled"``: the same, but what goes into a pooling instead
             of the pooling; ``"fine"``: the same, but where these are poolings, every layer with weights instead.
         traced: what :func:`look` returned for this model and input size, to save a pass.
 
@@ -116,6 +117,8 @@ def _by_rule(traced: Trace, inputs: Tensor, args: Sequence[Any], count: int, rul
         return stages.fine()
     if rule == "gradient":
         return [_with_gradient(traced, stages, inputs, args)]
+    if rule == "live":
+        return _live(traced, stages, inputs, args, count)
     items = stages.last(count)
     if len(items) < count:
         _log.info("%s has %d layers to explain, not %d", type(traced.model).__name__, len(items), count)
@@ -132,6 +135,15 @@ def _with_gradient(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence
             return item
     _log.info("no layer of %s gets a gradient; is its head untrained?", type(traced.model).__name__)
     return stages.norm(stages.last(1)[0])
+
+
+def _live(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence[Any], count: int) -> list[Item]:
+    """The last stage ends or blocks with a gradient, as many as share the grid of the deepest of them."""
+    items = stages.last(count + 1)  # the patch tokens of the last block may have none
+    if any(item.is_tokens for item in items):
+        reached = _reached(traced, items, inputs, args)
+        items = [item for item, live in zip(items, reached, strict=True) if live] or items[-count:]
+    return [item for item in items if item.output.hw == items[-1].output.hw][-count:]
 
 
 def _reached(traced: Trace, items: Sequence[Item], inputs: Tensor, args: Sequence[Any]) -> list[bool]:

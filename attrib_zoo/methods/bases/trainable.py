@@ -88,6 +88,25 @@ class TrainableAttribution(Attribution):
         """What is seen where a mask is 0, in standardised space."""
         raise NotImplementedError
 
+    def _start(
+        self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
+    ) -> list[str]:
+        """Give a new network the weights that it starts from, out of what the model knows; messages for the record.
+
+        Called where :attr:`_start_images` asks for images, before the schedule is chosen.
+        """
+        return []
+
+    @property
+    def _start_images(self) -> int:
+        """How many images :meth:`_start` wants; 0 where the network starts from its drawn weights."""
+        return 0
+
+    @property
+    def _most_steps(self) -> int | None:
+        """The steps of a fit that is told neither epochs nor steps, at most; ``None`` for all of its epochs."""
+        return None
+
     def _decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
@@ -155,7 +174,13 @@ class TrainableAttribution(Attribution):
             check_choice("schedule", schedule, _SCHEDULES)
         if lr is not None and not lr > 0:
             raise OptionError(f"lr: must be positive, got {lr!r}")
-        steps = total_steps(loader, self.default_epochs if epochs is None else epochs, max_steps)
+        steps = total_steps(
+            loader,
+            self.default_epochs if epochs is None else epochs,
+            max_steps,
+            least=0 if self._start_images else 1,
+            most=self._most_steps if epochs is None else None,
+        )
         check_repeatable(val_loader)
         check_number("checkpoint_every", checkpoint_every, least=1)
         folder = None if checkpoint_dir is None else session.writable(checkpoint_dir)
@@ -170,7 +195,9 @@ class TrainableAttribution(Attribution):
             if saved is not None:
                 batches.restore(saved.tensors, saved.facts["state"]["order"])
             args = forward_args(additional_forward_args)
-            state, twin._fitted = session.begin(twin, batches, args, plan, custom, precision == "fp16-mixed", saved)
+            state, twin._fitted = session.begin(
+                twin, batches, args, plan, custom, precision == "fp16-mixed", saved, show_progress
+            )
             try:
                 train(
                     state,

@@ -1,0 +1,123 @@
+"""Recipes: how T-TAME starts, what it is trained for, and how its maps are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from attrib_zoo.errors import OptionError, check_choice, check_number
+from attrib_zoo.training.head import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about T-TAME that is a choice; immutable, printable, and written to the explainer's file.
+
+    ``RECIPES`` holds the named ones; :meth:`but` changes fields: ``RECIPES["rows"].but(contrast=0)``.
+
+    Attributes:
+        name: what it is called.
+        start: ``"random"``: PyTorch's initial weights; ``"rows"``: what the classifier itself reads from the layers,
+            see :func:`~attrib_zoo.training.rows.class_rows`.
+        loss: ``"mask"``: Eq. 11 of the T-TAME paper; ``"order"``: the first pixels of the map must be enough for the
+            decision, and without them the decision must fall, at a share drawn for each image.
+        branches: the feature branches of Eq. 8; ``False`` reads the features as they are.
+        skip: the skip connection of the branches (Table 6).
+        batch_norm: the batch normalisation of the branches (Table 6).
+        branch_activation: ``"relu"`` or ``"sigmoid"`` (Table 6).
+        layer_rule: which layers are read where none are named: ``"outputs"``, ``"norms"`` or ``"live"``; see
+            ``docs/how-to/choose-layers.md``.
+        num_layers: 1, 2 or 3 of them, the last ones (Table 6).
+        contrast: from each map, take away the mean map of so many other classes, those with the largest logits; 0 is
+            the paper's.
+        contrast_weight: how much of that mean.
+        smooth: width of the mean filter on the map at the layers' resolution; 1 is the paper's.
+        scale: ``"min-max"`` (the paper's) or ``"rank"``.
+        lambda_ce: λ1, weight of the cross-entropy in Eq. 11.
+        lambda_tv: λ2, weight of area and variation.
+        lambda_variation: λ3, weight of the variation V inside.
+        area_power: λ4.
+        variation: ``"mean"`` (Eq. 17) or ``"sum"`` (the sum over twice the batch size).
+        border_penalty: weight of squared values on the map's border.
+        area_offset: added to the mask before the power.
+        psi: the other classes of Eq. 12: ``"random"``, ``"batch"`` (decisions of the batch), ``"own"`` (none), or
+            ``"auto"``: random, but none in a short fit that shows fewer than 100 images per class.
+    """
+
+    name: str
+    start: str = "random"
+    loss: str = "mask"
+    branches: bool = True
+    skip: bool = True
+    batch_norm: bool = True
+    branch_activation: str = "relu"
+    layer_rule: str = "outputs"
+    num_layers: int = 3
+    contrast: int = 0
+    contrast_weight: float = 0.6
+    smooth: int = 1
+    scale: str = "min-max"
+    lambda_ce: float = 1.5
+    lambda_tv: float = 2.0
+    lambda_variation: float = 0.005
+    area_power: float = 0.3
+    variation: str = "mean"
+    border_penalty: float = 0.0
+    area_offset: float = 0.0
+    psi: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("start", self.start, ("random", "rows"))
+        check_choice("loss", self.loss, ("mask", "order"))
+        check_choice("branch_activation", self.branch_activation, ACTIVATIONS)
+        check_choice("layer_rule", self.layer_rule, ("outputs", "norms", "live"))
+        check_choice("num_layers", self.num_layers, (1, 2, 3))
+        check_number("contrast", self.contrast, least=0)
+        check_number("contrast_weight", self.contrast_weight, least=0.0)
+        check_choice("scale", self.scale, ("min-max", "rank"))
+        check_number("lambda_ce", self.lambda_ce, least=0.0)
+        check_number("lambda_tv", self.lambda_tv, least=0.0)
+        check_number("lambda_variation", self.lambda_variation, least=0.0)
+        check_number("area_power", self.area_power, least=1e-6)
+        check_choice("variation", self.variation, ("mean", "sum"))
+        check_number("border_penalty", self.border_penalty, least=0.0)
+        check_number("area_offset", self.area_offset, least=0.0)
+        check_choice("psi", self.psi, ("auto", "random", "batch", "own"))
+        if self.smooth < 1 or self.smooth % 2 == 0:
+            raise OptionError(f"smooth: must be an odd number of cells, got {self.smooth!r}; 1 leaves the map as it is")
+
+    def but(self, **changes: Any) -> Recipe:
+        """The same recipe with some fields changed; ``None`` leaves a field as it is."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def facts(self) -> str | dict[str, Any]:
+        """JSON-ready: the name of a named recipe, all fields of any other."""
+        return self.name if RECIPES.get(self.name) == self else asdict(self)
+
+    def __str__(self) -> str:
+        """One field a line, those that differ from the paper's marked."""
+        lines = [f"recipe {self.name!r}"]
+        for entry in fields(self)[1:]:
+            value, usual = getattr(self, entry.name), entry.default
+            lines.append(f"  {entry.name:17} {value!r}" + ("" if value == usual else f"   (paper: {usual!r})"))
+        return "\n".join(lines)
+
+
+PAPER = Recipe("paper")
+RELEASED = Recipe("released", layer_rule="norms", variation="sum", border_penalty=0.3, area_offset=5e-4, psi="batch")
+ROWS = Recipe("rows", start="rows", loss="order", branches=False, layer_rule="live", contrast=3, smooth=3, psi="own")
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, PAPER, RELEASED)}
+
+
+def as_recipe(given: str | Recipe | Mapping[str, Any]) -> Recipe:
+    """A recipe by its name, itself, or as :meth:`Recipe.facts` wrote it."""
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, Mapping):
+        known = {entry.name for entry in fields(Recipe)}
+        unknown = sorted(set(given) - known)
+        if unknown or "name" not in given:
+            raise OptionError(f"recipe: has a field that this version does not know, got {', '.join(unknown) or given}")
+        return Recipe(**given)
+    return RECIPES[check_choice("recipe", given, tuple(RECIPES))]
