@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
-from attrib_zoo import TTAME, trainable
+from attrib_zoo import TTAME
 from attrib_zoo.errors import CheckpointError, DataError, LayerError, OptionError, TrainingError
 from attrib_zoo.masking import black, min_max, upsample
+from attrib_zoo.methods.bases import trainable
 from attrib_zoo.training.checkpoint import read
 from attrib_zoo.training.data import Batches, images_of, total_steps
 from attrib_zoo.training.history import History
