@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import forward, run
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import check_choice, listed
-from attrib_zoo.masking import blend, blur, upsample
+from attrib_zoo.masking import blend, blur, mean_filter, upsample
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
+from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
@@ -82,6 +83,8 @@ class TTAME(TrainableAttribution):
         mean: of the standardisation, per channel; ``None`` for the model's own configuration, else ImageNet's.
         std: as ``mean``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for ``"min-max"``.
 
     Example:
         >>> import torch
@@ -132,8 +135,10 @@ class TTAME(TrainableAttribution):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, upsample=upsample)
+        super().__init__(model, layers, upsample=upsample, smooth=smooth, scale=scale)
         self.recipe = as_recipe(recipe).but(
             lambda_ce=lambda_ce,
             lambda_tv=lambda_tv,
@@ -147,17 +152,33 @@ class TTAME(TrainableAttribution):
             skip=skip,
             batch_norm=batch_norm,
             branch_activation=branch_activation,
+            smooth=self.smooth,
+            scale=self.scale,
         )
+        self.smooth, self.scale = self.recipe.smooth, self.recipe.scale
         self.masking = check_choice("masking", masking, MASKINGS)
         self.mean, self.std = check_statistics(mean, std)
 
     def options(self) -> dict[str, Any]:
         """The recipe, as its name or its fields, and the options that are not part of it."""
-        own = ("masking", "mean", "std", "upsample")
+        own = ("masking", "mean", "std", "upsample", "smooth", "scale")
         return {"recipe": self.recipe.facts(), **{name: getattr(self, name) for name in own}}
 
     def _layer_rule(self) -> tuple[str, int]:
         return self.recipe.layer_rule, self.recipe.num_layers
+
+    # ------------------------------------------------------------------ explain
+
+    def _targets(self, outputs: Tensor, query: TargetQuery) -> Target:
+        target = query.resolve(outputs)
+        if target.contrasts or not self.recipe.contrast or outputs.ndim != 2 or outputs.shape[1] == 1:
+            return target
+        return target.against(outputs, self.recipe.contrast, self.recipe.contrast_weight)
+
+    def _all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
+        if not self.recipe.contrast or outputs.ndim != 2 or outputs.shape[1] == 1:
+            return maps
+        return less_rivals(maps, outputs, self.recipe.contrast, self.recipe.contrast_weight)
 
     # ------------------------------------------------------------------ training
 
@@ -185,24 +206,25 @@ class TTAME(TrainableAttribution):
 
     def _start(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
-    ) -> list[str]:
+    ) -> tuple[dict[str, Any], list[str]]:
         head: Any = network
         rows = class_rows(self.model, images, args, taps, show_progress=show_progress)
         outputs, features = run(self.model, images, args, taps)
         features = [f.to(head_dtype(f)) for f in features]
         started, silent = starting_rows(rows, features, two_logits(outputs).argmax(1))
         if not any(bool(weight.any()) for weight in started):
-            return [
-                "fit: no class of the model has a gradient at the layers that are read (a head of zeros, or layers that "
-                "its outputs do not use), so there are no rows to start from: the maps start at zero and are trained"
+            return {}, [
+                "fit: no class has a gradient at the layers that are read (a head of zeros, or layers that the outputs do "
+                "not use), so there are no rows to start from: the maps start at zero, and only training makes them"
             ]
         head.start_from(started, head.reach(features))
+        told = []
         if silent:
-            return [
+            told.append(
                 f"fit: class {listed(silent, 5)} has no gradient on the {rows.images} images that the rows were taken "
                 "from, so its map starts as the mean of all classes'; fit on images of it, or on more images"
-            ]
-        return []
+            )
+        return {"rows": rows.described()}, told
 
     def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         head: Any = network
@@ -271,7 +293,10 @@ class TTAME(TrainableAttribution):
         """Half of the images show the first cells of their maps, half the others; what is hidden varies too."""
         count = len(images)
         drawn = torch.rand(3, count, generator=generator).to(images.device)
-        maps = self._class_maps(network, features, logits, classes.unsqueeze(1))
+        target = Target(classes.view(-1, 1, 1))
+        if self.recipe.contrast:
+            target = target.against(logits, self.recipe.contrast, self.recipe.contrast_weight)
+        maps = mean_filter(self._class_maps(network, features, target.terms, target), self.smooth)
         mask = order_mask(maps, _SHARES[0] + (_SHARES[1] - _SHARES[0]) * drawn[0])
         kept = (torch.arange(count, device=images.device) + (drawn[1, 0] < 0.5)) % 2 == 0
         mask = torch.where(kept.view(-1, 1, 1, 1), mask, 1 - mask)
@@ -289,6 +314,22 @@ class TTAME(TrainableAttribution):
     def _baseline(self, images: Tensor) -> Tensor | float:
         """What is seen where the mask is 0: black (Eq. 13) or the mean colour (Eq. 14)."""
         return hidden(self._ready().decisions, images)
+
+
+def less_rivals(maps: Tensor, outputs: Tensor, k: int, weight: float) -> Tensor:
+    """The maps of all classes ``(N, K, h, w)``, each less a share of the mean map of its k rivals.
+
+    Those are the classes with the largest outputs ``(N, K)``, the class itself left out: for most classes the same k.
+    """
+    count = outputs.shape[1]
+    k = min(k, count - 1)
+    best = outputs.topk(k + 1, dim=1).indices
+    rows = torch.arange(len(maps), device=maps.device).unsqueeze(1)
+    leading = maps[rows, best]  # (N, k + 1, h, w)
+    whole = leading.sum(1, keepdim=True)
+    found = maps - weight / k * (whole - leading[:, -1:])
+    found[rows[:, :k], best[:, :k]] = leading[:, :k] - weight / k * (whole - leading[:, :k])
+    return found
 
 
 def extra_classes(classes: Tensor, count: int, psi: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def images_of(batch: Any) -> Tensor:
 def total_steps(
     loader: Iterable[Any], epochs: int, max_steps: int | None, *, least: int = 1, most: int | None = None
 ) -> int:
-    """``max_steps``, of which there must be ``least``; else epochs times the loader's length, but not above ``most``."""
+    """``max_steps``, of which there must be ``least``; else epochs times the loader's length, but ``most`` at most."""
     check_number("epochs", epochs, least=1)
     if max_steps is not None:
         check_number("max_steps", max_steps, least=least)

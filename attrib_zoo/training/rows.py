@@ -61,8 +61,8 @@ def class_rows(
     .. math:: w_c = \mathbb{E}_x \frac{1}{hw} \sum_{i,j} \frac{\partial S_c}{\partial A_{\cdot,i,j}}
 
     up to a factor that all classes share. Where the model ends in a linear layer (or a 1x1 convolution to class maps),
-    :math:`S = W z + b`, only the D gradients of z are taken if D < K, and :math:`w_c = W_c\, \mathbb{E}[\partial z]`: the
-    same by the chain rule, at a cost that does not grow with the number of classes.
+    :math:`S = W z + b`, only the D gradients of z are taken if D < K, and :math:`w_c = W_c\, \mathbb{E}[\partial z]`:
+    the same by the chain rule, at a cost that does not grow with the number of classes.
 
     Args:
         model: the frozen model.

@@ -16,8 +16,8 @@ from attrib_zoo.attribution import check_images
 from attrib_zoo.backbone.capture import check_gradient, frozen, run
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.errors import BackboneMismatchError, CheckpointError, DataError, LayerError, UnsupportedModelError
-from attrib_zoo.masking import min_max
 from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
+from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read
 from attrib_zoo.training.data import Batches, images_of
 from attrib_zoo.training.fit import State, Terms, tell
@@ -55,6 +55,12 @@ class Explainer(Protocol):
 
     def _network_for(self, features: Sequence[Tensor]) -> nn.Module: ...
 
+    def _finished(self, maps: Tensor) -> Tensor: ...
+
+    def _targets(self, outputs: Tensor, query: TargetQuery) -> Target: ...
+
+    def _class_maps(self, network: nn.Module, features: Sequence[Tensor], rows: Tensor, target: Target) -> Tensor: ...
+
     def _network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module: ...
 
     def _terms(
@@ -70,7 +76,7 @@ class Explainer(Protocol):
 
     def _start(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
-    ) -> list[str]: ...
+    ) -> tuple[dict[str, Any], list[str]]: ...
 
     def _decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
@@ -118,6 +124,7 @@ def begin(
 ) -> tuple[State, Fitted]:
     """The network, its optimiser and its counters before the first step, or where the checkpoint left them."""
     images = check_images(batches.peek(), type(explainer).__name__)
+    started: dict[str, Any] = {}
     told: list[str] = []
     check_gradient(explainer.model, images, args)
     taps = explainer.taps(images, args)
@@ -127,7 +134,7 @@ def begin(
     channels = tuple(f.shape[1] for f in features)
     network = explainer._network(channels, class_count(outputs), generator).to(features[0])
     if explainer._start_images and saved is None:
-        told = explainer._start(network, batches.peek(explainer._start_images), args, taps, show_progress)
+        started, told = explainer._start(network, batches.peek(explainer._start_images), args, taps, show_progress)
     elif saved is not None:
         network.load_state_dict(saved.part("network"))
     with torch.autocast(images.device.type, enabled=False):
@@ -141,7 +148,7 @@ def begin(
     )
     layers = tuple((tap.label, tap.grid if _has_hints(explainer.layers) else None) for tap in taps)
     counts = torch.zeros(class_count(outputs), dtype=torch.long)
-    decisions = explainer._decide(taps, images, len(counts), schedule, plan["steps"])
+    decisions = {**explainer._decide(taps, images, len(counts), schedule, plan["steps"]), **started}
     if saved is not None:
         _check_layers(layers, saved)
         schedule, counts = Schedule(**saved.facts["schedule"]), saved.tensors["class_counts"]
@@ -243,7 +250,9 @@ def _measures(
     terms = explainer._terms(explainer._ready().network, images, args, generator)
     outputs, features = explainer._features(images, args)
     rows = terms.classes.to(images.device).unsqueeze(1)
-    maps = min_max(attend(explainer._network_for(features), features, rows)).to(images.dtype)
+    target = explainer._targets(two_logits(outputs), TargetQuery(rows[:, 0]))
+    found_maps = explainer._class_maps(explainer._network_for(features), features, target.terms, target)
+    maps = explainer._finished(found_maps).to(images.dtype)
     found = {"loss": terms.loss.expand(len(images))}
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         hidden = explainer._baseline(images)
@@ -273,7 +282,8 @@ def averages(found: Iterable[dict[str, Tensor]]) -> dict[str, float]:
 
 def judge(history: History) -> None:
     """Warn where the maps are no better than showing the whole image."""
-    if len(history) >= 30 and history.last("loss") >= history.last("everything"):
+    compared = "everything" in history.steps  # losses that only need an order have no such bound
+    if compared and len(history) >= 30 and history.last("loss") >= history.last("everything"):
         tell(
             history,
             f"fit: the loss at the end ({history.last('loss'):.3g}) is not below that of showing the whole image "

@@ -61,8 +61,8 @@ def resolve(
         rule: ``"outputs"``: the last stage ends, or the last blocks of a plain transformer; ``"norms"``: the same, and
             in token blocks their first normalisation layer; ``"live"``: of the stage ends or blocks that the outputs
             have a gradient to, the last ones that share a grid; ``"gradient"``: the deepest layer that the outputs
-            have a gradient to; ``"stages"``: every stage end; ``"unpooled"``: the same, but what goes into a pooling instead
-            of the pooling; ``"fine"``: the same, but where these are poolings, every layer with weights instead.
+            have a gradient to; ``"stages"``: every stage end; ``"unpooled"``: the same, but what goes into a pooling
+            instead of the pooling; ``"fine"``: the same, but where these are poolings, every layer with weights instead.
         traced: what :func:`look` returned for this model and input size, to save a pass.
 
     Raises:

@@ -25,8 +25,7 @@ from attrib_zoo.errors import (
     check_choice,
     check_number,
 )
-from attrib_zoo.masking import min_max
-from attrib_zoo.targets import TargetQuery
+from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training import distributed, session
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read, write
 from attrib_zoo.training.data import Batches, check_repeatable, total_steps
@@ -55,11 +54,12 @@ class TrainableAttribution(Attribution):
     """
 
     needs_fit: ClassVar[bool] = True
+    own_scale: ClassVar[str | None] = "min-max"
     cost: ClassVar[str] = "1F"
     default_epochs: ClassVar[int] = 8
 
-    def __init__(self, model: nn.Module, layers: Any = None, *, upsample: bool = True) -> None:
-        super().__init__(model, layers, upsample=upsample)
+    def __init__(self, model: nn.Module, layers: Any = None, **shown: Any) -> None:
+        super().__init__(model, layers, **shown)
         self._fitted: Fitted | None = None
         self._warned = False
 
@@ -90,12 +90,13 @@ class TrainableAttribution(Attribution):
 
     def _start(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
-    ) -> list[str]:
-        """Give a new network the weights that it starts from, out of what the model knows; messages for the record.
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Give a new network the weights that it starts from, out of what the model knows.
 
-        Called where :attr:`_start_images` asks for images, before the schedule is chosen.
+        Called where :attr:`_start_images` asks for images, before the schedule is chosen; returns decisions, as
+        :meth:`_decide` does, and warnings.
         """
-        return []
+        return {}, []
 
     @property
     def _start_images(self) -> int:
@@ -212,9 +213,9 @@ class TrainableAttribution(Attribution):
                 )
             except KeyboardInterrupt:
                 if state.step and state.whole:
-                    self.__dict__.update(twin._finished(state).__dict__)
+                    self.__dict__.update(twin._trained(state).__dict__)
                 raise
-        self.__dict__.update(twin._finished(state).__dict__)
+        self.__dict__.update(twin._trained(state).__dict__)
         session.judge(state.history)
         return self
 
@@ -223,7 +224,7 @@ class TrainableAttribution(Attribution):
         fitted.steps, fitted.counts, fitted.history = state.step, state.counts, state.history
         return self
 
-    def _finished(self: _Self, state: State) -> _Self:
+    def _trained(self: _Self, state: State) -> _Self:
         network = self._so_far(state)._ready().network.eval()
         self._complete(network)
         for parameter in network.parameters():
@@ -254,11 +255,24 @@ class TrainableAttribution(Attribution):
 
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs, features = self._features(inputs, args)
-        target = query.resolve(outputs)
-        one_value = outputs.ndim == 1 or outputs.shape[1] == 1
-        rows = torch.ones_like(target.classes) if one_value else target.classes
-        self._warn_unseen(rows)
-        return min_max(session.attend(self._network_for(features), features, rows))
+        target = self._targets(outputs, query)
+        rows = target.terms if outputs.ndim > 1 and outputs.shape[1] > 1 else torch.ones_like(target.terms)
+        self._warn_unseen(target.classes)
+        return self._class_maps(self._network_for(features), features, rows, target)
+
+    def _targets(self, outputs: Tensor, query: TargetQuery) -> Target:
+        """What is explained."""
+        return query.resolve(outputs)
+
+    @staticmethod
+    def _class_maps(network: nn.Module, features: Sequence[Tensor], rows: Tensor, target: Target) -> Tensor:
+        """The targets' maps ``(N, T, h, w)``, before smoothing and scaling; ``rows`` are those of ``target.terms``."""
+        found = session.attend(network, features, rows.flatten(1))
+        return target.combine(found.unflatten(1, rows.shape[1:]))
+
+    def _all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
+        """The maps ``(N, K, h, w)`` of all classes out of the network's own."""
+        return maps
 
     def maps(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """The maps of all classes from one forward pass, at the resolution of the layers.
@@ -268,14 +282,15 @@ class TrainableAttribution(Attribution):
             additional_forward_args: as in :meth:`attribute`.
 
         Returns:
-            ``(N, K, h, w)``, each map scaled to [0, 1]. Rows of classes with ``class_counts_ == 0`` are untrained.
+            ``(N, K, h, w)`` in [0, 1], scaled as ``scale`` says; untrained where ``class_counts_ == 0``.
         """
         self._check_ready()
         images, _ = self._images(inputs)
         with frozen(self.model), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
-            _, features = self._features(clean, forward_args(additional_forward_args))
-            return min_max(session.attend(self._network_for(features), features, None)).to(images.dtype)
+            outputs, features = self._features(clean, forward_args(additional_forward_args))
+            maps = session.attend(self._network_for(features), features, None)
+            return self._finished(self._all_maps(outputs, maps)).to(images.dtype)
 
     def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         """Outputs and features of one pass, checked to be those that the network was trained on."""
@@ -289,6 +304,8 @@ class TrainableAttribution(Attribution):
 
     def _warn_unseen(self, rows: Tensor) -> None:
         counts = self._ready().counts
+        if "rows" in self._ready().decisions:  # a map for every class, seen or not
+            return
         unseen = [c for c in rows.unique().tolist() if counts[c] == 0]
         if unseen and not self._warned:
             self._warned = True
