@@ -35,6 +35,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torchvision import transforms
 
 from attrib_zoo import metrics, models
 from attrib_zoo.attribution import Attribution
@@ -52,8 +53,14 @@ FIRST = ("TTAME", "LCAMImg", "LCAMFm", "GradCAM", "GradCAMPlusPlus", "ScoreCAM",
 OPTIONS: dict[str, dict[str, Any]] = {"RISE": {"n_masks": 1000}}
 DILATED = {"TTAME": {"layers": ["layer2", "layer3", "layer4"]}}  # one grid: only the last would be found by itself
 RELEASED = {"variation": "sum", "border_penalty": 0.3, "area_offset": 5e-4}
-SMOOTH = "TTAME, released variation"
-VARIANTS: dict[str, dict[str, Any]] = {SMOOTH: RELEASED}
+ROWS = "TTAME, rows"
+COLD = "TTAME, paper"
+VARIANTS: dict[str, dict[str, Any]] = {
+    ROWS: {},
+    COLD: {"recipe": "paper"},
+    "GradCAM, smooth 3": {"smooth": 3},
+    "GenericAttention, smooth 3": {"smooth": 3},
+}
 LEFT_OUT = {"ExtremalPerturbation": "left out unless asked for, as it takes 800 optimiser steps for each image"}
 SEEDS = ("TTAME, seed 1", "TTAME, seed 2")
 
@@ -103,8 +110,8 @@ def drawn(count: int, most: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].tolist()
 
 
-def coarse(fractions: tuple[float, ...] = (0.2, 0.5, 0.8), steps: int = 8) -> list[str | Measure]:
-    """``FAITHFUL`` with a third or fourth of the points of each curve, for images of 224 pixels."""
+def coarse(fractions: tuple[float, ...] = (0.2, 0.5, 0.8), steps: int = 5) -> list[str | Measure]:
+    """``FAITHFUL`` with a third of the points of each curve, for images of 224 pixels, and SRG = LeRF - MoRF."""
     grid = tuple(i / steps for i in range(steps + 1))
 
     def asked(function: Callable[..., Tensor], **options: Any) -> Callable[[Question], Tensor]:
@@ -113,34 +120,65 @@ def coarse(fractions: tuple[float, ...] = (0.2, 0.5, 0.8), steps: int = 8) -> li
     morf, lerf = (asked(metrics.road_curve, order=order, fractions=fractions) for order in ("morf", "lerf"))
     insertion, deletion = (asked(f, steps=steps) for f in (metrics.insertion_curve, metrics.deletion_curve))
     return [
-        *FAITHFUL[:4],
+        "ad",
+        "ic",
         Measure("ROAD MoRF", morf, lower=True, points=fractions),
         Measure("ROAD LeRF", lerf, points=fractions),
+        Measure("SRG", lambda question: lerf(question).mean(1) - morf(question).mean(1)),
         Measure("insertion", insertion, points=grid, area=True),
         Measure("deletion", deletion, lower=True, points=grid, area=True),
     ]
 
 
-def squeezenet(_: Path) -> Case:
-    """ImageNet photographs."""
-    loaded = models.load("squeezenet1_1", weights=data() / "squeezenet1_1_imagenet.safetensors")
-    paths = sorted(unpacked("imagenet_photos").glob("*/*.jpg"))
+class ValidationBoxes(Dataset[dict[str, Tensor]]):
+    """Images of ImageNet's validation set with the boxes of their objects, 227 x 227, made 224 x 224."""
 
-    def training() -> DataLoader[Any]:
-        folders = [unpacked(f"tiny_imagenet_{classes}") for classes in (50, 150)]
-        small = sorted(path for folder in folders for path in folder.glob("train/*/*.JPEG"))
-        return DataLoader(Photos(small, enlarged(loaded)), batch_size=16, shuffle=True)
+    def __init__(self, loaded: models.LoadedModel) -> None:
+        folder = unpacked("imagenet_val_boxes")
+        found = sorted(folder.rglob("boxes.json"))[0]
+        self.entries = json.loads(found.read_text())
+        self.most = max(len(entry["boxes"]) for entry in self.entries)
+        self.photos = Photos([found.parent / entry["file"] for entry in self.entries], enlarged(loaded))
 
-    return Case(
-        loaded.model.to(memory_format=torch.channels_last),  # twice as fast on a CPU
-        Subset(Photos(paths, loaded.transform), drawn(len(paths), 250)),
-        training,
-        300,
-        coarse(),
-        "cnn",
-        "SqueezeNet 1.1 with ImageNet weights, 250 photographs of ImageNet at 224 pixels",
-        more=(SMOOTH,),
-    )
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        boxes = torch.zeros(self.most, 4, dtype=torch.double)  # a box of zeros holds no pixel
+        given = self.entries[index]["boxes"]
+        boxes[: len(given)] = torch.tensor(given, dtype=torch.double) * (224 / 227)
+        return {"image": self.photos[index], "boxes": boxes}
+
+
+def imagenet(name: str, file: str, kind: str, says: str) -> Callable[[Path], Case]:
+    """A model with ImageNet weights, explained on validation images, explainers fitted on other photographs."""
+
+    def case(_: Path) -> Case:
+        loaded = models.load(name, weights=data() / f"{file}_imagenet.safetensors")
+        model = loaded.model.float()
+        crops = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(224, (0.35, 1.0), (0.8, 1.25)),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(loaded.mean, loaded.std),
+            ]
+        )
+        paths = sorted(unpacked("imagenet_photos").glob("*/*.jpg"))
+        explained = ValidationBoxes(loaded)
+        return Case(
+            model if kind == "vit" else model.to(memory_format=torch.channels_last),  # twice as fast on a CPU
+            Subset(explained, drawn(len(explained), 300)),
+            lambda: DataLoader(Photos(paths, crops), batch_size=16, shuffle=True),
+            150,
+            [*coarse(), "ebpg", "bbox", "pointing"],
+            kind,
+            f"{says} with ImageNet weights, 300 validation images with boxes at 224 pixels; explainers fitted on 500 "
+            "other photographs",
+            more=(*SEEDS, *(name for name in VARIANTS if kind == "vit" or not name.startswith("GenericAttention"))),
+        )
+
+    return case
 
 
 def tiny(name: str) -> Callable[[Path], Case]:
@@ -178,7 +216,9 @@ def tiny(name: str) -> Callable[[Path], Case]:
 
 
 CASES: dict[str, Callable[[Path], Case]] = {
-    "squeezenet": squeezenet,
+    "squeezenet": imagenet("squeezenet1_1", "squeezenet1_1", "cnn", "SqueezeNet 1.1"),
+    "efficientnet": imagenet("tf_efficientnet_lite0", "tf_efficientnet_lite0", "cnn", "EfficientNet-Lite0"),
+    "vit_tiny": imagenet("vit_tiny_patch16_224", "vit_tiny_patch16_224", "vit", "ViT-Ti/16"),
     "resnet10t": tiny("resnet10t"),
     "vit": tiny("vit"),
 }
@@ -208,7 +248,7 @@ def made(name: str, case: Case, folder: Path) -> Attribution:
     if kept.exists():
         return cls.load(kept, case.model)
     explainer = cls(case.model, **options)
-    explainer.fit(case.training(), max_steps=case.steps, seed=int(seed or 0))
+    explainer.fit(case.training(), max_steps=0 if name == ROWS else case.steps, seed=int(seed or 0))
     explainer.save(kept)
     return explainer
 
@@ -366,7 +406,7 @@ def write(name: str, case: Case, work: Path, output: Path, raw: Path) -> None:
     numbers = {"case": case.says, "measured": told, **json.loads(results.to_json())}
     raw.mkdir(parents=True, exist_ok=True)
     (raw / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    wanted, most = {*FIRST, SMOOTH, "random map", "image edges"}, len(results.images)
+    wanted, most = {*FIRST, *VARIANTS, "random map", "image edges"}, len(results.images)
     shown = {method for method in wanted if images(results, method) == most}  # means of other images compare badly
     results.records.rows = {key: row for key, row in results.records.rows.items() if key[0] in shown}
     results.plot().savefig(output / f"{name}.png")
