@@ -15,8 +15,8 @@ from attrib_zoo.backbone import layers as layer_rules
 from attrib_zoo.backbone.capture import frozen, unwrap
 from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.errors import InputError
-from attrib_zoo.masking import upsample
+from attrib_zoo.errors import InputError, OptionError, check_choice
+from attrib_zoo.masking import mean_filter, min_max, rank_scale, upsample
 from attrib_zoo.targets import TargetQuery
 
 if TYPE_CHECKING:  # Captum ships no type information; this is what we use of its base class
@@ -30,6 +30,9 @@ else:
     from captum.attr import Attribution as _CaptumAttribution
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+SCALES = ("min-max", "rank")
+"""What ``scale`` may be, beside ``None``."""
 
 
 def _transparent(function: _F) -> _F:
@@ -46,7 +49,7 @@ class Attribution(_CaptumAttribution, ABC):
     """Base of all methods: an attribution map for each image, called as Captum's methods are.
 
     Subclasses fill one hook, :meth:`_maps`; everything else (targets, tuples, eval mode, gradient mode, layers,
-    upsampling, clean-up) is done here once.
+    smoothing, scaling, upsampling, clean-up) is done here once.
 
     Args:
         model: a classifier that takes ``(N, C, H, W)`` images, standardised as it was trained with, and returns
@@ -57,6 +60,12 @@ class Attribution(_CaptumAttribution, ABC):
             ``(layer, Grid(...))`` where the layout must be said, or a list of these.
         upsample: ``True`` returns maps in the shape of the inputs; ``False`` returns ``(N, 1, h, w)`` at the layer's
             resolution.
+        smooth: an odd number k: each cell of the map, at the layer's resolution, becomes the mean of the k x k cells
+            around it, at the borders of those that there are; of several layers the map of each, before they are
+            joined. ``None`` for none. Methods whose map has the images' resolution have no such option.
+        scale: what is done to the values of a map afterwards, before it is enlarged: ``"min-max"`` scales them to
+            [0, 1]; ``"rank"`` replaces them by their ranks, also in [0, 1], of equal values by the mean rank; ``None``
+            leaves to them the scale of the method, which is min-max for trained methods and the formula's for others.
 
     Attributes:
         family: the kind of method, for tables.
@@ -64,6 +73,7 @@ class Attribution(_CaptumAttribution, ABC):
         models: kinds of model that it is defined for, ``"cnn"`` and/or ``"vit"``.
         cost: passes through the model for each image; F is a forward pass, B a backward pass.
         class_agnostic: the map does not depend on the target.
+        own_scale: what ``scale=None`` is, one of :data:`SCALES`; ``None`` leaves maps as they come.
         needs_fit: the method must be trained before use.
         default_layers: ``(rule, count)`` used when ``layers=None``; see ``backbone.layers.resolve``. ``None``:
             the method reads no layers.
@@ -76,16 +86,27 @@ class Attribution(_CaptumAttribution, ABC):
     models: ClassVar[tuple[str, ...]] = ("cnn", "vit")
     cost: ClassVar[str] = ""
     class_agnostic: ClassVar[bool] = False
+    own_scale: ClassVar[str | None] = None
     needs_fit: ClassVar[bool] = False
     default_layers: ClassVar[tuple[str, int] | None] = ("outputs", 1)
     multiplies_by_inputs: ClassVar[bool] = False
     cheap_options: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, model: nn.Module, layers: Any = None, *, upsample: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Any = None,
+        *,
+        upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
+    ) -> None:
         unwrap(model)  # says early what cannot be explained
         super().__init__(model)
         self.layers = layers
         self.upsample = bool(upsample)
+        self.smooth = check_smooth(smooth)
+        self.scale: str | None = None if scale is None else check_choice("scale", scale, SCALES)
         self._resolved: dict[tuple[int, ...], tuple[Tap, ...]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -97,13 +118,28 @@ class Attribution(_CaptumAttribution, ABC):
     # ------------------------------------------------------------------ the hook
 
     @abstractmethod
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def _maps(
+        self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
+    ) -> Tensor | Sequence[Tensor]:
         """The maps ``(N, T, h, w)`` of T targets per image; the one thing that a method must say.
 
         Called with the model in eval mode, gradients off, and inputs that carry no graph. Resolve the targets on the
-        clean outputs (``query.resolve(outputs)``), which the method computes anyway.
+        clean outputs (``query.resolve(outputs)``), which the method computes anyway. Methods that read several layers
+        return a list with the maps of each, the first layer first, which :meth:`fuse` joins.
         """
         raise NotImplementedError
+
+    def fuse(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """One map from those of several layers, the first layer first: the mean of the upsampled ones.
+
+        Args:
+            maps: ``(N, T, h_i, w_i)`` for each layer, two or more.
+            size: what to enlarge them to: the images' size or, with ``upsample=False``, the largest map's.
+
+        Returns:
+            ``(N, T, h, w)``.
+        """
+        return torch.stack([upsample(heat, size) for heat in maps]).mean(0)
 
     def _check_ready(self) -> None:
         """Raise where the object cannot explain yet; trainable methods fill this."""
@@ -126,15 +162,16 @@ class Attribution(_CaptumAttribution, ABC):
                 such a tensor.
             target: the class to explain: an int for all images, a list or tensor of N ints, a tuple of ints for
                 outputs with more axes, a list of N tuples, or ``None`` for the model's own decision (argmax) on
-                each image; a model with one value per image is explained by that value. With Captum's NoiseTunnel
-                and metrics give the target: each noisy copy would get its own decision.
+                each image; a model with one value per image is explained by that value. A
+                :class:`~attrib_zoo.Contrast` asks why it is this class and not those that come next. With Captum's
+                NoiseTunnel and metrics give the target: each noisy copy would get its own decision.
             additional_forward_args: passed to the model after the inputs; tensors are per image.
             show_progress: show a progress bar where a method makes many passes.
 
         Returns:
             A tensor of the inputs' shape, dtype and device, every channel carrying the same map, or ``(N, 1, h, w)``
             with ``upsample=False``; detached and contiguous; a 1-tuple if the inputs came as one. Higher means
-            more evidence for the target. Maps are raw: not scaled unless the paper's map is.
+            more evidence for the target. Maps are raw, not scaled unless the paper's map is or ``scale`` says so.
 
         Raises:
             InputError: the inputs are not floating-point, finite ``(N, C, H, W)`` images.
@@ -164,7 +201,7 @@ class Attribution(_CaptumAttribution, ABC):
         Args:
             inputs: as in :meth:`attribute`.
             targets: a list of T classes, explained for every image, or N lists (or an ``(N, T)`` tensor) of T
-                classes, a list for each image.
+                classes, a list for each image; a :class:`~attrib_zoo.Contrast` may stand for any of them.
             additional_forward_args: as in :meth:`attribute`.
             show_progress: as in :meth:`attribute`.
 
@@ -185,8 +222,23 @@ class Attribution(_CaptumAttribution, ABC):
         args = forward_args(extra)
         with frozen(self.model), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
-            maps = self._maps(clean, query, args, show_progress).detach()
+            maps = self._as_asked(self._maps(clean, query, args, show_progress), images.shape[-2:])
             return upsample(maps, images.shape[-2:]) if self.upsample else maps
+
+    def _as_asked(self, maps: Tensor | Sequence[Tensor], size: Sequence[int] = ()) -> Tensor:
+        """Maps ``(N, T, h, w)`` of one or several layers smoothed, joined and scaled as the options say.
+
+        Several need the images' ``size``.
+        """
+        parts = [maps] if isinstance(maps, Tensor) else list(maps)
+        parts = [mean_filter(part.detach(), self.smooth or 1) for part in parts]
+        if len(parts) > 1:
+            target = size if self.upsample else [max(part.shape[axis] for part in parts) for axis in (-2, -1)]
+            parts = [self.fuse(parts, target)]
+        scale = self.scale or self.own_scale
+        if scale is None:
+            return parts[0]
+        return min_max(parts[0]) if scale == "min-max" else rank_scale(parts[0])
 
     def _images(self, inputs: Any) -> tuple[Tensor, bool]:
         as_tuple = isinstance(inputs, tuple)
@@ -267,6 +319,13 @@ def _brief(value: Any) -> str:
     if isinstance(value, (list, tuple)) and any(isinstance(item, nn.Module) for item in value):
         return "[" + ", ".join(_brief(item) for item in value) + "]"
     return repr(value)
+
+
+def check_smooth(smooth: Any) -> int | None:
+    """``smooth`` if it is an odd number of cells or ``None``, else an error."""
+    if smooth is None or (isinstance(smooth, int) and not isinstance(smooth, bool) and smooth > 0 and smooth % 2):
+        return smooth
+    raise OptionError(f"smooth: must be an odd number of cells, such as 3 or 5, or None for none, got {smooth!r}")
 
 
 def forward_args(extra: Any) -> tuple[Any, ...]:

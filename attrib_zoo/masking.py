@@ -40,6 +40,44 @@ def min_max(maps: Tensor) -> Tensor:
     return torch.where(span > 0, (maps - low) / span.where(span > 0, torch.ones_like(span)), 0.0)
 
 
+def mean_filter(maps: Tensor, size: int) -> Tensor:
+    """Each cell of the maps ``(..., h, w)`` becomes the mean of the ``size`` x ``size`` cells around it.
+
+    At the borders it is the mean of those that there are.
+
+    Args:
+        maps: ``(N, C, h, w)``.
+        size: odd; 1 changes nothing.
+    """
+    if size == 1:
+        return maps
+    return F.avg_pool2d(maps, size, stride=1, padding=size // 2, count_include_pad=False)
+
+
+def mean_ranks(values: Tensor) -> Tensor:
+    """How many values of its row ``(B, n)`` lie below each value; equal ones share the mean of their places."""
+    ascending, values = values.sort(1).values, values.contiguous()
+    below = torch.searchsorted(ascending, values, right=False)
+    reached = torch.searchsorted(ascending, values, right=True)
+    return (below + reached - 1).to(values.dtype) / 2
+
+
+def rank_scale(maps: Tensor) -> Tensor:
+    """Each value of a map becomes its rank over ``h*w - 1``, from 0 for the lowest to 1 for the highest.
+
+    Equal values share the mean of their ranks, so that a constant map becomes 1/2. What is left of a map is its
+    order: no extreme cell sets the scale of the others. NaN stays NaN.
+
+    Args:
+        maps: ``(..., h, w)``.
+    """
+    cells = maps.shape[-2] * maps.shape[-1]
+    if cells == 1:
+        return torch.where(maps.isnan(), maps, 0.5)
+    ranks = mean_ranks(maps.reshape(-1, cells)).view(maps.shape) / (cells - 1)
+    return torch.where(maps.isnan(), maps, ranks)
+
+
 def blend(inputs: Tensor, mask: Tensor, baseline: Tensor | float = 0.0) -> Tensor:
     """Show ``inputs`` where the mask is 1 and ``baseline`` where it is 0: ``m*x + (1 - m)*b``.
 

@@ -10,10 +10,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attrib_zoo.errors import TargetError, UnsupportedModelError
+from attrib_zoo.errors import TargetError, UnsupportedModelError, check_number
 
 SCORES = ("logit", "softmax", "logsoftmax", "sigmoid")
 _FORMS = "an int, a list or 1-D tensor of N ints, a tuple of ints, a list of N tuples, or None"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    r"""A target: why this class and not those that come next.
+
+    Explains the score of a class less a share of the mean score of its closest rivals,
+
+    .. math:: S_c - \frac{w}{k} \sum_{j \in R} S_j
+
+    with R the k classes other than c that have the largest logits on the clean image; they stay the same for all
+    altered copies of it. ``target=Contrast(3)`` with :class:`~attrib_zoo.GradCAM` is Finer-CAM (Zhang et al., CVPR
+    2025). Taken by every method whose map comes from scores or their gradients, and by trained explainers, which
+    combine the maps of the classes in the same way before they are scaled; not by
+    :class:`~attrib_zoo.TransformerLRP`, whose rules have no negative relevance to begin with. In
+    :meth:`Attribution.attribute_many`, and in lists with an entry for each image, it stands wherever a class may.
+
+    Args:
+        k: how many of the next classes; all that there are, where there are fewer.
+        weight: w, of their mean; 0 explains the class alone.
+        target: c, in any of Captum's forms; ``None`` for the model's own decision.
+
+    Example:
+        >>> import torch
+        >>> from attrib_zoo import Contrast, GradCAM
+        >>> from attrib_zoo.synthetic import tiny_cnn
+        >>> GradCAM(tiny_cnn()).attribute(torch.rand(2, 3, 32, 32), target=Contrast(2)).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    k: int = 3
+    weight: float = 0.6
+    target: Any = None
+
+    def __post_init__(self) -> None:
+        check_number("k", self.k, least=1)
+        check_number("weight", self.weight, least=0.0)
+        if isinstance(self.target, Contrast):
+            raise TargetError(f"target: a Contrast must name a class, got another one: {self.target!r}")
 
 
 @dataclass(frozen=True)
@@ -23,9 +62,41 @@ class Target:
     Attributes:
         index: ``(N, T, d)`` int64 positions in the ``d`` axes that follow the batch axis; ``d = 0`` for a model
             with one value per example.
+        others: ``(N, T, k)``: positions on the first output axis of the classes that a :class:`Contrast` subtracts;
+            k = 0 where there is none.
+        shares: ``(N, T, k)``: what each of their scores is multiplied by before it is subtracted, the weight over
+            their number; 0 fills up targets that subtract fewer than others.
     """
 
     index: Tensor
+    others: Tensor = None  # type: ignore[assignment]  # filled below
+    shares: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.others is None:
+            empty = self.index.new_zeros(*self.index.shape[:2], 0)
+            object.__setattr__(self, "others", empty)
+            object.__setattr__(self, "shares", empty.float())
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether other classes are subtracted from any of the targets."""
+        return self.others.shape[2] > 0
+
+    @property
+    def terms(self) -> Tensor:
+        """``(N, T, 1 + k)``: the class of each target, and behind it those that are subtracted."""
+        return torch.cat([self.classes.unsqueeze(2), self.others], dim=2)
+
+    def combine(self, values: Tensor) -> Tensor:
+        """What belongs to the targets, ``(N, T, ...)``, of what belongs to their :attr:`terms`, ``(N, T, 1 + k, ...)``.
+
+        The first less the others times their shares.
+        """
+        if not self.contrasts:
+            return values[:, :, 0]
+        shares = self.shares.to(values).view(*self.shares.shape, *[1] * (values.ndim - 3))
+        return values[:, :, 0] - (shares * values[:, :, 1:]).sum(2)
 
     @property
     def count(self) -> int:
@@ -40,7 +111,7 @@ class Target:
         return self.index[..., 0]
 
     def select(self, outputs: Tensor, score: str = "logit") -> Tensor:
-        """The targeted scores, ``(N, T)``, of outputs ``(N, ...)``.
+        """The targeted scores, ``(N, T)``, of outputs ``(N, ...)``; differences of scores where the target contrasts.
 
         Args:
             outputs: what the model returned.
@@ -62,12 +133,20 @@ class Target:
             return outputs.unsqueeze(1).expand(-1, self.count)
         rows = torch.arange(len(outputs), device=outputs.device).unsqueeze(1)
         index = self.index.to(outputs.device)
-        where = (rows, *index.unbind(-1))
-        return outputs[where]
+        if not self.contrasts:
+            return outputs[(rows, *index.unbind(-1))]
+        deeper = (place.unsqueeze(2) for place in index.unbind(-1)[1:])
+        return self.combine(outputs[(rows.unsqueeze(2), self.terms.to(outputs.device), *deeper)])
 
     def rows(self, rows: Tensor) -> Target:
         """The targets of these examples, in this order (for masked copies: ``rows`` says whose copy each is)."""
-        return Target(self.index[rows.to(self.index.device)])
+        rows = rows.to(self.index.device)
+        return Target(self.index[rows], self.others[rows], self.shares[rows])
+
+    def one_of(self, rows: Tensor, columns: Tensor) -> Target:
+        """One target each of these examples: that in the column of the same place, both ``(M,)``."""
+        at = rows.to(self.index.device), columns.to(self.index.device)
+        return Target(*(part[at].unsqueeze(1) for part in (self.index, self.others, self.shares)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +154,7 @@ class TargetQuery:
     """What the caller asked for, before the model's output is known.
 
     Attributes:
-        target: any of Captum's forms, or ``None`` for the model's own decision.
+        target: any of Captum's forms, a :class:`Contrast`, or ``None`` for the model's own decision.
         many: ``target`` lists several targets per example (see :meth:`Attribution.attribute_many`).
     """
 
@@ -84,9 +163,8 @@ class TargetQuery:
 
     def resolve(self, outputs: Tensor) -> Target:
         """Check the request against the clean outputs ``(N, ...)`` and turn it into positions."""
-        if self.many:
-            return _many(self.target, outputs)
-        return Target(_positions(self.target, outputs).unsqueeze(1))
+        columns = _columns(self.target, outputs) if self.many else [self.target]
+        return _joined([_column(column, outputs) for column in columns])
 
 
 def check_outputs(outputs: object, batch: int) -> Tensor:
@@ -190,21 +268,90 @@ def _int(value: Any) -> int:
         raise TargetError(f"target: must be an integer class, got {value!r}; pass {_FORMS}") from None
 
 
-def _many(targets: Any, outputs: Tensor) -> Target:
-    """``(T,)`` targets for every image, or ``(N, T)`` with a row for each."""
+def _columns(targets: Any, outputs: Tensor) -> list[list[Any]]:
+    """``(T,)`` targets for every image, or ``(N, T)`` with a row for each, as T lists of N."""
     form = "a list of T classes for every image, or N lists of T classes"
     if hasattr(targets, "tolist") and hasattr(targets, "dtype"):  # a tensor, or NumPy without importing it
         targets = targets.tolist()
     if not isinstance(targets, Sequence) or isinstance(targets, (str, bytes)) or len(targets) == 0:
         raise TargetError(f"targets: must be {form}, got {targets!r}")
-    if all(isinstance(row, (list, Tensor)) for row in targets):
-        table = [row.tolist() if isinstance(row, Tensor) else row for row in targets]
-        if len(table) != len(outputs) or len({len(row) for row in table}) != 1 or not table[0]:
+    if not all(isinstance(row, (list, Tensor)) for row in targets):
+        return [_spread(entry, len(outputs)) for entry in targets]
+    table = [row.tolist() if isinstance(row, Tensor) else row for row in targets]
+    if len(table) != len(outputs) or len({len(row) for row in table}) != 1 or not table[0]:
+        raise TargetError(
+            f"targets: must be {form}; got {len(table)} lists of lengths {sorted({len(r) for r in table})} "
+            f"for {len(outputs)} images"
+        )
+    return [list(column) for column in zip(*table, strict=True)]
+
+
+def _spread(entry: Any, batch: int) -> Any:
+    """One of ``attribute_many``'s targets for every image: a contrast may have a target for each image itself."""
+    return entry if isinstance(entry, Contrast) else [entry] * batch
+
+
+# ---------------------------------------------------------------------- contrasts
+
+
+def _column(target: Any, outputs: Tensor) -> Target:
+    """One target of each example: a class, a contrast, or a list of both."""
+    if isinstance(target, Contrast):
+        place = _positions(target.target, outputs)
+        return _contrasted(place, [target] * len(outputs), outputs)
+    if isinstance(target, list) and any(isinstance(entry, Contrast) for entry in target):
+        if len(target) != len(outputs):
             raise TargetError(
-                f"targets: must be {form}; got {len(table)} lists of lengths {sorted({len(r) for r in table})} "
-                f"for {len(outputs)} images"
+                f"target: must hold one entry for each of the {len(outputs)} images, got {len(target)}; a Contrast may "
+                "stand for all of them"
             )
-        columns = [list(column) for column in zip(*table, strict=True)]
-    else:
-        columns = [[entry] * len(outputs) for entry in targets]
-    return Target(torch.stack([_positions(column, outputs) for column in columns], dim=1))
+        place = torch.cat([_own(entry, outputs[row : row + 1]) for row, entry in enumerate(target)])
+        return _contrasted(place, target, outputs)
+    return Target(_positions(target, outputs).unsqueeze(1))
+
+
+def _own(entry: Any, outputs: Tensor) -> Tensor:
+    """The place ``(1, d)`` that an entry of a list means in its example's outputs ``(1, ...)``."""
+    target = entry.target if isinstance(entry, Contrast) else entry
+    if target is None and not isinstance(entry, Contrast):
+        raise TargetError(f"target: must be an integer class, got {target!r}; pass {_FORMS}")
+    return _positions(target, outputs)
+
+
+def _contrasted(place: Tensor, entries: Sequence[Any], outputs: Tensor) -> Target:
+    """The targets at these places ``(N, d)`` with the rivals that the entries, contrasts or not, ask for."""
+    if place.shape[1] == 0 or outputs.shape[1] == 1:
+        raise TargetError(
+            "target: a Contrast needs at least two classes, and the model gives one value per example (shape "
+            f"{tuple(outputs.shape)}); pass target=None"
+        )
+    asked = [(entry.k, float(entry.weight)) if isinstance(entry, Contrast) else (0, 0.0) for entry in entries]
+    count = outputs.shape[1]
+    kept = [min(k, count - 1) for k, _ in asked]
+    shares = torch.tensor(
+        [[weight / max(k, 1)] * k + [0.0] * (max(kept) - k) for k, (_, weight) in zip(kept, asked, strict=True)],
+        dtype=torch.promote_types(outputs.dtype, torch.float32),
+        device=outputs.device,
+    )
+    rows = torch.arange(len(outputs), device=outputs.device)
+    logits = outputs.movedim(1, -1)[(rows, *place.unbind(1)[1:])]  # (N, K), at the place's further positions
+    rivals = torch.arange(count - 1, device=outputs.device).expand(len(outputs), -1)
+    rivals = rivals + (rivals >= place[:, :1]).long()  # all classes but the own
+    best = logits.gather(1, rivals).topk(max(kept), dim=1).indices
+    return Target(place.unsqueeze(1), rivals.gather(1, best).unsqueeze(1), shares.unsqueeze(1))
+
+
+def _joined(columns: Sequence[Target]) -> Target:
+    """Targets ``(N, 1)`` side by side; those that subtract fewer classes are filled up with the first, times 0."""
+    width = max(column.others.shape[2] for column in columns)
+    index = torch.cat([column.index for column in columns], dim=1)
+    if not width:
+        return Target(index)
+    filled = []
+    for column in columns:
+        missing = width - column.others.shape[2]
+        own = column.classes.unsqueeze(2).expand(-1, -1, missing)
+        nothing = column.shares.new_zeros(own.shape)
+        filled.append((torch.cat([column.others, own], dim=2), torch.cat([column.shares, nothing], dim=2)))
+    others, shares = (torch.cat(parts, dim=1) for parts in zip(*filled, strict=True))
+    return Target(index, others, shares)

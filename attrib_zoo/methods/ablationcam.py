@@ -12,7 +12,7 @@ from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.backbone.replay import Replay, replay
 from attrib_zoo.errors import check_choice
 from attrib_zoo.masking import ChunkSize
-from attrib_zoo.methods.bases.perturbation import Perturbation, at_least_float32, mean_of_layers, progress
+from attrib_zoo.methods.bases.perturbation import Perturbation, at_least_float32, progress
 from attrib_zoo.targets import TargetQuery
 
 
@@ -37,6 +37,8 @@ class AblationCAM(Perturbation):
         relu: the paper's ReLU; ``False`` keeps negative evidence.
         chunk_size: ablations per pass; ``None``: 32, fewer where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -70,13 +72,17 @@ class AblationCAM(Perturbation):
         relu: bool = True,
         chunk_size: int | None = None,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, score=score, chunk_size=chunk_size, upsample=upsample)
+        super().__init__(
+            model, layers, score=score, chunk_size=chunk_size, upsample=upsample, smooth=smooth, scale=scale
+        )
         self.divisor = check_choice("divisor", divisor, ("abs", "paper", "none"))
         self.fill = check_choice("fill", fill, ("zero", "mean"))
         self.relu = bool(relu)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
         heats = []
         for tap in self.taps(inputs, args):
             with replay(self.model, inputs, args, _with_prefix(tap)) as again:
@@ -84,7 +90,7 @@ class AblationCAM(Perturbation):
                 maps = at_least_float32(_patches(again.maps, tap.grid))
             heat = torch.einsum("ndt,ndhw->nthw", weights, maps)
             heats.append(heat.relu() if self.relu else heat)
-        return mean_of_layers(heats, inputs.shape[-2:] if self.upsample else None)
+        return heats
 
     def _weights(self, again: Replay, query: TargetQuery, show_progress: bool) -> Tensor:
         """How much of the score each ablation takes, ``(N, D, T)``."""

@@ -34,6 +34,7 @@ class AdaSISE(BlockwiseSampling):
         baseline: what is seen where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -66,6 +67,7 @@ class AdaSISE(BlockwiseSampling):
         temperature: float = 100.0,
         baseline: Baseline = "mean",
         chunk_size: int | None = None,
+        scale: str | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -77,6 +79,7 @@ class AdaSISE(BlockwiseSampling):
             temperature=temperature,
             baseline=baseline,
             chunk_size=chunk_size,
+            scale=scale,
         )
 
     def select(self, ratios: Tensor) -> Tensor:

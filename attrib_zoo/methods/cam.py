@@ -35,6 +35,8 @@ class CAM(GradientCAM):
         layers: the layer before the pooling; ``None`` for the last convolutional stage.
         relu: ``True`` keeps positive evidence only; the paper has no ReLU.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -57,11 +59,20 @@ class CAM(GradientCAM):
     models: ClassVar[tuple[str, ...]] = ("cnn",)
     cost: ClassVar[str] = "1F"
 
-    def __init__(self, model: nn.Module, layers: Any = None, *, relu: bool = False, upsample: bool = True) -> None:
-        super().__init__(model, layers, relu=relu, upsample=upsample)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Any = None,
+        *,
+        relu: bool = False,
+        upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
+    ) -> None:
+        super().__init__(model, layers, relu=relu, upsample=upsample, smooth=smooth, scale=scale)
         self._checked: set[tuple[int, ...]] = set()
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
         size = tuple(inputs.shape[1:])
         if size not in self._checked:
             for tap in self.taps(inputs, args):

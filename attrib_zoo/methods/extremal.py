@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import check_weights, forward, select_args
-from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
+from attrib_zoo.errors import OptionError, TargetError, UnsupportedModelError, check_choice, check_number
 from attrib_zoo.masking import ChunkSize, blur
 from attrib_zoo.methods.bases.perturbation import _PerturbationAttribution, at_least_float32, progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
@@ -49,6 +49,7 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
         blur: deviation of the strongest blur in pixels; the authors' at any size, since it must hide the evidence.
         score: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         chunk_size: masks that are optimised at once; ``None``: 32, fewer where memory runs out.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -88,8 +89,9 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
         blur: float = 20.0,
         score: str = "logit",
         chunk_size: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, scale=scale)
         if layers is not None:
             raise OptionError(
                 f"layers: must be None, for ExtremalPerturbation looks at no layer, got {layers!r}; leave it out"
@@ -122,7 +124,7 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
         def work(part: slice) -> None:
             rows, columns, areas = items[part].to(target.index.device).unbind(1)
             shares = torch.tensor([self.areas[area] for area in areas.tolist()], dtype=smooth.dtype)
-            own = Target(target.index[rows, columns].unsqueeze(1))
+            own = target.one_of(rows, columns)
             extra = select_args(args, rows, len(inputs))
 
             def gain(mask: Tensor, flip: bool) -> Tensor:
@@ -176,6 +178,11 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
             )
         if not self.contrastive:
             return found
+        if target.contrasts:
+            raise TargetError(
+                "target: contrastive=True already subtracts the best other score, so the target must be a class, got a "
+                "Contrast; use contrastive=False with it"
+            )
         if outputs.ndim != 2 or outputs.shape[1] == 1:
             raise UnsupportedModelError(
                 f"contrastive: needs several classes, outputs (N, K), got {tuple(outputs.shape)}; use contrastive=False"

@@ -52,6 +52,7 @@ class FullGrad(Attribution, _GradientAttribution):
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: not used; FullGrad reads every layer with a bias.
         align_corners: how maps are enlarged; ``True`` as in the authors' program.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -74,8 +75,10 @@ class FullGrad(Attribution, _GradientAttribution):
     cost: ClassVar[str] = "1F + 1B"
     default_layers: ClassVar[tuple[str, int] | None] = None
 
-    def __init__(self, model: nn.Module, layers: Any = None, *, align_corners: bool = False) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: nn.Module, layers: Any = None, *, align_corners: bool = False, scale: str | None = None
+    ) -> None:
+        super().__init__(model, scale=scale)
         if layers is not None:
             raise OptionError(f"layers: must be None, for FullGrad reads every layer, got {layers!r}; leave it out")
         self.align_corners = bool(align_corners)

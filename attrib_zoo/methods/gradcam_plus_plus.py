@@ -34,6 +34,8 @@ class GradCAMPlusPlus(GradientCAM):
         relu: the paper's ReLU of the sum; ``False`` keeps negative evidence.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -65,8 +67,10 @@ class GradCAMPlusPlus(GradientCAM):
         relu: bool = True,
         score: str = "logit",
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, relu=relu, score=score, upsample=upsample)
+        super().__init__(model, layers, relu=relu, score=score, upsample=upsample, smooth=smooth, scale=scale)
         self.alpha = check_choice("alpha", alpha, ("paper", "local"))
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ class HiResCAM(GradientCAM):
         relu: ``True`` keeps positive evidence only; the paper needs no ReLU.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -54,8 +56,10 @@ class HiResCAM(GradientCAM):
         relu: bool = False,
         score: str = "logit",
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, relu=relu, score=score, upsample=upsample)
+        super().__init__(model, layers, relu=relu, score=score, upsample=upsample, smooth=smooth, scale=scale)
 
     def combine(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """Gradient times activation, summed over the feature maps."""

@@ -64,6 +64,8 @@ class IIA(AttentionMethod, _GradientAttribution):
         mean_pooling: also explain transformers whose head averages tokens: the mean over their rows.
         chunk_size: images in one pass; ``None`` begins with 32 and halves where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -103,8 +105,10 @@ class IIA(AttentionMethod, _GradientAttribution):
         mean_pooling: bool = False,
         chunk_size: int | None = None,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, mean_pooling=mean_pooling, upsample=upsample)
+        super().__init__(model, layers, mean_pooling=mean_pooling, upsample=upsample, smooth=smooth, scale=scale)
         if n_steps is not None and (isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1):
             raise OptionError(f"n_steps: must be a positive integer, or None for the paper's, got {n_steps!r}")
         ChunkSize(chunk_size)

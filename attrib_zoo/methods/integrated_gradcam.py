@@ -38,6 +38,8 @@ class IntegratedGradCAM(GradientCAM):
         relu: the paper's ReLU, at each point; ``False`` keeps negative evidence.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -74,8 +76,10 @@ class IntegratedGradCAM(GradientCAM):
         relu: bool = True,
         score: str = "logit",
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, relu=relu, score=score, upsample=upsample)
+        super().__init__(model, layers, relu=relu, score=score, upsample=upsample, smooth=smooth, scale=scale)
         check_number("n_steps", n_steps, least=1)
         self.n_steps = n_steps
         self.baseline = check_baseline(baseline)
@@ -84,7 +88,7 @@ class IntegratedGradCAM(GradientCAM):
         ChunkSize(chunk_size)
         self.chunk_size = chunk_size
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
         taps = self.taps(inputs, args)
         target = query.resolve(run(self.model, inputs, args)[0])
         start = torch.zeros_like(inputs) + resolve_baseline(self.baseline, self.model, inputs)
@@ -113,7 +117,7 @@ class IntegratedGradCAM(GradientCAM):
         name = type(self).__name__ if show_progress else None
         each_chunk(inputs, self.n_steps, add, chunk_size=self.chunk_size, progress=name)
         check_gradients(alive, taps, type(self).__name__)
-        return self._fused([total / self.n_steps for total in totals], inputs)
+        return [total / self.n_steps for total in totals]
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """The gradient averaged over space."""

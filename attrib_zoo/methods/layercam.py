@@ -36,6 +36,8 @@ class LayerCAM(GradientCAM):
         relu: the paper's ReLU of the sum; ``False`` keeps negative values, which only signed features have.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -65,8 +67,10 @@ class LayerCAM(GradientCAM):
         relu: bool = True,
         score: str = "logit",
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, relu=relu, score=score, upsample=upsample)
+        super().__init__(model, layers, relu=relu, score=score, upsample=upsample, smooth=smooth, scale=scale)
         self.gamma = check_number("gamma", gamma, least=1e-6)
 
     def combine(self, activations: Tensor, gradients: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class PolyCAM(Perturbation):
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)`` at the resolution of the finest layer.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -81,8 +83,19 @@ class PolyCAM(Perturbation):
         baseline: Baseline = "mean",
         chunk_size: int | None = None,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, score=score, baseline=baseline, chunk_size=chunk_size, upsample=upsample)
+        super().__init__(
+            model,
+            layers,
+            score=score,
+            baseline=baseline,
+            chunk_size=chunk_size,
+            upsample=upsample,
+            smooth=smooth,
+            scale=scale,
+        )
         self.variant = check_choice("variant", variant, ("pm", "p", "m"))
         self.lnorm = bool(lnorm)
         self.perc = check_number("perc", perc, least=0.0, most=50.0)

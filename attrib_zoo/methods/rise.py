@@ -38,6 +38,7 @@ class RISE(Perturbation):
         baseline: what is seen where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -72,8 +73,9 @@ class RISE(Perturbation):
         score: str = "softmax",
         baseline: Baseline = "mean",
         chunk_size: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, score=score, baseline=baseline, chunk_size=chunk_size)
+        super().__init__(model, score=score, baseline=baseline, chunk_size=chunk_size, scale=scale)
         if layers is not None:
             raise OptionError(f"layers: must be None, for RISE looks at no layer, got {layers!r}; leave it out")
         self.n_masks = check_number("n_masks", n_masks, least=1)

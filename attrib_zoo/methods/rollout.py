@@ -32,6 +32,8 @@ class AttentionRollout(AttentionMethod):
         gradient: weigh attention by the gradient of the target's logit ("gradient rollout").
         mean_pooling: also explain models whose head averages tokens: the mean over their rows of J.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -61,8 +63,10 @@ class AttentionRollout(AttentionMethod):
         gradient: bool = False,
         mean_pooling: bool = False,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, mean_pooling=mean_pooling, upsample=upsample)
+        super().__init__(model, layers, mean_pooling=mean_pooling, upsample=upsample, smooth=smooth, scale=scale)
         self.gradient = bool(gradient)
         if self.gradient:
             self.class_agnostic = False  # type: ignore[misc]  # said by the class for its defaults

@@ -45,6 +45,8 @@ class ScoreCAM(PerturbationCAM):
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -79,6 +81,8 @@ class ScoreCAM(PerturbationCAM):
         baseline: Baseline = "mean",
         chunk_size: int | None = None,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
         self.variant = check_choice("variant", variant, _VARIANTS)
         super().__init__(
@@ -88,6 +92,8 @@ class ScoreCAM(PerturbationCAM):
             baseline=baseline,
             chunk_size=chunk_size,
             upsample=upsample,
+            smooth=smooth,
+            scale=scale,
         )
         self.score = score
         if channel_softmax is not None and not isinstance(channel_softmax, bool):

@@ -39,6 +39,8 @@ class SIDU(PerturbationCAM):
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -74,8 +76,19 @@ class SIDU(PerturbationCAM):
         baseline: Baseline = "mean",
         chunk_size: int | None = None,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, score=score, baseline=baseline, chunk_size=chunk_size, upsample=upsample)
+        super().__init__(
+            model,
+            layers,
+            score=score,
+            baseline=baseline,
+            chunk_size=chunk_size,
+            upsample=upsample,
+            smooth=smooth,
+            scale=scale,
+        )
         self.sigma = check_number("sigma", sigma, least=0.0, above=True)
         self.threshold = check_number("threshold", threshold, least=-torch.inf)
         self.threshold_on = check_choice("threshold_on", threshold_on, ("raw", "minmax"))

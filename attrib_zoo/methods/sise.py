@@ -42,6 +42,7 @@ class SISE(BlockwiseSampling):
         baseline: what is seen where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -78,6 +79,7 @@ class SISE(BlockwiseSampling):
         temperature: float = 100.0,
         baseline: Baseline = "mean",
         chunk_size: int | None = None,
+        scale: str | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -89,6 +91,7 @@ class SISE(BlockwiseSampling):
             temperature=temperature,
             baseline=baseline,
             chunk_size=chunk_size,
+            scale=scale,
         )
         self.mu = check_number("mu", mu, least=0.0, most=1.0)
 

@@ -41,6 +41,8 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         relu: the paper's ReLU of the sum; ``False`` keeps negative evidence.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -77,8 +79,10 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         relu: bool = True,
         score: str = "logit",
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, relu=relu, score=score, upsample=upsample)
+        super().__init__(model, layers, relu=relu, score=score, upsample=upsample, smooth=smooth, scale=scale)
         check_number("n_samples", n_samples, least=1)
         self.n_samples = n_samples
         self.noise = check_number("noise", noise, least=0.0)
@@ -87,7 +91,7 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         ChunkSize(chunk_size)
         self.chunk_size = chunk_size
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
         taps = self.taps(inputs, args)
         clean, gradients, target = differentiate(self.model, inputs, args, taps, query.resolve, self.score)
         self.check_features(clean, taps)
@@ -110,7 +114,7 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         each_chunk(inputs, self.n_samples, add, chunk_size=self.chunk_size, progress=name)
         check_gradients([total[1] for total in powers], taps, type(self).__name__)
         each = zip(clean, powers, units, strict=True)
-        return self._fused([self._heat(a, p / self.n_samples, u) for a, p, u in each], inputs)
+        return [self._heat(a, p / self.n_samples, u) for a, p, u in each]
 
     def _noise(self, numbers: Tensor, like: Tensor) -> Tensor:
         """Standard normal images ``(M, C, H, W)``, each drawn from its number alone."""

@@ -13,10 +13,10 @@ from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.vit.attention import Attended, Attentions, Matrix, attend, find_attention
 from attrib_zoo.backbone.vit.heads import precise
 from attrib_zoo.backbone.vit.prenorm import Block, PreNorm, Values, take_apart
-from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.errors import OptionError, TargetError, UnsupportedModelError
 from attrib_zoo.methods.bases import relevance as rules
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
-from attrib_zoo.targets import TargetQuery
+from attrib_zoo.targets import Target, TargetQuery
 
 if TYPE_CHECKING:
 
@@ -52,6 +52,8 @@ class TransformerLRP(AttentionMethod, _GradientAttribution):
         mean_pooling: also explain models whose head averages tokens: relevance is shared among them, and the map is
             the mean over their rows.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -85,8 +87,10 @@ class TransformerLRP(AttentionMethod, _GradientAttribution):
         row_norm: bool = False,
         mean_pooling: bool = False,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, mean_pooling=mean_pooling, upsample=upsample)
+        super().__init__(model, layers, mean_pooling=mean_pooling, upsample=upsample, smooth=smooth, scale=scale)
         if isinstance(start_layer, bool) or not isinstance(start_layer, int) or start_layer < 0:
             raise OptionError(f"start_layer: must be 0 or the number of a later block, got {start_layer!r}")
         self.start_layer = start_layer
@@ -103,7 +107,7 @@ class TransformerLRP(AttentionMethod, _GradientAttribution):
                     found,
                     inputs,
                     args,
-                    lambda outputs: query.resolve(outputs.detach()).select(outputs),
+                    lambda outputs: _alone(query.resolve(outputs.detach())).select(outputs),
                     beside=values.scores,
                 )
             maps = found.follow(self._steps(found, parts, values, attended))
@@ -141,6 +145,16 @@ class TransformerLRP(AttentionMethod, _GradientAttribution):
             yield with_identity(positive(matrix.gradients(), at_matrix), normalise=self.row_norm)
             if first:
                 return
+
+
+def _alone(target: Target) -> Target:
+    """The targets, if none contrasts."""
+    if target.contrasts:
+        raise TargetError(
+            "target: TransformerLRP starts from a relevance of one at a class, and has no rule for the negative one of "
+            "a Contrast; use GenericAttention, GradCAM, IIA or TTAME, or name the class alone"
+        )
+    return target
 
 
 def _from_scores(

@@ -35,6 +35,8 @@ class XGradCAM(GradientCAM):
         relu: the paper's ReLU; ``False`` keeps negative evidence.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch
@@ -65,8 +67,10 @@ class XGradCAM(GradientCAM):
         relu: bool = True,
         score: str = "logit",
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, relu=relu, score=score, upsample=upsample)
+        super().__init__(model, layers, relu=relu, score=score, upsample=upsample, smooth=smooth, scale=scale)
         self.denominator = check_choice("denominator", denominator, ("sum", "abs"))
 
     def check_features(self, activations: Sequence[Tensor], taps: Sequence[Tap]) -> None:

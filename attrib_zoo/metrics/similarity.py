@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrib_zoo.errors import InputError
-from attrib_zoo.masking import min_max
+from attrib_zoo.masking import mean_ranks, min_max
 from attrib_zoo.metrics._maps import finite_rows, read_maps
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -32,7 +32,7 @@ def spearman(maps: Tensor, others: Tensor, *, absolute: bool = False) -> Tensor:
     one, two = _read(maps, others)
     if absolute:
         one, two = one.abs(), two.abs()
-    found = _pearson(_mean_ranks(one.flatten(1)), _mean_ranks(two.flatten(1)))
+    found = _pearson(mean_ranks(one.flatten(1)), mean_ranks(two.flatten(1)))
     return _judged(found, one, two)
 
 
@@ -112,14 +112,6 @@ def _judged(found: Tensor, one: Tensor, two: Tensor) -> Tensor:
     """1 for equal maps, NaN for those that are not finite, else what was found."""
     found = found.masked_fill((one == two).flatten(1).all(1), 1.0)
     return found.masked_fill(~(finite_rows(one) & finite_rows(two)), torch.nan)
-
-
-def _mean_ranks(values: Tensor) -> Tensor:
-    ascending = values.sort(1).values
-    values = values.contiguous()
-    below = torch.searchsorted(ascending, values, right=False)
-    reached = torch.searchsorted(ascending, values, right=True)
-    return (below + reached).to(values.dtype)  # twice the mean rank, less 1
 
 
 def _pearson(one: Tensor, two: Tensor) -> Tensor:

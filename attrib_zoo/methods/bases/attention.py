@@ -23,6 +23,8 @@ class AttentionMethod(Attribution):
         layers: must be ``None``: every attention block is read.
         mean_pooling: also explain models whose head averages tokens; see :meth:`_attention`.
         upsample: see :class:`Attribution`.
+        smooth: see :class:`Attribution`.
+        scale: see :class:`Attribution`.
     """
 
     family: ClassVar[str] = "attention"
@@ -30,9 +32,16 @@ class AttentionMethod(Attribution):
     default_layers: ClassVar[tuple[str, int] | None] = None
 
     def __init__(
-        self, model: nn.Module, layers: Any = None, *, mean_pooling: bool = False, upsample: bool = True
+        self,
+        model: nn.Module,
+        layers: Any = None,
+        *,
+        mean_pooling: bool = False,
+        upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, upsample=upsample)
+        super().__init__(model, layers, upsample=upsample, smooth=smooth, scale=scale)
         if layers is not None and self.default_layers is None:
             raise self._reads_all_layers()
         self.mean_pooling = bool(mean_pooling)

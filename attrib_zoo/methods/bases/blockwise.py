@@ -48,8 +48,9 @@ class BlockwiseSampling(Perturbation):
         temperature: float = 100.0,
         baseline: Baseline = "mean",
         chunk_size: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, score=score, baseline=baseline, chunk_size=chunk_size)
+        super().__init__(model, layers, score=score, baseline=baseline, chunk_size=chunk_size, scale=scale)
         self.grad_score = check_choice("grad_score", grad_score, SCORES)
         self.fusion = check_choice("fusion", fusion, FUSIONS)
         if otsu_scale is not None:

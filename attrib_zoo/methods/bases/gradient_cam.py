@@ -13,7 +13,7 @@ from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import LayerError, OptionError, check_choice, warn
-from attrib_zoo.masking import ChunkSize, upsample
+from attrib_zoo.masking import ChunkSize
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class GradientCAM(Attribution, _GradientAttribution):
     """Base of the class activation maps that weigh a layer's feature maps by the score's gradient.
 
     Subclasses fill :meth:`weights` (one weight per feature map) or, where the weight varies over space,
-    :meth:`combine`; those with a rule of their own for several layers fill :meth:`fuse`. Tokens, NHWC layers, batches
+    :meth:`combine`; those with a rule of their own for several layers fill ``fuse``. Tokens, NHWC layers, batches
     and several targets are handled here.
 
     Args:
@@ -40,6 +40,8 @@ class GradientCAM(Attribution, _GradientAttribution):
         relu: keep positive evidence only.
         score: what is differentiated: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: see :class:`Attribution`.
+        smooth: see :class:`Attribution`.
+        scale: see :class:`Attribution`.
 
     Attributes:
         nonnegative: the formula divides by sums of feature maps and is derived for features behind a ReLU; where a
@@ -59,8 +61,10 @@ class GradientCAM(Attribution, _GradientAttribution):
         relu: bool = True,
         score: str = "logit",
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, upsample=upsample)
+        super().__init__(model, layers, upsample=upsample, smooth=smooth, scale=scale)
         self.relu = bool(relu)
         self.score = check_choice("score", score, SCORES)
 
@@ -80,36 +84,17 @@ class GradientCAM(Attribution, _GradientAttribution):
         """The map before the ReLU, ``(M, h, w)``: the weighted sum of the feature maps."""
         return torch.einsum("md,mdhw->mhw", self.weights(activations, gradients), activations)
 
-    def fuse(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """One map from those of several layers, the first layer first: the mean of the upsampled ones.
-
-        Args:
-            maps: ``(N, T, h_i, w_i)`` for each layer, two or more.
-            size: what to enlarge them to: the images' size or, with ``upsample=False``, the largest map's.
-
-        Returns:
-            ``(N, T, h, w)``.
-        """
-        return torch.stack([upsample(heat, size) for heat in maps]).mean(0)
-
     def check_features(self, activations: Sequence[Tensor], taps: Sequence[Tap]) -> None:
         """Refuse or warn where the formula does not fit what the layers ``(N, D, h, w)`` put out."""
         if self.nonnegative:
             warn_negative(activations, taps, type(self).__name__)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
         taps = self.taps(inputs, args)
         maps, gradients, _ = differentiate(self.model, inputs, args, taps, query.resolve, self.score)
         check_gradients(gradients, taps, type(self).__name__)
         self.check_features(maps, taps)
-        return self._fused([self._one_layer(a, g) for a, g in zip(maps, gradients, strict=True)], inputs)
-
-    def _fused(self, found: Sequence[Tensor], inputs: Tensor) -> Tensor:
-        """The layers' maps ``(N, T, h_i, w_i)`` as one."""
-        if len(found) == 1:
-            return found[0]
-        size = inputs.shape[-2:] if self.upsample else [max(heat.shape[i] for heat in found) for i in (-2, -1)]
-        return self.fuse(found, size)
+        return [self._one_layer(a, g) for a, g in zip(maps, gradients, strict=True)]
 
     def _one_layer(self, activation: Tensor, gradient: Tensor) -> Tensor:
         """``(N, D, h, w)`` activations and ``(T, N, D, h, w)`` gradients to ``(N, T, h, w)`` maps."""

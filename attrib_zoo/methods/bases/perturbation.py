@@ -50,6 +50,8 @@ class Perturbation(Attribution, _PerturbationAttribution):
             ``"blur"`` (the image itself, blurred), a number, or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass, over the whole batch; ``None``: 32, fewer where memory runs out.
         upsample: see :class:`Attribution`.
+        smooth: see :class:`Attribution`.
+        scale: see :class:`Attribution`.
     """
 
     family: ClassVar[str] = "perturbation"
@@ -63,8 +65,10 @@ class Perturbation(Attribution, _PerturbationAttribution):
         baseline: Baseline = "mean",
         chunk_size: int | None = None,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, upsample=upsample)
+        super().__init__(model, layers, upsample=upsample, smooth=smooth, scale=scale)
         self.score: str | None = check_choice("score", score, SCORES)
         self.baseline = check_baseline(baseline)
         self.chunk_size = chunk_size
@@ -130,13 +134,13 @@ class PerturbationCAM(Perturbation):
         """
         raise NotImplementedError
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
         taps = self.taps(inputs, args)
         outputs, layers = run(self.model, inputs, args, taps)
         target = query.resolve(outputs)
         passes = self._passes(inputs, args, outputs, target, show_progress)
         heats = [self._one_layer(at_least_float32(maps), passes) for maps in layers]
-        return mean_of_layers(heats, inputs.shape[-2:] if self.upsample else None).expand(-1, target.count, -1, -1)
+        return [heat.expand(-1, target.count, -1, -1) for heat in heats]
 
     def _one_layer(self, maps: Tensor, passes: Passes) -> Tensor:
         """``(N, T, h, w)``."""
@@ -239,14 +243,6 @@ def read_scores(outputs: Tensor, target: Target, score: str) -> Tensor:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Sums of half-precision maps and scores are formed in float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def mean_of_layers(heats: list[Tensor], size: Sequence[int] | None) -> Tensor:
-    """One layer's maps as they are; of several the mean at ``size`` or, without one, at that of the finest."""
-    if len(heats) == 1:
-        return heats[0]
-    size = size or [max(heat.shape[axis] for heat in heats) for axis in (-2, -1)]
-    return torch.stack([upsample(heat, size) for heat in heats]).mean(0)
 
 
 def refuse_transformers(explainer: Attribution, why: str) -> None:
