@@ -49,8 +49,10 @@ class _LCAM(TrainableAttribution):
         lambda_ce: float,
         area_power: float,
         upsample: bool,
+        smooth: int | None,
+        scale: str | None,
     ) -> None:
-        super().__init__(model, layers, upsample=upsample)
+        super().__init__(model, layers, upsample=upsample, smooth=smooth, scale=scale)
         if layers is not None and after_pool:
             raise OptionError("after_pool: must be left out where layers are given; name the pooling itself in layers")
         self.recipe = check_choice("recipe", recipe, _RECIPES)
@@ -173,6 +175,8 @@ class LCAMFm(_LCAM):
         lambda_ce: λ3.
         area_power: λ4.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for ``"min-max"``.
 
     Example:
         >>> import torch
@@ -211,6 +215,8 @@ class LCAMFm(_LCAM):
         lambda_ce: float = 1.5,
         area_power: float = 0.3,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -223,6 +229,8 @@ class LCAMFm(_LCAM):
             lambda_ce=lambda_ce,
             area_power=area_power,
             upsample=upsample,
+            smooth=smooth,
+            scale=scale,
         )
 
     def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
@@ -281,6 +289,8 @@ class LCAMImg(_LCAM):
         mean: of the standardisation, per channel; ``None`` for the model's own configuration, else ImageNet's.
         std: as ``mean``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for ``"min-max"``.
 
     Example:
         >>> import torch
@@ -315,6 +325,8 @@ class LCAMImg(_LCAM):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -327,6 +339,8 @@ class LCAMImg(_LCAM):
             lambda_ce=lambda_ce,
             area_power=area_power,
             upsample=upsample,
+            smooth=smooth,
+            scale=scale,
         )
         self.masking = check_choice("masking", masking, MASKINGS)
         self.mean, self.std = check_statistics(mean, std)

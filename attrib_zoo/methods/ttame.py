@@ -79,6 +79,8 @@ class TTAME(TrainableAttribution):
         mean: of the standardisation, per channel; ``None`` for the model's own configuration, else ImageNet's.
         std: as ``mean``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for ``"min-max"``.
 
     Example:
         >>> import torch
@@ -129,8 +131,10 @@ class TTAME(TrainableAttribution):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, upsample=upsample)
+        super().__init__(model, layers, upsample=upsample, smooth=smooth, scale=scale)
         self.recipe = check_choice("recipe", recipe, tuple(_RECIPES))
         defaults = _RECIPES[recipe]
         self.lambda_ce = check_number("lambda_ce", lambda_ce, least=0.0)

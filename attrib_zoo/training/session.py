@@ -16,7 +16,6 @@ from attrib_zoo.attribution import check_images
 from attrib_zoo.backbone.capture import check_gradient, frozen, run
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.errors import BackboneMismatchError, CheckpointError, DataError, LayerError, UnsupportedModelError
-from attrib_zoo.masking import min_max
 from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read
 from attrib_zoo.training.data import Batches, images_of
@@ -54,6 +53,8 @@ class Explainer(Protocol):
     def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]: ...
 
     def _network_for(self, features: Sequence[Tensor]) -> nn.Module: ...
+
+    def _as_asked(self, maps: Tensor) -> Tensor: ...
 
     def _network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module: ...
 
@@ -228,7 +229,7 @@ def _measures(
     terms = explainer._terms(explainer._ready().network, images, args, generator)
     outputs, features = explainer._features(images, args)
     rows = terms.classes.to(images.device).unsqueeze(1)
-    maps = min_max(attend(explainer._network_for(features), features, rows)).to(images.dtype)
+    maps = explainer._as_asked(attend(explainer._network_for(features), features, rows)).to(images.dtype)
     found = {"loss": terms.loss.expand(len(images))}
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         hidden = explainer._baseline(images)

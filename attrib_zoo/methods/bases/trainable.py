@@ -25,7 +25,6 @@ from attrib_zoo.errors import (
     check_choice,
     check_number,
 )
-from attrib_zoo.masking import min_max
 from attrib_zoo.targets import TargetQuery
 from attrib_zoo.training import distributed, session
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read, write
@@ -55,11 +54,12 @@ class TrainableAttribution(Attribution):
     """
 
     needs_fit: ClassVar[bool] = True
+    own_scale: ClassVar[str | None] = "min-max"
     cost: ClassVar[str] = "1F"
     default_epochs: ClassVar[int] = 8
 
-    def __init__(self, model: nn.Module, layers: Any = None, *, upsample: bool = True) -> None:
-        super().__init__(model, layers, upsample=upsample)
+    def __init__(self, model: nn.Module, layers: Any = None, **shown: Any) -> None:
+        super().__init__(model, layers, **shown)
         self._fitted: Fitted | None = None
         self._warned = False
 
@@ -228,10 +228,10 @@ class TrainableAttribution(Attribution):
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs, features = self._features(inputs, args)
         target = query.resolve(outputs)
-        one_value = outputs.ndim == 1 or outputs.shape[1] == 1
-        rows = torch.ones_like(target.classes) if one_value else target.classes
+        rows = target.terms if outputs.ndim > 1 and outputs.shape[1] > 1 else torch.ones_like(target.terms)
         self._warn_unseen(rows)
-        return min_max(session.attend(self._network_for(features), features, rows))
+        found = session.attend(self._network_for(features), features, rows.flatten(1))
+        return target.combine(found.unflatten(1, rows.shape[1:]))
 
     def maps(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """The maps of all classes from one forward pass, at the resolution of the layers.
@@ -241,14 +241,14 @@ class TrainableAttribution(Attribution):
             additional_forward_args: as in :meth:`attribute`.
 
         Returns:
-            ``(N, K, h, w)``, each map scaled to [0, 1]. Rows of classes with ``class_counts_ == 0`` are untrained.
+            ``(N, K, h, w)`` in [0, 1], scaled as ``scale`` says; untrained where ``class_counts_ == 0``.
         """
         self._check_ready()
         images, _ = self._images(inputs)
         with frozen(self.model), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
             _, features = self._features(clean, forward_args(additional_forward_args))
-            return min_max(session.attend(self._network_for(features), features, None)).to(images.dtype)
+            return self._as_asked(session.attend(self._network_for(features), features, None)).to(images.dtype)
 
     def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         """Outputs and features of one pass, checked to be those that the network was trained on."""
