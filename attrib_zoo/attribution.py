@@ -222,10 +222,10 @@ class Attribution(_CaptumAttribution, ABC):
         args = forward_args(extra)
         with frozen(self.model), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
-            maps = self._finished(self._maps(clean, query, args, show_progress), images.shape[-2:])
+            maps = self._as_asked(self._maps(clean, query, args, show_progress), images.shape[-2:])
             return upsample(maps, images.shape[-2:]) if self.upsample else maps
 
-    def _finished(self, maps: Tensor | Sequence[Tensor], size: Sequence[int] = ()) -> Tensor:
+    def _as_asked(self, maps: Tensor | Sequence[Tensor], size: Sequence[int] = ()) -> Tensor:
         """Maps ``(N, T, h, w)`` of one or several layers smoothed, joined and scaled as the options say.
 
         Several need the images' ``size``.

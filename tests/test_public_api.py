@@ -15,7 +15,8 @@ import attrib_zoo
 from attrib_zoo.attribution import Attribution
 
 SOURCE = Path(attrib_zoo.__file__).read_text(encoding="utf-8")
-METHODS = {name: value for name, value in vars(attrib_zoo).items() if inspect.isclass(value)}
+CLASSES = {name: value for name, value in vars(attrib_zoo).items() if inspect.isclass(value)}
+METHODS = {name: value for name, value in CLASSES.items() if issubclass(value, Attribution)}
 
 # ---------------------------------------------------------------------- the list
 
@@ -61,12 +62,12 @@ def test_a_forgotten_export_is_named_by_its_line():
     assert missing(without, written_methods()) == ["from attrib_zoo.methods.ttame import TTAME as TTAME"]
 
 
-def test_the_list_holds_methods_only_in_order():
+def test_the_list_holds_methods_and_what_one_asks_them_in_order():
     lines = export_lines(SOURCE)
     assert lines == sorted(lines)
-    assert sorted(lines) == sorted(export_line(cls) for cls in METHODS.values())
-    assert all(issubclass(cls, Attribution) for cls in METHODS.values())
-    names = {"__version__", *METHODS}
+    assert sorted(lines) == sorted(export_line(cls) for cls in CLASSES.values())
+    assert set(CLASSES) - set(METHODS) == {"Contrast"}
+    names = {"__version__", *CLASSES}
     assert {n for n in vars(attrib_zoo) if not n.startswith("__")} - names <= {
         m.name for m in pkgutil.iter_modules(attrib_zoo.__path__)
     }
@@ -95,6 +96,8 @@ def test_constructors_have_one_shape(cls):
     assert ("upsample" in {option.name for option in options}) != told, (
         "upsample=False, or say that there is no such map"
     )
+    last = ["scale"] if told else ["upsample", "smooth", "scale"]
+    assert [option.name for option in options][-len(last) :] == last, "the same of all methods, at the end"
 
 
 @each

@@ -37,6 +37,8 @@ class GenericAttention(AttentionMethod, _GradientAttribution):
         layers: must be ``None``: every attention block is read.
         mean_pooling: also explain models whose head averages tokens: the mean over their rows of R.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch

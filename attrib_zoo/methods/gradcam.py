@@ -30,6 +30,8 @@ class GradCAM(GradientCAM):
         relu: the paper's ReLU; ``False`` keeps negative evidence.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
+        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
+        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch

@@ -55,7 +55,7 @@ class Explainer(Protocol):
 
     def _network_for(self, features: Sequence[Tensor]) -> nn.Module: ...
 
-    def _finished(self, maps: Tensor) -> Tensor: ...
+    def _as_asked(self, maps: Tensor) -> Tensor: ...
 
     def _targets(self, outputs: Tensor, query: TargetQuery) -> Target: ...
 
@@ -252,7 +252,7 @@ def _measures(
     rows = terms.classes.to(images.device).unsqueeze(1)
     target = explainer._targets(two_logits(outputs), TargetQuery(rows[:, 0]))
     found_maps = explainer._class_maps(explainer._network_for(features), features, target.terms, target)
-    maps = explainer._finished(found_maps).to(images.dtype)
+    maps = explainer._as_asked(found_maps).to(images.dtype)
     found = {"loss": terms.loss.expand(len(images))}
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         hidden = explainer._baseline(images)

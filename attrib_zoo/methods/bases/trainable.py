@@ -213,9 +213,9 @@ class TrainableAttribution(Attribution):
                 )
             except KeyboardInterrupt:
                 if state.step and state.whole:
-                    self.__dict__.update(twin._trained(state).__dict__)
+                    self.__dict__.update(twin._finished(state).__dict__)
                 raise
-        self.__dict__.update(twin._trained(state).__dict__)
+        self.__dict__.update(twin._finished(state).__dict__)
         session.judge(state.history)
         return self
 
@@ -224,7 +224,7 @@ class TrainableAttribution(Attribution):
         fitted.steps, fitted.counts, fitted.history = state.step, state.counts, state.history
         return self
 
-    def _trained(self: _Self, state: State) -> _Self:
+    def _finished(self: _Self, state: State) -> _Self:
         network = self._so_far(state)._ready().network.eval()
         self._complete(network)
         for parameter in network.parameters():
@@ -290,7 +290,7 @@ class TrainableAttribution(Attribution):
             clean = images.clone() if images.is_inference() else images.detach()
             outputs, features = self._features(clean, forward_args(additional_forward_args))
             maps = session.attend(self._network_for(features), features, None)
-            return self._finished(self._all_maps(outputs, maps)).to(images.dtype)
+            return self._as_asked(self._all_maps(outputs, maps)).to(images.dtype)
 
     def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         """Outputs and features of one pass, checked to be those that the network was trained on."""
