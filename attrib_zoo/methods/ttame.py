@@ -24,9 +24,9 @@ from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 from attrib_zoo.training.session import attend, head_dtype
 
 _BRANCH_LR = 1e-3
-_ROWS_LR = 3e-4
+_ROWS_LR = 0.012  # over the root of the channels, so that a step turns a row of any length equally far
 _ROW_IMAGES = 32
-_MOST_STEPS = 300  # of a fit that is told neither epochs nor steps, where it starts from rows
+_MOST_STEPS = 200  # of a fit that is told neither epochs nor steps, where it starts from rows
 _SHARES = (0.05, 0.9)  # of the cells that the order loss shows or hides
 _BLUR = 10 / 224  # deviation of the blur that hides, as a share of the image's width
 _IMAGES_PER_CLASS = 100  # with fewer in a short fit, classes that are not the image's own cost more than they teach
@@ -231,7 +231,7 @@ class TTAME(TrainableAttribution):
         if is_long(asked, steps, self.recipe.name) and self.recipe.start == "random":
             return Schedule(self.recipe.name, "sgd", 1e-3, weight_decay=5e-4)
         if len(head.mixing):
-            return Schedule("rows", "adam", _ROWS_LR)
+            return Schedule("rows", "adam", _ROWS_LR / max(head.channels) ** 0.5)
         head.share_rows(head.reach(features))
         return Schedule("short", "adam", LOGIT_STEP, branch_lr=_BRANCH_LR)
 
