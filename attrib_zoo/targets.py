@@ -103,7 +103,10 @@ class Target:
         k = min(k, logits.shape[1] - 1)
         rest = logits.detach().unsqueeze(1).expand(-1, self.count, -1).scatter(2, self.classes.unsqueeze(2), -torch.inf)
         others = rest.topk(k, dim=2).indices
-        return Target(self.index, others, torch.full(others.shape, weight / k, device=logits.device))
+        shares = torch.full(
+            others.shape, weight / k, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32)
+        )
+        return Target(self.index, others, shares)
 
     @property
     def count(self) -> int:

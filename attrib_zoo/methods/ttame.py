@@ -214,8 +214,8 @@ class TTAME(TrainableAttribution):
         started, silent = starting_rows(rows, features, two_logits(outputs).argmax(1))
         if not any(bool(weight.any()) for weight in started):
             return {}, [
-                "fit: no class has a gradient at the layers that are read (a head of zeros, or layers that the outputs do "
-                "not use), so there are no rows to start from: the maps start at zero, and only training makes them"
+                "fit: no class has a gradient at the layers that are read (a head of zeros, or layers that the outputs "
+                "do not use), so there are no rows to start from: the maps start at zero, and only training makes them"
             ]
         head.start_from(started, head.reach(features))
         told = []

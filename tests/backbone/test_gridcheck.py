@@ -229,13 +229,13 @@ def test_five_images_once_per_layer_and_size():
     assert cost(model, lambda: GradCAM(model, layer).taps(inputs)) == 2  # another object
     assert cost(model, lambda: GradCAM(model, "model.blocks.2").taps(inputs)) == 2 + 5
     assert cost(model, lambda: GradCAM(model, layer).taps(images(WIDE))) == 2 + 5
-    assert cost(model, lambda: TTAME(model).taps(inputs)) == 2 + 5  # its three in one pass
+    assert cost(model, lambda: TTAME(model, recipe="paper").taps(inputs)) == 2 + 5  # its three in one pass
     assert cost(model, lambda: GradCAM(model, "model.blocks.0").taps(inputs)) == 2  # one of these three
 
 
 def test_nothing_where_nothing_can_be_misread():
     model = Counted(resnet())
-    assert cost(model, lambda: TTAME(model).taps(images(64))) == 2
+    assert cost(model, lambda: TTAME(model, recipe="paper").taps(images(64))) == 2
     assert cost(model, lambda: GradCAM(model, ("model.layer4", Grid("nhwc"))).layers) == 0
 
 

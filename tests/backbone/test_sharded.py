@@ -45,7 +45,7 @@ def sharded(mesh):
 def explained(model, rank):
     """What each kind of method says of this process's own images."""
     mine = IMAGES[2 * rank : 2 * rank + 2]
-    found = {"layers": [tap.name for tap in TTAME(model).taps(mine)], "weights": fingerprint(model)}
+    found = {"layers": [tap.name for tap in TTAME(model, recipe="paper").taps(mine)], "weights": fingerprint(model)}
     found["gradient"] = GradCAM(model).attribute(mine, 1)
     found["masked"] = ScoreCAM(model).attribute(mine, 1)
     return found
@@ -54,7 +54,7 @@ def explained(model, rank):
 def trained(model, batches):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return TTAME(model).fit(batches, max_steps=STEPS, show_progress=False)
+        return TTAME(model, recipe="paper").fit(batches, max_steps=STEPS, show_progress=False)
 
 
 def work(rank, folder):

@@ -91,7 +91,7 @@ class Net(nn.Module):
 
 def test_a_cnn_of_ones_own_needs_no_hint():
     model, inputs = lively(Net()), torch.randn(2, 3, 48, 64)
-    assert [tap.name for tap in TTAME(model).taps(inputs)] == ["eyes", "brain.0", "brain.1"]
+    assert [tap.name for tap in TTAME(model, recipe="paper").taps(inputs)] == ["eyes", "brain.0", "brain.1"]
     assert [tap.name for tap in GradCAM(model).taps(inputs)] == ["brain.1"]
     for method in (GradCAM, LayerCAM, ScoreCAM):
         assert method(model).attribute(inputs, target=[0, 3]).any()
@@ -131,7 +131,7 @@ def test_a_vit_of_ones_own_takes_one_hint():
     assert tap.grid == Grid("tokens", prefix=3, hw=(5, 7))
     check_places(model, (50, 70), side=10, near=12, layer=hint)
     names = [(f"encoder.layers.{i}", Grid("tokens", prefix=3)) for i in (0, 1)]
-    assert [tap.grid.hw for tap in TTAME(model, names).taps(inputs)] == [(5, 7), (5, 7)]
+    assert [tap.grid.hw for tap in TTAME(model, names, recipe="paper").taps(inputs)] == [(5, 7), (5, 7)]
 
 
 @pytest.mark.parametrize(

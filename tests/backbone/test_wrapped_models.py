@@ -129,7 +129,11 @@ class Module(nn.Module):
 def test_a_training_module():
     model, inputs = Module(resnet()), images()
     torch.testing.assert_close(heat(model, inputs), heat(resnet(), inputs))
-    assert [tap.name for tap in TTAME(model).taps(inputs)] == ["model.layer1", "model.layer3", "model.layer4"]
+    assert [tap.name for tap in TTAME(model, recipe="paper").taps(inputs)] == [
+        "model.layer1",
+        "model.layer3",
+        "model.layer4",
+    ]
 
 
 class Backbone(nn.Module):
@@ -162,7 +166,7 @@ class OnFeatures(nn.Module):
 def test_a_head_on_a_list_of_features():
     model, inputs = OnFeatures().eval(), images()
     torch.testing.assert_close(heat(model, inputs), heat(model, inputs, layers="backbone.body.layer4"))
-    assert len(TTAME(model).taps(inputs)) == 3
+    assert len(TTAME(model, recipe="paper").taps(inputs)) == 3
     with pytest.raises(UnsupportedModelError, match="must return one tensor"):
         heat(Backbone(), inputs)
 
@@ -196,7 +200,7 @@ class ForImageClassification(nn.Module):
 
 def test_outputs_with_logits_are_refused_with_the_line_that_helps():
     model, inputs = ForImageClassification(resnet()).eval(), images()
-    for explain in (lambda: heat(model, inputs), lambda: TTAME(model).fit([inputs], max_steps=1)):
+    for explain in (lambda: heat(model, inputs), lambda: TTAME(model, recipe="paper").fit([inputs], max_steps=1)):
         with pytest.raises(UnsupportedModelError) as caught:
             explain()
         assert "got ImageClassifierOutput" in str(caught.value)
@@ -220,7 +224,7 @@ METHODS: dict[str, Any] = {
 def fitted(model: nn.Module, inputs: Tensor) -> TTAME:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fit: the 'short' schedule needs at least")
-        return TTAME(model).fit([inputs], max_steps=2, show_progress=False)
+        return TTAME(model, recipe="paper").fit([inputs], max_steps=2, show_progress=False)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -312,7 +316,9 @@ def test_integer_linear_layers_have_maps_to_mask_with():
     found = ScoreCAM(Quantised(vit()), f"body.{name}").attribute(inputs, 1)
     expected = ScoreCAM(vit(), name).attribute(inputs, 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * float(expected.max()))
-    assert [t.name for t in TTAME(Quantised(vit())).taps(inputs)] == [f"body.blocks.{i}" for i in range(3)]
+    assert [t.name for t in TTAME(Quantised(vit()), recipe="paper").taps(inputs)] == [
+        f"body.blocks.{i}" for i in range(3)
+    ]
 
 
 @needs_int8
@@ -419,7 +425,7 @@ def in_float(model: nn.Module) -> nn.Module:
 def test_weights_in_integers_change_nothing(method, quantise):
     inputs = images(2, 32)
     model = quantise(vit())
-    assert [tap.name for tap in TTAME(model).taps(inputs)] == [f"blocks.{i}" for i in range(3)]
+    assert [tap.name for tap in TTAME(model, recipe="paper").taps(inputs)] == [f"blocks.{i}" for i in range(3)]
     torch.testing.assert_close(METHODS[method](model, inputs), METHODS[method](in_float(vit()), inputs))
 
 

@@ -218,7 +218,7 @@ def test_options_and_weights_of_methods_are_part_of_the_run(model, tmp_path):
 @pytest.mark.parametrize("choose", [lambda model: None, lambda model: [model.stages[0], "stages.2"]])
 def test_what_is_loaded_from_a_file_continues_the_run_of_what_was_fitted(model, tmp_path, choose):
     path = tmp_path / "results.jsonl"
-    fitted = zoo.fit(TTAME(model, choose(model)), [IMAGES], max_steps=1, seed=0)
+    fitted = zoo.fit(TTAME(model, choose(model), recipe="paper"), [IMAGES], max_steps=1, seed=0)
     first = run(model, {"fitted": fitted}, wanted="sparseness", path=path)
     fitted.save(tmp_path / "fitted.safetensors")
     loaded = TTAME.load(tmp_path / "fitted.safetensors", model)

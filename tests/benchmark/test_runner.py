@@ -524,7 +524,7 @@ def test_boxes_make_a_perfect_map_too_and_copies_of_images_have_copies_of_it(mod
 
 
 def test_trained_explainers_stand_beside_their_untrained_twins(model):
-    fitted = TTAME(model, num_layers=1).fit([IMAGES] * 40, max_steps=40, show_progress=False)
+    fitted = TTAME(model, num_layers=1, recipe="paper").fit([IMAGES] * 40, max_steps=40, show_progress=False)
     before = {k: v.clone() for k, v in fitted.network_.state_dict().items()}
     table = run(model, {"T-TAME": fitted, "Grad-CAM": GradCAM(model)}, wanted="sparseness", controls=True)
     assert table.controls == ["T-TAME, untrained", *CONTROLS]

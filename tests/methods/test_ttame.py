@@ -21,6 +21,12 @@ from attrib_zoo.methods import ttame
 from attrib_zoo.methods.ttame import extra_classes
 from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
 
+
+def paper(model, layers=None, **options):
+    """The method of the paper; ``test_rows.py`` has what starts from the classifier's rows."""
+    return TTAME(model, layers, recipe="paper", **options)
+
+
 # ---------------------------------------------------------------------- Ψ
 
 
@@ -283,7 +289,7 @@ def test_momentum_is_cycled_too():
             return super().step(closure)
 
     explainer = zoo.fit(
-        TTAME(zoo.small_cnn()), [zoo.batch()], max_steps=10, schedule="paper", lr=0.01,
+        paper(zoo.small_cnn()), [zoo.batch()], max_steps=10, schedule="paper", lr=0.01,
         optimizer=lambda groups: Watching(groups, momentum=0.9),
     )  # fmt: skip
     torch.testing.assert_close(seen, [one_cycle(s, 10, 0.01)[1] for s in range(10)], rtol=1e-9, atol=0)
@@ -300,13 +306,13 @@ def test_momentum_is_cycled_too():
 @pytest.fixture(scope="module")
 def cnn():
     model = zoo.small_cnn().double()
-    return zoo.fit(TTAME(model), [zoo.batch(64, seed=9, dtype=torch.float64)], max_steps=8, lr=0.5)
+    return zoo.fit(paper(model), [zoo.batch(64, seed=9, dtype=torch.float64)], max_steps=8, lr=0.5)
 
 
 @pytest.fixture(scope="module")
 def vit():
     model = zoo.small_vit().double()
-    return zoo.fit(TTAME(model), [zoo.batch(64, seed=9, dtype=torch.float64)], max_steps=8, lr=0.5)
+    return zoo.fit(paper(model), [zoo.batch(64, seed=9, dtype=torch.float64)], max_steps=8, lr=0.5)
 
 
 @pytest.fixture(params=["cnn", "vit"])
@@ -392,7 +398,7 @@ def test_only_the_wanted_row_is_computed(fitted):
 
 
 def test_layer_resolution(fitted):
-    small = TTAME(fitted.model, upsample=False)
+    small = paper(fitted.model, upsample=False)
     small._fitted = fitted._fitted
     close(small.attribute(IMAGES, TARGETS), hand_maps(fitted, IMAGES)[range(5), TARGETS][:, None], 1e-10)
 
@@ -417,7 +423,7 @@ def test_another_size_is_explained_by_the_same_head(cnn):
 
 def test_the_head_keeps_its_precision_inside_autocast():
     model = zoo.small_cnn()
-    explainer = zoo.fit(TTAME(model), [zoo.batch()], max_steps=3)
+    explainer = zoo.fit(paper(model), [zoo.batch()], max_steps=3)
     seen = []
     handle = explainer.network_.branches[0].conv.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -445,7 +451,7 @@ def test_layers_and_masking_by_kind_of_model(cnn, vit):
 @pytest.mark.parametrize("count", [1, 2])
 def test_num_layers_leaves_the_earliest_out(count):
     for model, names in ((zoo.small_cnn(), RUNS["cnn"][1]), (zoo.small_vit(), RUNS["vit"][1])):
-        explainer = TTAME(model, num_layers=count)
+        explainer = paper(model, num_layers=count)
         assert tuple(tap.name for tap in explainer.taps(zoo.batch(2))) == names[-count:]
 
 
@@ -459,7 +465,7 @@ def test_the_released_recipe_reads_the_norms_of_vision_transformers():
 def test_the_order_in_which_layers_are_listed_does_not_matter():
     model, loader = zoo.small_cnn(), [zoo.batch()]
     one, other = (
-        zoo.fit(TTAME(model, layers), loader, max_steps=3)
+        zoo.fit(paper(model, layers), loader, max_steps=3)
         for layers in (["stages.2", "stages.0"], ["stages.0", "stages.2"])
     )
     assert torch.equal(one.attribute(loader[0]), other.attribute(loader[0]))
@@ -473,7 +479,7 @@ def test_what_the_model_is_shown(rule, mean, std):
     model = zoo.small_cnn().double()
     images = zoo.batch(4, dtype=torch.float64)
     seen = []
-    explainer = Watched(model, masking=rule, mean=mean, std=std)
+    explainer = Watched(model, masking=rule, mean=mean, std=std, recipe="paper")
     handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
     zoo.fit(explainer, [images], max_steps=1, schedule="paper")
     handle.remove()
@@ -491,12 +497,12 @@ def test_what_the_model_is_shown(rule, mean, std):
 
 
 def test_statistics_must_fit_the_channels():
-    explainer = TTAME(zoo.small_cnn(channels=1), mean=(0.5, 0.5), std=(1, 1))
+    explainer = paper(zoo.small_cnn(channels=1), mean=(0.5, 0.5), std=(1, 1))
     with pytest.raises(
         OptionError, match=r"mean, std: must have one value for each of the 1 channels, got \(0.5, 0.5\)"
     ):
         zoo.fit(explainer, [zoo.batch(channels=1)], max_steps=1)
-    grey = zoo.fit(TTAME(zoo.small_cnn(channels=1)), [zoo.batch(channels=1)], max_steps=1)
+    grey = zoo.fit(paper(zoo.small_cnn(channels=1)), [zoo.batch(channels=1)], max_steps=1)
     assert grey._fitted.decisions["mean"] == [0.5]
 
 
@@ -506,20 +512,22 @@ def test_statistics_must_fit_the_channels():
 def test_recipes_are_the_table_of_constants():
     model = zoo.small_cnn()
     names = ("variation", "border_penalty", "area_offset", "psi")
-    paper, released = TTAME(model), TTAME(model, recipe="released")
-    assert [getattr(paper, n) for n in names] == ["mean", 0, 0, "auto"]
-    assert [getattr(released, n) for n in names] == ["sum", 0.3, 5e-4, "batch"]
-    for explainer in (paper, released):
-        weights = (explainer.lambda_ce, explainer.lambda_tv, explainer.lambda_variation, explainer.area_power)
-        assert weights == (1.5, 2, 0.005, 0.3)
-    mixed = TTAME(model, recipe="released", psi="own", border_penalty=0)
-    assert [getattr(mixed, n) for n in names] == ["sum", 0, 5e-4, "own"]
+
+    def values(explainer):
+        return [getattr(explainer.recipe, name) for name in names]
+
+    ours, released = paper(model), TTAME(model, recipe="released")
+    assert values(ours) == ["mean", 0, 0, "auto"]
+    assert values(released) == ["sum", 0.3, 5e-4, "batch"]
+    for recipe in (ours.recipe, released.recipe):
+        assert (recipe.lambda_ce, recipe.lambda_tv, recipe.lambda_variation, recipe.area_power) == (1.5, 2, 0.005, 0.3)
+    assert values(TTAME(model, recipe="released", psi="own", border_penalty=0)) == ["sum", 0, 5e-4, "own"]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"recipe": "papers"}, r"recipe: must be one of 'paper', 'released', got 'papers'"),
+        ({"recipe": "papers"}, r"recipe: must be one of 'rows', 'paper', 'released', got 'papers'"),
         ({"variation": "median"}, "variation: must be one of 'mean', 'sum'"),
         ({"variation": ""}, "variation: must be one of"),
         ({"psi": "max"}, "psi: must be one of 'auto', 'random', 'batch', 'own'"),
@@ -540,13 +548,13 @@ def test_recipes_are_the_table_of_constants():
 )
 def test_options_outside_their_range(options, words):
     with pytest.raises(OptionError, match=words):
-        TTAME(zoo.small_cnn(), **options)
+        TTAME(zoo.small_cnn(), **options, recipe="paper")
 
 
 def test_options_are_json_and_make_the_same_explainer():
     model = zoo.small_cnn()
     first = TTAME(model, recipe="released", mean=(0.1, 0.2, 0.3), std=(1, 1, 1), skip=False)
-    again = TTAME(model, **json.loads(json.dumps(first.options())))
+    again = TTAME(model, **json.loads(json.dumps(first.options())), recipe="paper")
     assert again.options() == first.options()
 
 
@@ -556,7 +564,7 @@ def test_options_are_json_and_make_the_same_explainer():
 )
 def test_the_variants_of_table_6_train_and_explain(options):
     model = zoo.small_cnn().double()
-    explainer = zoo.fit(TTAME(model, **options), [zoo.batch(dtype=torch.float64)], max_steps=5, lr=0.5)
+    explainer = zoo.fit(paper(model, **options), [zoo.batch(dtype=torch.float64)], max_steps=5, lr=0.5)
     names = RUNS["cnn"][1][-options.get("num_layers", 3) :]
     _, features = hand_features(model, names, IMAGES)
     branch = {"skip": options.get("skip", True), "activation": options.get("branch_activation", "relu")}
@@ -586,7 +594,7 @@ def test_one_value_per_image_is_the_two_logits_zero_and_z(column):
 
     images = zoo.batch(8)
     single = zoo.OneValue(inner, column=column)
-    one, two = (zoo.fit(TTAME(model), [images], max_steps=4) for model in (single, TwoLogits()))
+    one, two = (zoo.fit(paper(model), [images], max_steps=4) for model in (single, TwoLogits()))
     z = single(images).detach().reshape(-1)
     assert one.class_counts_.tolist() == [4 * int((z <= 0).sum()), 4 * int((z > 0).sum())]
     assert one.history_["loss"] == two.history_["loss"]
@@ -611,7 +619,7 @@ def test_outputs_with_more_axes_are_refused():
     with pytest.raises(
         UnsupportedModelError, match=r"must return \(N, K\) logits to fit an explainer, got shape \(8, 8, 4, 4\)"
     ):
-        zoo.fit(TTAME(Dense(), "stages.1"), [zoo.batch()], max_steps=1)
+        zoo.fit(paper(Dense(), "stages.1"), [zoo.batch()], max_steps=1)
 
 
 # ---------------------------------------------------------------------- a model that has changed
@@ -619,7 +627,7 @@ def test_outputs_with_more_axes_are_refused():
 
 def test_changed_models_are_refused():
     images = zoo.batch()
-    explainer = zoo.fit(TTAME(zoo.small_cnn()), [images], max_steps=1)
+    explainer = zoo.fit(paper(zoo.small_cnn()), [images], max_steps=1)
     head = explainer.model.head
     explainer.model.head = nn.Linear(8, 7)
     for call in (lambda: explainer.attribute(images, 0), lambda: explainer.maps(images)):
@@ -647,7 +655,7 @@ def only(model, classes):
 
 def test_unseen_classes_are_counted_and_said_once():
     images = zoo.batch(16)
-    explainer = zoo.fit(TTAME(only(zoo.small_cnn(), (0, 2, 3))), [images], max_steps=2)
+    explainer = zoo.fit(paper(only(zoo.small_cnn(), (0, 2, 3))), [images], max_steps=2)
     decided = explainer.model(images).argmax(1).bincount(minlength=5)
     assert explainer.class_counts_.tolist() == (2 * decided).tolist()
     assert [k for k in range(5) if decided[k] == 0] == [1, 4]
@@ -666,7 +674,7 @@ def test_unseen_classes_are_counted_and_said_once():
 def test_an_unseen_class_gets_the_common_map(psi):
     """Its own row never left zero, so the folded row is the common one, which every image trained."""
     images = zoo.batch(16)
-    explainer = zoo.fit(TTAME(only(zoo.small_cnn(), (0, 2, 3)), psi=psi), [images], max_steps=6)
+    explainer = zoo.fit(paper(only(zoo.small_cnn(), (0, 2, 3)), psi=psi), [images], max_steps=6)
     weight, bias = explainer.network_.fuser.weight, explainer.network_.fuser.bias
     assert torch.equal(weight[1], weight[4])
     assert bias[1] == bias[4]
@@ -687,10 +695,10 @@ def learned():
     """A classifier that has seen black regions, two explainers for it, and scenes that neither has seen."""
     model = synthetic.trained("cnn", size=16)
     images = synthetic.scenes(192, size=16, seed=3).inputs.split(16)
-    fitted = TTAME(model).fit(images, max_steps=100, show_progress=False)
+    fitted = paper(model).fit(images, max_steps=100, show_progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        untrained = zoo.fit(TTAME(model), images, max_steps=1, schedule="paper", lr=1e-12)
+        untrained = zoo.fit(paper(model), images, max_steps=1, schedule="paper", lr=1e-12)
     fresh = synthetic.scenes(96, size=16, seed=77)
     return fitted, untrained, fresh.rows(synthetic.recognised(model, fresh))
 
@@ -736,7 +744,7 @@ def test_another_head_or_another_network_gives_another_map(learned):
     images = fresh.inputs[:16]
     before = fitted.attribute(images, 1)[:, 0].flatten(1)
     model = synthetic.trained("cnn", size=16)
-    other = TTAME(model)
+    other = paper(model)
     other._fitted = fitted._fitted
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

@@ -41,7 +41,14 @@ def explainer():
     with torch.no_grad():
         model.head.bias[2] -= 1e4
     made = TTAME(
-        model, ["stages.2", "stages.0"], skip=False, lambda_tv=1.5, mean=(0.1, 0.2, 0.3), std=(1, 2, 3), upsample=False
+        model,
+        ["stages.2", "stages.0"],
+        skip=False,
+        lambda_tv=1.5,
+        mean=(0.1, 0.2, 0.3),
+        std=(1, 2, 3),
+        upsample=False,
+        recipe="paper",
     )
     return zoo.fit(made, IMAGES.split(3), epochs=2, val_loader=[IMAGES])
 
@@ -120,7 +127,7 @@ def test_the_file_is_plain_and_says_what_it_is(explainer, saved):
 def test_a_layout_that_was_said_by_hand_is_kept(tmp_path):
     model = zoo.small_vit()
     grid = Grid("tokens", prefix=1, hw=(8, 8))
-    made = zoo.fit(TTAME(model, ("blocks.1", grid)), [IMAGES], max_steps=1)
+    made = zoo.fit(TTAME(model, ("blocks.1", grid), recipe="paper"), [IMAGES], max_steps=1)
     loaded = TTAME.load(made.save(tmp_path / "x.safetensors"), model)
     assert loaded._fitted.layers == (("blocks.1", grid),)
     assert torch.equal(loaded.maps(IMAGES), made.maps(IMAGES))
@@ -322,7 +329,7 @@ def test_a_folder_without_permission(explainer, tmp_path):
         with pytest.raises(DataError, match="Permission denied"):
             explainer.save(tmp_path / "x.safetensors")
         with pytest.raises(DataError, match="checkpoint_dir: must be a folder that exists and can be written"):
-            zoo.fit(TTAME(explainer.model), [IMAGES], max_steps=1, checkpoint_dir=tmp_path)
+            zoo.fit(TTAME(explainer.model, recipe="paper"), [IMAGES], max_steps=1, checkpoint_dir=tmp_path)
     finally:
         tmp_path.chmod(0o700)
 
@@ -332,7 +339,7 @@ def test_a_checkpoint_folder_without_permission_is_refused_before_training(expla
     seen = []
     handle = explainer.model.register_forward_hook(lambda *_: seen.append(1))
     with pytest.raises(DataError, match=r"checkpoint_dir: must be a folder that exists and can be written"):
-        zoo.fit(TTAME(explainer.model), [IMAGES], max_steps=1, checkpoint_dir=tmp_path)
+        zoo.fit(TTAME(explainer.model, recipe="paper"), [IMAGES], max_steps=1, checkpoint_dir=tmp_path)
     handle.remove()
     assert not seen
 
@@ -348,7 +355,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_leaves_one(tmp_path, monkeypatch):
         plain(handle)
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    made = TTAME(model)
+    made = TTAME(model, recipe="paper")
     with pytest.raises(KeyboardInterrupt):
         zoo.fit(made, [IMAGES], max_steps=9, checkpoint_dir=tmp_path, checkpoint_every=2)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]

@@ -64,7 +64,7 @@ JOBS = {
 
 
 def fit(loader, folder=None, *, psi="own", **options):
-    explainer = TTAME(zoo.small_cnn(), psi=psi)
+    explainer = TTAME(zoo.small_cnn(), psi=psi, recipe="paper")
     return zoo.fit(explainer, loader, checkpoint_dir=folder, **options)
 
 

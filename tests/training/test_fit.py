@@ -115,7 +115,7 @@ def test_what_are_no_batches(batch, words):
 
 @pytest.fixture(scope="module")
 def earlier():
-    explainer = zoo.fit(TTAME(zoo.small_cnn()), [IMAGES], max_steps=1)
+    explainer = zoo.fit(TTAME(zoo.small_cnn(), recipe="paper"), [IMAGES], max_steps=1)
     return explainer, state_of(explainer)
 
 
@@ -250,7 +250,7 @@ def test_equal_arguments_give_equal_bits_and_a_seed_another_fit():
 
     def run(**options):
         loader = DataLoader(Images(), 4, shuffle=True)
-        return zoo.fit(TTAME(model, psi="random"), loader, epochs=2, schedule="paper", **options)
+        return zoo.fit(TTAME(model, psi="random", recipe="paper"), loader, epochs=2, schedule="paper", **options)
 
     random.seed(1)
     first = run()
@@ -263,7 +263,7 @@ def test_equal_arguments_give_equal_bits_and_a_seed_another_fit():
 def test_the_model_comes_back_as_it_was_and_its_mode_does_not_matter(kind):
     """Dropout and BatchNorm in training mode, a gradient, a frozen parameter, a hook of the user's."""
     model = {"cnn": zoo.small_cnn, "vit": zoo.small_vit}[kind]()
-    straight = zoo.fit(TTAME(model), [IMAGES], max_steps=3)
+    straight = zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=3)
     model.train()
     next(m for m in model.modules() if isinstance(m, (nn.ReLU, nn.GELU))).eval()
     model.head.weight.grad = torch.ones_like(model.head.weight)
@@ -271,24 +271,24 @@ def test_the_model_comes_back_as_it_was_and_its_mode_does_not_matter(kind):
     random.seed(3)
     np.random.seed(3)
     with cases.untouched(model, IMAGES):
-        again = zoo.fit(TTAME(model), [IMAGES], max_steps=3)
+        again = zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=3)
     same(straight, again)
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_fit_works_in_any_gradient_mode(around):
     model = zoo.small_cnn()
-    wanted = zoo.fit(TTAME(model), [IMAGES], max_steps=3)
+    wanted = zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=3)
     with around():
         images = IMAGES * 1  # an inference tensor, in inference mode
-        found = zoo.fit(TTAME(model), [images], max_steps=3)
+        found = zoo.fit(TTAME(model, recipe="paper"), [images], max_steps=3)
     same(found, wanted)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 6])
 def test_a_model_that_fails_leaves_everything_as_it_was(number):
     model = zoo.small_cnn()
-    explainer = zoo.fit(TTAME(model), [IMAGES], max_steps=1)
+    explainer = zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=1)
     explainer.maps(IMAGES)
     before = state_of(explainer)
     left = [number]
@@ -307,13 +307,13 @@ def test_a_model_that_fails_leaves_everything_as_it_was(number):
 
 def test_a_second_fit_forgets_the_first():
     model = zoo.small_cnn()
-    explainer = zoo.fit(TTAME(model), [zoo.batch(6, seed=44)], max_steps=5, val_loader=[IMAGES])
+    explainer = zoo.fit(TTAME(model, recipe="paper"), [zoo.batch(6, seed=44)], max_steps=5, val_loader=[IMAGES])
     zoo.fit(explainer, [IMAGES], max_steps=3)
-    same(explainer, zoo.fit(TTAME(model), [IMAGES], max_steps=3))
+    same(explainer, zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=3))
 
 
 def test_the_network_is_left_in_eval_mode_without_gradients():
-    explainer = zoo.fit(TTAME(zoo.small_cnn()), [IMAGES], max_steps=2)
+    explainer = zoo.fit(TTAME(zoo.small_cnn(), recipe="paper"), [IMAGES], max_steps=2)
     assert not any(module.training for module in explainer.network_.modules())
     assert all(parameter.grad is None for parameter in explainer.network_.parameters())
 
@@ -322,7 +322,9 @@ def test_forward_arguments_reach_every_pass():
     model = zoo.small_cnn()
     seen = []
     handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1:]))
-    found = zoo.fit(TTAME(model), [IMAGES], max_steps=2, val_loader=[IMAGES[:4]], additional_forward_args=0.5)
+    found = zoo.fit(
+        TTAME(model, recipe="paper"), [IMAGES], max_steps=2, val_loader=[IMAGES[:4]], additional_forward_args=0.5
+    )
     handle.remove()
     assert set(seen) == {(0.5,)}
 
@@ -332,7 +334,7 @@ def test_forward_arguments_reach_every_pass():
 
     other = Halved().eval()
     other.load_state_dict(model.state_dict())
-    wanted = zoo.fit(TTAME(other), [IMAGES], max_steps=2, val_loader=[IMAGES[:4]])
+    wanted = zoo.fit(TTAME(other, recipe="paper"), [IMAGES], max_steps=2, val_loader=[IMAGES[:4]])
     assert found.history_.steps == wanted.history_.steps
     assert found.history_.validation == wanted.history_.validation
 
@@ -340,25 +342,28 @@ def test_forward_arguments_reach_every_pass():
 def test_another_thread_may_fit():
     model = zoo.small_cnn()
     found = []
-    thread = threading.Thread(target=lambda: found.append(zoo.fit(TTAME(model), [IMAGES], max_steps=2)))
+    thread = threading.Thread(target=lambda: found.append(zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=2)))
     thread.start()
     thread.join()
-    same(found[0], zoo.fit(TTAME(model), [IMAGES], max_steps=2))
+    same(found[0], zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=2))
 
 
 def test_maps_of_one_cell_are_no_layers():
     """Batch normalisation would have one value per channel in a last batch of one image."""
     model = zoo.small_cnn((4, 6, 8, 8, 8))  # 16 px end in 1x1
-    assert zoo.fit(TTAME(model), [IMAGES[:4], IMAGES[4:5]], epochs=1).network_.fuser.in_channels == 6 + 8 + 8
+    assert (
+        zoo.fit(TTAME(model, recipe="paper"), [IMAGES[:4], IMAGES[4:5]], epochs=1).network_.fuser.in_channels
+        == 6 + 8 + 8
+    )
     with pytest.raises(LayerError, match=r"'stages.4' of SmallCNN must put out a map, got \(N, 8, 1, 1\)"):
-        zoo.fit(TTAME(model, "stages.4"), [IMAGES[:4]], epochs=1)
+        zoo.fit(TTAME(model, "stages.4", recipe="paper"), [IMAGES[:4]], epochs=1)
 
 
 # ---------------------------------------------------------------------- history
 
 
 def test_history_has_every_step():
-    explainer = zoo.fit(TTAME(zoo.small_cnn()), IMAGES.split(4), epochs=3, schedule="paper")
+    explainer = zoo.fit(TTAME(zoo.small_cnn(), recipe="paper"), IMAGES.split(4), epochs=3, schedule="paper")
     history = explainer.history_
     assert explainer.n_steps_ == len(history) == 9
     assert set(history.steps) == {"loss", "ce", "area", "variation", "mask", "everything", "lr"}
@@ -384,7 +389,7 @@ def test_the_mean_of_the_last_share_of_the_steps():
 
 
 def test_the_report_in_full():
-    explainer = zoo.fit(TTAME(zoo.small_cnn()), IMAGES.split(5), epochs=2, val_loader=[IMAGES])
+    explainer = zoo.fit(TTAME(zoo.small_cnn(), recipe="paper"), IMAGES.split(5), epochs=2, val_loader=[IMAGES])
     lines = explainer.report().splitlines()
     assert lines[0] == "TTAME for SmallCNN, layers stages.0, stages.1, stages.2"
     assert lines[1].split() == ["steps", "4", "(short", "schedule,", "adam,", "max", "lr", "0.1)"]
@@ -403,13 +408,13 @@ def test_the_report_in_full():
 
 def test_a_progress_bar_with_the_parts_of_the_loss(capsys):
     with pytest.warns(UserWarning, match="at least 30"):
-        TTAME(zoo.small_cnn()).fit([IMAGES], max_steps=3)
+        TTAME(zoo.small_cnn(), recipe="paper").fit([IMAGES], max_steps=3)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "3/3" in shown.err
     for part in ("loss=", "ce=", "area=", "variation=", "mask="):
         assert part in shown.err
-    zoo.fit(TTAME(zoo.small_cnn()), [IMAGES], max_steps=1)
+    zoo.fit(TTAME(zoo.small_cnn(), recipe="paper"), [IMAGES], max_steps=1)
     assert capsys.readouterr().err == ""
 
 
@@ -428,11 +433,11 @@ def advice(explainer, loader, **options):
 
 def test_too_few_steps_are_said_with_what_to_pass():
     model = zoo.small_cnn()
-    [short] = advice(TTAME(model), [IMAGES], max_steps=29)
+    [short] = advice(TTAME(model, recipe="paper"), [IMAGES], max_steps=29)
     assert short.endswith(
         "'short' schedule needs at least 30 steps to train an explainer, got 29: raise max_steps or epochs"
     )
-    [paper] = advice(TTAME(model), [IMAGES], max_steps=2, schedule="paper")
+    [paper] = advice(TTAME(model, recipe="paper"), [IMAGES], max_steps=2, schedule="paper")
     assert paper.startswith("fit: the 'paper' schedule needs at least 20000 steps")
     assert paper.endswith("raise epochs, or pass schedule='short'")
     [released] = advice(TTAME(model, recipe="released"), [IMAGES], max_steps=2)
@@ -441,19 +446,19 @@ def test_too_few_steps_are_said_with_what_to_pass():
 
 
 def test_a_fit_that_learned_nothing_says_so_and_is_kept():
-    explainer = TTAME(zoo.small_cnn())
+    explainer = TTAME(zoo.small_cnn(), recipe="paper")
     [message] = advice(explainer, [IMAGES], max_steps=30, lr=1e-9)
     last = [sum(explainer.history_[k][-3:]) / 3 for k in ("loss", "everything")]
     assert last[0] >= last[1]
     assert f"({last[0]:.3g}) is not below that of showing the whole image ({last[1]:.3g})" in message
-    strict = TTAME(zoo.small_cnn())
+    strict = TTAME(zoo.small_cnn(), recipe="paper")
     with pytest.raises(UserWarning, match="not below"):  # warnings are errors here
         strict.fit([IMAGES], max_steps=30, lr=1e-9, show_progress=False)
     assert strict.is_fitted
 
 
 def test_a_loader_that_ends_early_is_said():
-    explainer = TTAME(zoo.small_cnn())
+    explainer = TTAME(zoo.small_cnn(), recipe="paper")
     messages = advice(explainer, iter(IMAGES.split(5)), max_steps=40)
     assert messages == [
         "fit: the loader ended after 2 of 40 steps and cannot start again; the learning rate has not come down: pass a "
@@ -509,7 +514,7 @@ def test_biases_are_not_decayed_and_all_else_is():
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("schedule", ["short", "paper"])
 def test_any_number_of_steps_has_a_cycle(steps, schedule):
-    explainer = zoo.fit(TTAME(zoo.small_cnn()), [IMAGES[:2]], max_steps=steps, schedule=schedule)
+    explainer = zoo.fit(TTAME(zoo.small_cnn(), recipe="paper"), [IMAGES[:2]], max_steps=steps, schedule=schedule)
     rates = explainer.history_["lr"]
     assert len(rates) == steps
     assert rates[0] == pytest.approx(explainer._fitted.schedule.lr / 25)
@@ -520,7 +525,7 @@ def test_any_number_of_steps_has_a_cycle(steps, schedule):
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_named_optimisers(name):
-    explainer = zoo.fit(TTAME(zoo.small_cnn()), [IMAGES], max_steps=2, optimizer=name, lr=1e-3)
+    explainer = zoo.fit(TTAME(zoo.small_cnn(), recipe="paper"), [IMAGES], max_steps=2, optimizer=name, lr=1e-3)
     assert (explainer._fitted.schedule.optimizer, explainer._fitted.schedule.lr) == (name, 1e-3)
 
 
@@ -532,7 +537,7 @@ def test_an_optimiser_of_ones_own():
         seen.extend(parameter for group in groups for parameter in group["params"])
         return torch.optim.Adagrad(groups, lr=123.0)  # has neither momentum nor betas to cycle
 
-    explainer = zoo.fit(TTAME(zoo.small_cnn()), [IMAGES], max_steps=6, optimizer=make, lr=0.01)
+    explainer = zoo.fit(TTAME(zoo.small_cnn(), recipe="paper"), [IMAGES], max_steps=6, optimizer=make, lr=0.01)
     assert len(seen) == len({id(p) for p in seen}) == 15  # 3 branches x 4, fuser x 2, common
     assert max(explainer.history_["lr"]) <= 0.01
     assert "custom" in explainer.report()
@@ -553,12 +558,14 @@ def test_mixed_precision_is_for_the_models_passes_only(precision):
             network.branches[1].conv.register_forward_hook(lambda _, __, out: seen["head"].append(out.dtype))
             return network
 
-    explainer = zoo.fit(Watched(model), [IMAGES], max_steps=3, precision=precision, val_loader=[IMAGES[:4]])
+    explainer = zoo.fit(
+        Watched(model, recipe="paper"), [IMAGES], max_steps=3, precision=precision, val_loader=[IMAGES[:4]]
+    )
     handle.remove()
     lower = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
     assert lower in seen["model"]
     assert set(seen["head"]) == {torch.float32}
-    full = zoo.fit(TTAME(model), [IMAGES], max_steps=3)
+    full = zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=3)
     assert explainer.history_["loss"] != full.history_["loss"]
     torch.testing.assert_close(explainer.history_["loss"][0], full.history_["loss"][0], rtol=0.05, atol=0)
     if precision == "bf16-mixed":
@@ -570,7 +577,7 @@ def test_mixed_precision_is_for_the_models_passes_only(precision):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_another_precision(dtype):
     model = zoo.small_cnn().to(dtype)
-    explainer = zoo.fit(TTAME(model), [IMAGES], max_steps=2, val_loader=[IMAGES])
+    explainer = zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=2, val_loader=[IMAGES])
     assert explainer.network_.fuser.weight.dtype == (torch.float32 if dtype == torch.bfloat16 else torch.float64)
     assert explainer.attribute(IMAGES.to(dtype), 0).dtype == dtype
     assert all(map(math.isfinite, explainer.history_["loss"]))
@@ -582,13 +589,13 @@ def test_models_of_another_precision(dtype):
 def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(tmp_path):
     model = zoo.small_cnn()
     spoilt = [IMAGES[:5], IMAGES[5:], 3e38 * IMAGES[:5].sign()]
-    explainer = zoo.fit(TTAME(model), [IMAGES], max_steps=1)
+    explainer = zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=1)
     before = state_of(explainer)
     with pytest.raises(TrainingError, match=r"finite, but at step 3 loss, .* is not \(.*those of the step before"):
         zoo.fit(explainer, spoilt, max_steps=3, checkpoint_dir=tmp_path)
     assert state_of(explainer) == before
     saved = TTAME.load(tmp_path / "checkpoint.safetensors", model)
-    straight = TTAME(model)
+    straight = TTAME(model, recipe="paper")
     with pytest.raises(KeyboardInterrupt):
         zoo.fit(straight, Stopping(spoilt, 2), max_steps=3)
     assert torch.equal(saved.maps(IMAGES), straight.maps(IMAGES))
@@ -639,7 +646,9 @@ def hand_confidence(explainer, images, keep):
 def test_validation_measures_the_explainer_as_it_is(options):
     model = zoo.small_cnn()
     held_out = zoo.batch(7, seed=5)
-    explainer = zoo.fit(TTAME(model, **options), [IMAGES], max_steps=6, val_loader=[(held_out[:4], 0), held_out[4:]])
+    explainer = zoo.fit(
+        TTAME(model, **options, recipe="paper"), [IMAGES], max_steps=6, val_loader=[(held_out[:4], 0), held_out[4:]]
+    )
     found = explainer.history_.validation[-1]
     assert set(found) == {"step", "loss", *(f"{m}({k})" for m in ("AD", "IC") for k in (100, 50, 15))}
     for percent in (100, 50, 15):
@@ -650,24 +659,24 @@ def test_validation_measures_the_explainer_as_it_is(options):
 
 def test_validation_runs_after_each_epoch_and_once_at_the_end():
     model = zoo.small_cnn()
-    validated = zoo.fit(TTAME(model), IMAGES.split(4), max_steps=8, val_loader=[IMAGES[:3]])
+    validated = zoo.fit(TTAME(model, recipe="paper"), IMAGES.split(4), max_steps=8, val_loader=[IMAGES[:3]])
     assert [v["step"] for v in validated.history_.validation] == [3, 6, 8]
-    whole = zoo.fit(TTAME(model), IMAGES.split(4), max_steps=6, val_loader=[IMAGES[:3]])
+    whole = zoo.fit(TTAME(model, recipe="paper"), IMAGES.split(4), max_steps=6, val_loader=[IMAGES[:3]])
     assert [v["step"] for v in whole.history_.validation] == [3, 6]
-    plain = zoo.fit(TTAME(model), IMAGES.split(4), max_steps=8)
+    plain = zoo.fit(TTAME(model, recipe="paper"), IMAGES.split(4), max_steps=8)
     assert plain.history_.steps == validated.history_.steps  # validation changes nothing
     assert torch.equal(plain.maps(IMAGES), validated.maps(IMAGES))
 
 
 def test_validation_of_one_value_per_image_has_the_loss_alone():
     single = zoo.OneValue(zoo.small_cnn(), column=True)
-    explainer = zoo.fit(TTAME(single), [IMAGES], max_steps=2, val_loader=[IMAGES])
+    explainer = zoo.fit(TTAME(single, recipe="paper"), [IMAGES], max_steps=2, val_loader=[IMAGES])
     assert set(explainer.history_.validation[-1]) == {"step", "loss"}
 
 
 def test_the_validation_loss_uses_running_statistics_and_the_masked_image():
     model = zoo.small_cnn()
-    explainer = zoo.fit(TTAME(model, psi="own"), [IMAGES], max_steps=5, val_loader=[IMAGES])
+    explainer = zoo.fit(TTAME(model, psi="own", recipe="paper"), [IMAGES], max_steps=5, val_loader=[IMAGES])
     with torch.no_grad():
         y = model(IMAGES).argmax(1)
         features, kept = [], []
@@ -690,7 +699,7 @@ def test_the_validation_loss_uses_running_statistics_and_the_masked_image():
 
 
 def run(loader, folder=None, *, model=None, **options):
-    explainer = TTAME(model or zoo.small_cnn(), psi="random")
+    explainer = TTAME(model or zoo.small_cnn(), psi="random", recipe="paper")
     more = {} if folder is None else {"checkpoint_dir": folder}
     return explainer, {"loader": loader, "epochs": 3, **more, **options}
 
@@ -817,7 +826,7 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_a_whole_one(tmp_path):
 def test_ctrl_c_leaves_a_usable_explainer(schedule, tmp_path):
     """What was trained so far; without a checkpoint folder too; an earlier fit is replaced."""
     model = zoo.small_cnn()
-    explainer = zoo.fit(TTAME(model), [zoo.batch(6, seed=8)], max_steps=2)
+    explainer = zoo.fit(TTAME(model, recipe="paper"), [zoo.batch(6, seed=8)], max_steps=2)
     with cases.untouched(model), pytest.raises(KeyboardInterrupt):
         zoo.fit(explainer, Stopping(IMAGES.split(5), 7), epochs=9, schedule=schedule)
     assert explainer.n_steps_ == len(explainer.history_) == 7
@@ -825,7 +834,7 @@ def test_ctrl_c_leaves_a_usable_explainer(schedule, tmp_path):
     assert not explainer.network_.training
     explainer.save(tmp_path / "it.safetensors")
     same(TTAME.load(tmp_path / "it.safetensors", model), explainer)
-    before_the_first = TTAME(model)
+    before_the_first = TTAME(model, recipe="paper")
     with pytest.raises(KeyboardInterrupt):
         zoo.fit(before_the_first, Stopping([IMAGES], 0), epochs=3)
     assert not before_the_first.is_fitted
@@ -834,7 +843,7 @@ def test_ctrl_c_leaves_a_usable_explainer(schedule, tmp_path):
 def test_a_checkpoint_from_the_middle_explains(tmp_path):
     """Of a short fit, whose file holds a common row beside those of the classes."""
     model = zoo.small_cnn()
-    explainer = TTAME(model)
+    explainer = TTAME(model, recipe="paper")
     with pytest.raises(KeyboardInterrupt):
         zoo.fit(explainer, Stopping(IMAGES.split(5), 5), epochs=9, checkpoint_dir=tmp_path)
     file = tmp_path / "checkpoint.safetensors"
@@ -858,11 +867,11 @@ def test_what_was_decided_from_the_first_batch_stays_decided(tmp_path):
     model = zoo.OneValue(zoo.small_cnn(), column=False)
     loader = [IMAGES[:9], IMAGES[9:]]
     options = {"max_steps": 24, "schedule": "short"}  # 24 x 9 images for 2 classes are enough, 24 x 1 are few
-    straight = zoo.fit(TTAME(model), loader, **options)
+    straight = zoo.fit(TTAME(model, recipe="paper"), loader, **options)
     assert straight._fitted.decisions["psi"] == "random"
     with pytest.raises(PlannedError):
-        zoo.fit(TTAME(model), Stopping(loader, 1, PlannedError), checkpoint_dir=tmp_path, **options)
-    same(zoo.fit(TTAME(model), loader, resume_from=tmp_path, **options), straight)
+        zoo.fit(TTAME(model, recipe="paper"), Stopping(loader, 1, PlannedError), checkpoint_dir=tmp_path, **options)
+    same(zoo.fit(TTAME(model, recipe="paper"), loader, resume_from=tmp_path, **options), straight)
 
 
 def test_a_disk_that_fills_up_stops_the_fit_and_leaves_the_last_file(tmp_path, monkeypatch):
@@ -877,7 +886,7 @@ def test_a_disk_that_fills_up_stops_the_fit_and_leaves_the_last_file(tmp_path, m
 
     monkeypatch.setattr(trainable, "write", write)
     with pytest.raises(DataError, match="no room"):
-        zoo.fit(TTAME(model), [IMAGES], max_steps=4, checkpoint_dir=tmp_path, checkpoint_every=1)
+        zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=4, checkpoint_dir=tmp_path, checkpoint_every=1)
     assert TTAME.load(tmp_path / "checkpoint.safetensors", model).n_steps_ == 1
 
 
@@ -889,7 +898,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     model = zoo.small_cnn()
     with pytest.raises(PlannedError):
-        zoo.fit(TTAME(model), Stopping([IMAGES] * 4, 2, PlannedError), epochs=1, checkpoint_dir=folder)
+        zoo.fit(TTAME(model, recipe="paper"), Stopping([IMAGES] * 4, 2, PlannedError), epochs=1, checkpoint_dir=folder)
     return folder / "checkpoint.safetensors", model
 
 
@@ -922,23 +931,28 @@ def test_a_fit_is_resumed_with_the_same_arguments_only(checkpoint, init, options
 def test_vision_transformers_are_not_resumed_on_other_blocks_of_the_same_width(tmp_path):
     model = zoo.small_vit()
     with pytest.raises(PlannedError):
-        zoo.fit(TTAME(model, [-1]), Stopping([IMAGES] * 4, 2, PlannedError), epochs=1, checkpoint_dir=tmp_path)
+        zoo.fit(
+            TTAME(model, [-1], recipe="paper"),
+            Stopping([IMAGES] * 4, 2, PlannedError),
+            epochs=1,
+            checkpoint_dir=tmp_path,
+        )
     with pytest.raises(CheckpointError, match=r"same layers, got \['blocks.1'\] \(was \['blocks.2'\]\)"):
-        zoo.fit(TTAME(model, [-2]), [IMAGES] * 4, epochs=1, resume_from=tmp_path)
+        zoo.fit(TTAME(model, [-2], recipe="paper"), [IMAGES] * 4, epochs=1, resume_from=tmp_path)
 
 
 def test_a_fit_is_not_resumed_for_other_weights_or_from_another_file(checkpoint, tmp_path):
     path, model = checkpoint
     other = zoo.SmallCNN()
     with pytest.raises(CheckpointError, match=r"belongs to a SmallCNN with other weights; load those weights first"):
-        zoo.fit(TTAME(other), [IMAGES] * 4, epochs=1, resume_from=path)
+        zoo.fit(TTAME(other, recipe="paper"), [IMAGES] * 4, epochs=1, resume_from=path)
     saved = TTAME.load(path, model).save(tmp_path / "saved.safetensors")
     with pytest.raises(
         CheckpointError, match=r"must be a checkpoint that TTAME.fit wrote .* got a file of TTAME made by save"
     ):
-        zoo.fit(TTAME(model), [IMAGES] * 4, epochs=1, resume_from=saved)
+        zoo.fit(TTAME(model, recipe="paper"), [IMAGES] * 4, epochs=1, resume_from=saved)
     with pytest.raises(CheckpointError, match=r"got .*checkpoint.safetensors, which is not there"):
-        zoo.fit(TTAME(model), [IMAGES] * 4, epochs=1, resume_from=tmp_path)
+        zoo.fit(TTAME(model, recipe="paper"), [IMAGES] * 4, epochs=1, resume_from=tmp_path)
 
 
 # ---------------------------------------------------------------------- loaders without a length
@@ -953,6 +967,6 @@ def test_a_stream_needs_the_number_of_steps_and_is_begun_again():
     model = zoo.small_cnn()
     stream = DataLoader(Stream(), 4)
     with pytest.raises(OptionError, match="max_steps: must be given"):
-        zoo.fit(TTAME(model), stream)
-    found = zoo.fit(TTAME(model), stream, max_steps=7)
-    same(found, zoo.fit(TTAME(model), IMAGES.split(4), max_steps=7))
+        zoo.fit(TTAME(model, recipe="paper"), stream)
+    found = zoo.fit(TTAME(model, recipe="paper"), stream, max_steps=7)
+    same(found, zoo.fit(TTAME(model, recipe="paper"), IMAGES.split(4), max_steps=7))

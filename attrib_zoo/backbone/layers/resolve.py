@@ -62,7 +62,7 @@ def resolve(
             in token blocks their first normalisation layer; ``"live"``: of the stage ends or blocks that the outputs
             have a gradient to, the last ones that share a grid; ``"gradient"``: the deepest layer that the outputs
             have a gradient to; ``"stages"``: every stage end; ``"unpooled"``: the same, but what goes into a pooling
-            instead of the pooling; ``"fine"``: the same, but where these are poolings, every layer with weights instead.
+            instead of the pooling; ``"fine"``: the same, but where these are poolings, every layer with weights.
         traced: what :func:`look` returned for this model and input size, to save a pass.
 
     Raises:
@@ -140,7 +140,9 @@ def _with_gradient(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence
 def _live(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence[Any], count: int) -> list[Item]:
     """The last stage ends or blocks with a gradient, as many as share the grid of the deepest of them."""
     items = stages.last(count + 1)  # the patch tokens of the last block may have none
-    if any(item.is_tokens for item in items):
+    if items[-1].is_tokens:
+        block = type(items[-1].call.module)  # a patch embedding before the first one is no block
+        items = [item for item in items if type(item.call.module) is block]
         reached = _reached(traced, items, inputs, args)
         items = [item for item, live in zip(items, reached, strict=True) if live] or items[-count:]
     return [item for item in items if item.output.hw == items[-1].output.hw][-count:]
