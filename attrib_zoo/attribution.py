@@ -19,15 +19,23 @@ from attrib_zoo.errors import InputError
 from attrib_zoo.masking import upsample
 from attrib_zoo.targets import TargetQuery
 
-if TYPE_CHECKING:  # Captum ships no type information; this is what we use of its base class
+if TYPE_CHECKING:  # Captum ships no type information; this is what we use of its base classes
 
     class _CaptumAttribution:
         forward_func: Callable[..., Any]
 
         def __init__(self, forward_func: Callable[..., Any]) -> None: ...
 
+    class GradientAttribution:
+        """Mark of the methods that differentiate the model."""
+
+    class PerturbationAttribution:
+        """Mark of the methods that change the inputs."""
+
 else:
     from captum.attr import Attribution as _CaptumAttribution
+    from captum.attr import GradientAttribution as GradientAttribution
+    from captum.attr import PerturbationAttribution as PerturbationAttribution
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

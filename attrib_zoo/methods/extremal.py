@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution
+from attrib_zoo.attribution import Attribution, PerturbationAttribution
 from attrib_zoo.backbone.capture import check_weights, forward, select_args
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
 from attrib_zoo.masking import ChunkSize, blur
-from attrib_zoo.methods.bases.perturbation import _PerturbationAttribution, at_least_float32, progress
+from attrib_zoo.methods.bases.perturbation import at_least_float32, progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 _LEVELS = 8  # of the blurred images, the last of them sharp
@@ -24,7 +24,7 @@ _AREA_WEIGHT, _AREA_GROWTH = 300.0, 1.0035
 _SAME = 2.0**10  # pixels of a mask that agree to 1 / _SAME share their place in the order
 
 
-class ExtremalPerturbation(Attribution, _PerturbationAttribution):
+class ExtremalPerturbation(Attribution, PerturbationAttribution):
     r"""The smooth mask of a given area through which the model sees most of the target; the rest is blurred.
 
     .. math:: m_a = \arg\max_m\ \Phi_c(m \otimes x) - \lambda \lVert \mathrm{sort}(m) - r_a \rVert^2

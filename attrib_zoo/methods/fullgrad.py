@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution
+from attrib_zoo.attribution import Attribution, GradientAttribution
 from attrib_zoo.backbone.capture import run_from_inputs
 from attrib_zoo.backbone.kind import attends
 from attrib_zoo.backbone.module import find
@@ -17,19 +17,11 @@ from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
 from attrib_zoo.masking import min_max
 from attrib_zoo.targets import TargetQuery
 
-if TYPE_CHECKING:
-
-    class _GradientAttribution:
-        pass
-
-else:
-    from captum.attr import GradientAttribution as _GradientAttribution
-
 _CONVOLUTION = nn.modules.conv._ConvNd
 _OWN_STATISTICS = (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
-class FullGrad(Attribution, _GradientAttribution):
+class FullGrad(Attribution, GradientAttribution):
     r"""What the pixels and the biases of all layers contribute to the target's score, which is their sum.
 
     A network of convolutions, batch normalisations, linear layers and ReLUs is its gradient times its inputs plus its

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from attrib_zoo.attribution import GradientAttribution
 from attrib_zoo.methods.bases.attention import AttentionMethod, attend_to, not_zero, positive, with_identity
 from attrib_zoo.targets import TargetQuery
 
-if TYPE_CHECKING:
 
-    class _GradientAttribution:
-        pass
-
-else:
-    from captum.attr import GradientAttribution as _GradientAttribution
-
-
-class GenericAttention(AttentionMethod, _GradientAttribution):
+class GenericAttention(AttentionMethod, GradientAttribution):
     r"""Which patches reach the class token through attention that raises the target's score, block by block.
 
     .. math:: R_0 = I, \qquad R_l = R_{l-1} + C_l R_{l-1}, \qquad

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from attrib_zoo.attribution import GradientAttribution
 from attrib_zoo.backbone.capture import forward, listening, run_with_graph, select_args
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.kind import is_transformer
@@ -19,18 +20,10 @@ from attrib_zoo.masking import ChunkSize
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
-if TYPE_CHECKING:
-
-    class _GradientAttribution:
-        pass
-
-else:
-    from captum.attr import GradientAttribution as _GradientAttribution
-
 _STEPS = {"cnn": 10, "vit": 5}
 
 
-class IIA(AttentionMethod, _GradientAttribution):
+class IIA(AttentionMethod, GradientAttribution):
     r"""Where gradient and representation agree all along two nested paths, over the image and over one layer.
 
     The outer path fades the image in, :math:`t_i x` with :math:`t_i = i/n` and i = 0..n. On a CNN, with A the maps of

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from attrib_zoo.attribution import GradientAttribution
 from attrib_zoo.backbone.layers.resolve import look
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.vit.attention import Attended, Attentions, Matrix, attend, find_attention
@@ -18,16 +19,8 @@ from attrib_zoo.methods.bases import relevance as rules
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
 from attrib_zoo.targets import TargetQuery
 
-if TYPE_CHECKING:
 
-    class _GradientAttribution:
-        pass
-
-else:
-    from captum.attr import GradientAttribution as _GradientAttribution
-
-
-class TransformerLRP(AttentionMethod, _GradientAttribution):
+class TransformerLRP(AttentionMethod, GradientAttribution):
     r"""Which patches the score's relevance flows back to, through every layer and along attention that matters.
 
     .. math:: M = (\bar A_L \cdots \bar A_s)_{\mathrm{class}}, \qquad \bar A_l = I + \frac{1}{H} \sum_h \mathrm{ReLU}

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution
+from attrib_zoo.attribution import Attribution, GradientAttribution
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import LayerError, OptionError, check_choice, warn
 from attrib_zoo.masking import ChunkSize, upsample
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
-if TYPE_CHECKING:
-
-    class _GradientAttribution:
-        pass
-
-else:
-    from captum.attr import GradientAttribution as _GradientAttribution
-
 _TARGETS_AT_ONCE = 16
 
 
-class GradientCAM(Attribution, _GradientAttribution):
+class GradientCAM(Attribution, GradientAttribution):
     """Base of the class activation maps that weigh a layer's feature maps by the score's gradient.
 
     Subclasses fill :meth:`weights` (one weight per feature map) or, where the weight varies over space,

@@ -12,25 +12,17 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution
+from attrib_zoo.attribution import Attribution, PerturbationAttribution
 from attrib_zoo.backbone.capture import forward, run, select_args
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, warn
 from attrib_zoo.masking import ChunkSize, black, blend, blur, channel_stats, min_max, upsample
 from attrib_zoo.targets import SCORES, Target, TargetQuery
-
-if TYPE_CHECKING:
-
-    class _PerturbationAttribution:
-        pass
-
-else:
-    from captum.attr import PerturbationAttribution as _PerturbationAttribution
 
 Baseline: TypeAlias = str | float | Tensor
 
@@ -38,7 +30,7 @@ _BASELINES = ("mean", "black", "blur")
 _WIDEST = 11  # the blurred baseline has a deviation of the shorter side over this
 
 
-class Perturbation(Attribution, _PerturbationAttribution):
+class Perturbation(Attribution, PerturbationAttribution):
     """Base of the methods that look at scores of masked copies.
 
     Args:
