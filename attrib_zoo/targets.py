@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attrib_zoo.errors import TargetError, UnsupportedModelError
+from attrib_zoo.masking import at_least_float32
 
 SCORES = ("logit", "softmax", "logsoftmax", "sigmoid")
 _FORMS = "an int, a list or 1-D tensor of N ints, a tuple of ints, a list of N tuples, or None"
@@ -48,7 +49,7 @@ class Target:
                 float32 or better over the first output axis.
         """
         if score != "logit":
-            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+            outputs = at_least_float32(outputs)
             if score == "sigmoid":
                 outputs = outputs.sigmoid()
             elif self.index.shape[2] == 0 or outputs.shape[1] == 1:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import Attribution, PerturbationAttribution
 from attrib_zoo.backbone.capture import check_weights, forward, select_args
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
-from attrib_zoo.masking import ChunkSize, blur
-from attrib_zoo.methods.bases.perturbation import at_least_float32, progress
+from attrib_zoo.masking import ChunkSize, at_least_float32, blur, wide_dtype
+from attrib_zoo.methods.bases.perturbation import progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 _LEVELS = 8  # of the blurred images, the last of them sharp
@@ -201,7 +201,7 @@ class SmoothMask:
     """
 
     def __init__(self, size: Sequence[int], step: int, sigma: float, like: Tensor) -> None:
-        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.dtype = wide_dtype(like)
         self.cells = tuple(math.ceil(length / step) for length in size)
         self._size, self._margin = tuple(size), math.ceil(sigma)
         self._reach = 1 + math.ceil(sigma / step)

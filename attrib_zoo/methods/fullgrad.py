@@ -14,7 +14,7 @@ from attrib_zoo.backbone.capture import run_from_inputs
 from attrib_zoo.backbone.kind import attends
 from attrib_zoo.backbone.module import find
 from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
-from attrib_zoo.masking import min_max
+from attrib_zoo.masking import at_least_float32, min_max
 from attrib_zoo.targets import TargetQuery
 
 _CONVOLUTION = nn.modules.conv._ConvNd
@@ -86,7 +86,10 @@ class FullGrad(Attribution, GradientAttribution):
             for t in range(target.count):
                 more = t + 1 < target.count
                 slopes = torch.autograd.grad(scores[:, t].sum(), reached, retain_graph=more, allow_unused=True)
-                terms = [None if g is None else _wide(f) * _wide(g) for f, g in zip(factors, slopes, strict=True)]
+                terms = [
+                    None if g is None else at_least_float32(f.detach()) * at_least_float32(g)
+                    for f, g in zip(factors, slopes, strict=True)
+                ]
                 self._check_sum(scores[:, t].detach(), [term for term in terms if term is not None])
                 shown = [term for term, place in zip(terms, spatial, strict=True) if place and term is not None]
                 found.append(self._gathered(shown, inputs))
@@ -127,7 +130,7 @@ def _biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, (_CONVOLUTION, nn.Linear)):
             if module.bias is not None:
-                yield name, _wide(module.bias)
+                yield name, at_least_float32(module.bias.detach())
         elif isinstance(getattr(module, "running_var", None), Tensor):
             inner = [child for child, part in module.named_children() if isinstance(part, nn.Identity)]
             if inner or not any(module.children()):  # some activate too; the identity before that sees the sum
@@ -137,7 +140,7 @@ def _biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _shift(norm: nn.Module) -> Tensor:
     """What a batch normalisation adds: β − μγ/√(σ² + ε)."""
     values = {name: getattr(norm, name) for name in ("running_mean", "running_var", "weight", "bias")}
-    mean, variance, scale, bias = (None if v is None else _wide(v) for v in values.values())
+    mean, variance, scale, bias = (None if v is None else at_least_float32(v.detach()) for v in values.values())
     slope = (variance + norm.eps).rsqrt()  # type: ignore[operator]
     slope = slope if scale is None else slope * scale
     return -mean * slope if bias is None else bias - mean * slope  # type: ignore[operator]
@@ -146,7 +149,3 @@ def _shift(norm: nn.Module) -> Tensor:
 def _along(bias: Tensor, output: Tensor, *, last: bool) -> Tensor:
     """The bias ``(D,)`` along the second or the last axis of an output."""
     return bias if last else bias.view(-1, *[1] * (output.ndim - 2))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

@@ -16,7 +16,7 @@ from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.backbone.replay import Replay, replay
 from attrib_zoo.backbone.vit.attention import attend
 from attrib_zoo.errors import OptionError, check_choice
-from attrib_zoo.masking import ChunkSize
+from attrib_zoo.masking import ChunkSize, at_least_float32
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
@@ -147,7 +147,7 @@ class IIA(AttentionMethod, GradientAttribution):
         points, args = path.points(images, steps), path.args_of(images)
         with run_with_graph(self.model, points, args, [tap]) as (outputs, maps):
             gradients = path.gradients(path.target.rows(images).select(outputs, self.score), maps[0])
-        positive_maps = _precise(maps[0].detach()).relu()
+        positive_maps = at_least_float32(maps[0].detach()).relu()
         return torch.stack([(g * positive_maps).sum(1) for g in gradients], 1)
 
     def _double(self, path: _Path, tap: Tap, images: Tensor, steps: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class IIA(AttentionMethod, GradientAttribution):
                     shares = path.shares(part, span, first=1)
                     inner = low[point] + shares * span[point]
                     gradients = self._gradients(path, again, inner, point, int(images[point]))
-                    risen = _precise(shares * span[point])
+                    risen = at_least_float32(shares * span[point])
                     parts.append(torch.stack([(g * risen).sum((0, 1)) for g in gradients]))
 
                 for _ in path.chunk.ranges(path.n, work):
@@ -195,7 +195,7 @@ class IIA(AttentionMethod, GradientAttribution):
                     def work(part: slice, point: int = point, bottom: Tensor = bottom, rise: Tensor = rise) -> None:
                         inner = bottom + path.shares(part, rise, first=0) * rise
                         gradients = self._gradients(path, from_later, inner, point, image)
-                        active = _precise(inner).relu()
+                        active = at_least_float32(inner).relu()
                         parts.append(torch.stack([(g * active).relu().sum((0, 1)) for g in gradients]))
 
                     for _ in path.chunk.ranges(path.n + 1, work):
@@ -293,7 +293,8 @@ class _Path:
         """Of T scores ``(M, T)`` with respect to maps, one ``(M, D, h, w)`` for each."""
         count = scores.shape[1]
         return [
-            _precise(torch.autograd.grad(scores[:, t].sum(), maps, retain_graph=t + 1 < count)[0]) for t in range(count)
+            at_least_float32(torch.autograd.grad(scores[:, t].sum(), maps, retain_graph=t + 1 < count)[0])
+            for t in range(count)
         ]
 
     def walk(self, total: int, work: Callable[[Tensor], None]) -> None:
@@ -312,7 +313,3 @@ class _Path:
 
         with tqdm(total=total, desc=self._label, unit="point", leave=False, mininterval=0.5) as bar:
             yield lambda count: bar.update(count) and None
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

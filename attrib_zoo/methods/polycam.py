@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import run
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import check_choice, check_number
-from attrib_zoo.masking import upsample
-from attrib_zoo.methods.bases.perturbation import Baseline, Passes, Perturbation, at_least_float32, refuse_transformers
+from attrib_zoo.masking import at_least_float32, upsample
+from attrib_zoo.methods.bases.perturbation import Baseline, Passes, Perturbation, refuse_transformers
 from attrib_zoo.targets import TargetQuery
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward
 from attrib_zoo.errors import OptionError, check_number
+from attrib_zoo.masking import wide_dtype
 from attrib_zoo.methods.bases.perturbation import Baseline, Passes, Perturbation
 from attrib_zoo.targets import TargetQuery
 
@@ -121,7 +122,7 @@ class RandomMasks:
 
     def __init__(self, count: int, s: int, p1: float, seed: int, like: Tensor) -> None:
         drawn = torch.rand(count, s * s + 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = wide_dtype(like)
         self._grids = (drawn[:, 2:] < p1).view(count, s, s).to(like.device, dtype)
         self._axes = [
             (_enlarging((s + 1) * cell, s).to(like.device, dtype), (drawn[:, i] * cell).long().to(like.device), length)

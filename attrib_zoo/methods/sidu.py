@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import check_choice, check_number, warn
-from attrib_zoo.masking import min_max, upsample
-from attrib_zoo.methods.bases.perturbation import Baseline, PerturbationCAM, at_least_float32, refuse_transformers
+from attrib_zoo.masking import at_least_float32, min_max, upsample
+from attrib_zoo.methods.bases.perturbation import Baseline, PerturbationCAM, refuse_transformers
 from attrib_zoo.targets import Target
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward, frozen
 from attrib_zoo.errors import InputError, OptionError
-from attrib_zoo.masking import ChunkSize, upsample
+from attrib_zoo.masking import ChunkSize, at_least_float32, upsample
 from attrib_zoo.metrics._maps import Seed, finite_rows, read_maps, seeds_of
 from attrib_zoo.metrics._scores import as_args, check_inputs, run_in_chunks
 from attrib_zoo.targets import TargetQuery
@@ -77,7 +77,7 @@ def infidelity(
 
         def ask(images: Tensor, *rest: Any) -> Tensor:
             outputs = forward(bare, images, rest)
-            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+            outputs = at_least_float32(outputs)
             if score == "logit":
                 return outputs
             TargetQuery(None).resolve(outputs).select(outputs, score)  # an error where there is no such score

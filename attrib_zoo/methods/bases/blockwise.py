@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import check_choice, check_number, warn
-from attrib_zoo.masking import min_max, upsample
+from attrib_zoo.masking import at_least_float32, min_max, upsample
 from attrib_zoo.methods.bases.gradient_cam import _gradients
 from attrib_zoo.methods.bases.perturbation import (
     Baseline,
     Passes,
     Perturbation,
-    at_least_float32,
     read_scores,
     refuse_transformers,
 )

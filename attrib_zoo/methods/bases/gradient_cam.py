@@ -13,7 +13,7 @@ from attrib_zoo.attribution import Attribution, GradientAttribution
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import LayerError, OptionError, check_choice, warn
-from attrib_zoo.masking import ChunkSize, upsample
+from attrib_zoo.masking import ChunkSize, at_least_float32, upsample
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 _TARGETS_AT_ONCE = 16
@@ -136,11 +136,7 @@ def differentiate(
     with run_with_graph(model, inputs, args, taps) as (outputs, maps):
         target = resolve(outputs.detach())
         gradients = _gradients(target.select(outputs, score), maps, taps)
-    return [_wide(m.detach()) for m in maps], [_wide(g) for g in gradients], target
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return [at_least_float32(m.detach()) for m in maps], [at_least_float32(g) for g in gradients], target
 
 
 def _gradients(scores: Tensor, maps: list[Tensor], taps: Sequence[Tap]) -> list[Tensor]:

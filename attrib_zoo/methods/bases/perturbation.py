@@ -21,7 +21,7 @@ from attrib_zoo.attribution import Attribution, PerturbationAttribution
 from attrib_zoo.backbone.capture import forward, run, select_args
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, warn
-from attrib_zoo.masking import ChunkSize, black, blend, blur, channel_stats, min_max, upsample
+from attrib_zoo.masking import ChunkSize, at_least_float32, black, blend, blur, channel_stats, min_max, upsample
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 Baseline: TypeAlias = str | float | Tensor
@@ -226,11 +226,6 @@ def read_scores(outputs: Tensor, target: Target, score: str) -> Tensor:
     only = outputs.ndim == 1 or outputs.shape[1] == 1
     found = target.select(outputs, "logit" if only and score in ("softmax", "logsoftmax") else score)
     return at_least_float32(found)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Sums of half-precision maps and scores are formed in float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def mean_of_layers(heats: list[Tensor], size: Sequence[int] | None) -> Tensor:
