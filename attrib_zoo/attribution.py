@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone import layers as layer_rules
-from attrib_zoo.backbone.capture import frozen, unwrap
+from attrib_zoo.backbone.capture import forward_args, frozen, unwrap
 from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import InputError
@@ -34,8 +34,7 @@ if TYPE_CHECKING:  # Captum ships no type information; this is what we use of it
 
 else:
     from captum.attr import Attribution as _CaptumAttribution
-    from captum.attr import GradientAttribution as GradientAttribution
-    from captum.attr import PerturbationAttribution as PerturbationAttribution
+    from captum.attr import GradientAttribution, PerturbationAttribution  # noqa: F401  # for the methods
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -275,13 +274,6 @@ def _brief(value: Any) -> str:
     if isinstance(value, (list, tuple)) and any(isinstance(item, nn.Module) for item in value):
         return "[" + ", ".join(_brief(item) for item in value) + "]"
     return repr(value)
-
-
-def forward_args(extra: Any) -> tuple[Any, ...]:
-    """Captum's ``additional_forward_args`` as a tuple."""
-    if extra is None:
-        return ()
-    return extra if isinstance(extra, tuple) else (extra,)
 
 
 def check_images(inputs: Any, who: str) -> Tensor:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from attrib_zoo import TTAME, GradCAM
-from attrib_zoo.attribution import Attribution, check_images, forward_args
-from attrib_zoo.backbone.capture import run
+from attrib_zoo.attribution import Attribution, check_images
+from attrib_zoo.backbone.capture import forward_args, run
 from attrib_zoo.errors import (
     AttribZooError,
     InputError,

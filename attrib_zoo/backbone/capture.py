@@ -100,6 +100,13 @@ def _channels(model: nn.Module) -> int | None:
     return None if first is None else first.in_channels
 
 
+def forward_args(additional_forward_args: Any) -> tuple[Any, ...]:
+    """Captum's ``additional_forward_args``, which may be a single value or ``None``, as a tuple."""
+    if additional_forward_args is None:
+        return ()
+    return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+
+
 def select_args(args: Sequence[Any], rows: Tensor, batch: int) -> tuple[Any, ...]:
     """Extra forward arguments for these examples: per-example tensors are gathered, the rest passes through."""
 
