@@ -13,7 +13,7 @@ from attrib_zoo.attribution import Attribution, PerturbationAttribution
 from attrib_zoo.backbone.capture import check_weights, forward, select_args
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
 from attrib_zoo.masking import ChunkSize, at_least_float32, blur, wide_dtype
-from attrib_zoo.methods.bases.perturbation import progress
+from attrib_zoo.methods.bases.progress import progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 _LEVELS = 8  # of the blurred images, the last of them sharp

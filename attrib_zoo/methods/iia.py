@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from attrib_zoo.backbone.vit.attention import attend
 from attrib_zoo.errors import OptionError, check_choice
 from attrib_zoo.masking import ChunkSize, at_least_float32
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
+from attrib_zoo.methods.bases.progress import progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 _STEPS = {"cnn": 10, "vit": 5}
@@ -303,13 +304,6 @@ class _Path:
             for count in self.chunk.ranges(total, lambda part: work(torch.arange(part.start, part.stop))):
                 advance(count)
 
-    @contextmanager
-    def progress(self, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """A progress bar to tell how many points were done; none unless it was asked for."""
-        if not self._label:
-            yield lambda _: None
-            return
-        from tqdm.auto import tqdm
-
-        with tqdm(total=total, desc=self._label, unit="point", leave=False, mininterval=0.5) as bar:
-            yield lambda count: bar.update(count) and None
+        return progress(total, self._label, "point")

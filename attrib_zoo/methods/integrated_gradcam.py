@@ -110,8 +110,8 @@ class IntegratedGradCAM(GradientCAM):
             for seen, g in zip(alive, gradients, strict=True):
                 seen += g.any()
 
-        name = type(self).__name__ if show_progress else None
-        each_chunk(inputs, self.n_steps, add, chunk_size=self.chunk_size, progress=name)
+        label = type(self).__name__ if show_progress else ""
+        each_chunk(inputs, self.n_steps, add, chunk_size=self.chunk_size, label=label)
         check_gradients(alive, taps, type(self).__name__)
         return self._fused([total / self.n_steps for total in totals], inputs)
 

@@ -106,8 +106,8 @@ class SmoothGradCAMPlusPlus(GradientCAM):
                 for p in range(3):
                     total[p].index_add_(1, at, share ** (p + 1))
 
-        name = type(self).__name__ if show_progress else None
-        each_chunk(inputs, self.n_samples, add, chunk_size=self.chunk_size, progress=name)
+        label = type(self).__name__ if show_progress else ""
+        each_chunk(inputs, self.n_samples, add, chunk_size=self.chunk_size, label=label)
         check_gradients([total[1] for total in powers], taps, type(self).__name__)
         each = zip(clean, powers, units, strict=True)
         return self._fused([self._heat(a, p / self.n_samples, u) for a, p, u in each], inputs)

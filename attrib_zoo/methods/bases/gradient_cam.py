@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import LayerError, OptionError, check_choice, warn
 from attrib_zoo.masking import ChunkSize, at_least_float32, upsample
+from attrib_zoo.methods.bases.progress import progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 _TARGETS_AT_ONCE = 16
@@ -215,7 +215,7 @@ def each_chunk(
     work: Callable[[Tensor, Tensor], None],
     *,
     chunk_size: int | None,
-    progress: str | None,
+    label: str,
 ) -> None:
     """Call ``work(rows, numbers)`` until each image has had each copy; chunks cross the borders of images.
 
@@ -225,28 +225,16 @@ def each_chunk(
         work: takes the images ``(M,)`` and the numbers of the copies ``(M,)``; it must not add to a result before
             all that needs memory is done, since it is called again with fewer where memory runs out.
         chunk_size: M at most; ``None`` finds it.
-        progress: what a progress bar is called, or ``None``.
+        label: of the progress bar; empty for none.
     """
 
     def some(part: slice) -> None:
         pairs = torch.arange(part.start, part.stop)
         work(pairs % len(inputs), pairs // len(inputs))
 
-    with progress_bar(len(inputs) * copies, progress) as advance:
+    with progress(len(inputs) * copies, label, "image") as advance:
         for done in ChunkSize(chunk_size, inputs).ranges(len(inputs) * copies, some):
             advance(done)
-
-
-@contextmanager
-def progress_bar(total: int, name: str | None) -> Iterator[Callable[[int], object]]:
-    """A bar of so many images, or nothing where it has no name."""
-    if name is None:
-        yield lambda _: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=name, unit="image", leave=False) as bar:
-        yield bar.update
 
 
 def check_seed(seed: int) -> int:

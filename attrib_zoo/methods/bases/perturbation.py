@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -22,6 +21,7 @@ from attrib_zoo.backbone.capture import forward, run, select_args
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, warn
 from attrib_zoo.masking import ChunkSize, at_least_float32, black, blend, blur, channel_stats, min_max, upsample
+from attrib_zoo.methods.bases.progress import progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 Baseline: TypeAlias = str | float | Tensor
@@ -201,18 +201,6 @@ class Passes:
         with progress(total, self.label) as done:
             for count in self.chunks.ranges(total, work):
                 done(count)
-
-
-@contextmanager
-def progress(total: int, label: str, unit: str = "pass") -> Iterator[Callable[[int], None]]:
-    """A progress bar to tell how many steps were done; none without a label."""
-    if not label:
-        yield lambda _: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=label, unit=unit, leave=False, mininterval=0.5) as bar:
-        yield lambda count: bar.update(count) and None
 
 
 # ---------------------------------------------------------------------- pieces
