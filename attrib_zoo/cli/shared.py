@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import attrib_zoo
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.errors import CheckpointError, NotFittedError, OptionError, closest
+from attrib_zoo.errors import CheckpointError, NotFittedError, OptionError, aligned, closest
 from attrib_zoo.models import LoadedModel, load, read_class_names
 from attrib_zoo.training import checkpoint
 
@@ -23,15 +22,6 @@ def methods() -> dict[str, type[Attribution]]:
     return {cls.__name__.lower(): cls for cls in sorted(found, key=lambda cls: (cls.family, cls.__name__))}
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text under their headers."""
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-    lines = [headers, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
 def list_methods(options: Any) -> str:
     """The methods, as their classes describe them."""
     rows = [
@@ -39,7 +29,8 @@ def list_methods(options: Any) -> str:
         for name, cls in methods().items()
     ]
     note = "cost per image: F a forward pass, B a backward pass"
-    return table(("method", "family", "models", "fit first", "cost", "paper"), rows) + f"\n\n{note}"
+    head = ("method", "family", "models", "fit first", "cost", "paper")
+    return "\n".join([*aligned([head, *rows], rule=True), "", note])
 
 
 def explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:
