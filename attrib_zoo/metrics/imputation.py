@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrib_zoo.errors import InputError, OptionError
+from attrib_zoo.errors import InputError, OptionError, warn
 from attrib_zoo.masking import at_least_float32
 from attrib_zoo.metrics._poisson import solve, totals
 
@@ -96,10 +94,9 @@ def _fill(images: Tensor, free: Tensor, limit: Tensor) -> Tensor:
 def _solve(guess: Tensor, free: Tensor, total: Tensor, limit: Tensor) -> Tensor:
     found, done = solve(guess, free, total, limit, _MOST)
     if done >= _MOST:
-        warnings.warn(
+        warn(
             f"imputation: not converged after {_MOST} iterations; raise the tolerance, or pass float64 images",
             RuntimeWarning,
-            stacklevel=4,
         )
     return found
 

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import frozen, put, run, run_with_graph, select_args
+from attrib_zoo.backbone.capture import frozen, run, run_with_graph, select_args
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.backbone.kind import attends
 from attrib_zoo.backbone.layers.resolve import look
 from attrib_zoo.backbone.layers.trace import Call, Trace
 from attrib_zoo.backbone.module import find, unwrap
+from attrib_zoo.backbone.nested import put
 from attrib_zoo.backbone.vit.heads import Heads, check, heads_of, precise, refuse
 from attrib_zoo.errors import UnsupportedModelError
 

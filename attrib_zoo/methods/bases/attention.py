@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.vit.attention import Attended, Attentions, attend, find_attention
-from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
 from attrib_zoo.targets import TargetQuery
 
 
@@ -67,11 +66,9 @@ class AttentionMethod(Attribution):
 def not_zero(maps: Tensor, who: str) -> Tensor:
     """The maps; called by ``_maps``, it warns once where gradients left nothing of them."""
     if not bool(maps.any()):
-        warnings.warn(
+        warn(
             f"{who}: the map is exactly zero, since the score does not change with what is read of these "
             "images; is the head of the model untrained?",
-            UserWarning,
-            stacklevel=6,  # the caller of attribute
         )
     return maps
 
