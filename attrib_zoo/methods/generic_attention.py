@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from attrib_zoo.attribution import GradientAttribution
-from attrib_zoo.methods.bases.attention import AttentionMethod, attend_to, not_zero, positive, with_identity
+from attrib_zoo.methods.bases.attention import AttentionMethod, attention_for, not_zero, positive, with_identity
 from attrib_zoo.targets import TargetQuery
 
 
@@ -53,7 +53,7 @@ class GenericAttention(AttentionMethod, GradientAttribution):
 
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         found = self._attention(inputs, args)
-        attended = attend_to(self.model, found, inputs, args, query)
+        attended = attention_for(self.model, found, inputs, args, query)
         shares = (positive(block.gradients(), block.values) for block in attended.matrices())
         maps = found.follow(with_identity(share, normalise=False) for share in shares)
         return not_zero(maps.transpose(0, 1), self.get_name())

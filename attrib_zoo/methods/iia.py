@@ -14,7 +14,7 @@ from attrib_zoo.backbone.capture import forward, listening, run_with_graph, sele
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.backbone.replay import Replay, replay
-from attrib_zoo.backbone.vit.attention import attend
+from attrib_zoo.backbone.vit.attention import read_attention
 from attrib_zoo.errors import OptionError, check_choice
 from attrib_zoo.masking import ChunkSize, at_least_float32
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
@@ -242,7 +242,7 @@ class IIA(AttentionMethod, GradientAttribution):
             images, outer = path.pair(index // side)
             factor = (index % side).to(path.inputs) / path.n
             wanted = path.target.rows(images)
-            attended = attend(
+            attended = read_attention(
                 self.model,
                 found,
                 path.points(images, outer),

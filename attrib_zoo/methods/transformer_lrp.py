@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import GradientAttribution
 from attrib_zoo.backbone.layers.resolve import look
 from attrib_zoo.backbone.module import find
-from attrib_zoo.backbone.vit.attention import Attended, Attentions, Matrix, attend, find_attention
+from attrib_zoo.backbone.vit.attention import AttentionPass, Attentions, Matrix, find_attention, read_attention
 from attrib_zoo.backbone.vit.heads import precise
 from attrib_zoo.backbone.vit.prenorm import Block, PreNorm, Values, take_apart
 from attrib_zoo.errors import OptionError, UnsupportedModelError
@@ -91,7 +91,7 @@ class TransformerLRP(AttentionMethod, GradientAttribution):
         values = Values()
         with precise(inputs):  # shares of sums that nearly cancel do not survive autocast
             with values.listening(self.model, parts):
-                attended = attend(
+                attended = read_attention(
                     self.model,
                     found,
                     inputs,
@@ -118,7 +118,7 @@ class TransformerLRP(AttentionMethod, GradientAttribution):
             )
         return self._attention(inputs, args), parts
 
-    def _steps(self, found: Attentions, parts: PreNorm, values: Values, attended: Attended) -> Iterator[Tensor]:
+    def _steps(self, found: Attentions, parts: PreNorm, values: Values, attended: AttentionPass) -> Iterator[Tensor]:
         """The factors of the product, from the last block to the first that takes part."""
         relevance: Tensor | None = None
         rows: list[int] | slice = list(found.read)

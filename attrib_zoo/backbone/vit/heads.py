@@ -59,7 +59,7 @@ class Heads:
         q, k, v = (self.apart(part) for part in mixed.to(tokens.dtype).chunk(3, -1))
         return _normed(self.norms[0], q), _normed(self.norms[1], k), v
 
-    def attend(self, q: Tensor, k: Tensor) -> Tensor:
+    def matrices(self, q: Tensor, k: Tensor) -> Tensor:
         """The attention matrices ``(N, H, T, T)``."""
         return (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.backbone.vit.attention import Attended, Attentions, attend, find_attention
+from attrib_zoo.backbone.vit.attention import AttentionPass, Attentions, find_attention, read_attention
 from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
 from attrib_zoo.targets import TargetQuery
 
@@ -73,9 +73,11 @@ def not_zero(maps: Tensor, who: str) -> Tensor:
     return maps
 
 
-def attend_to(model: nn.Module, found: Attentions, inputs: Tensor, args: Sequence[Any], query: TargetQuery) -> Attended:
+def attention_for(
+    model: nn.Module, found: Attentions, inputs: Tensor, args: Sequence[Any], query: TargetQuery
+) -> AttentionPass:
     """One pass with the gradients of the targets' logits."""
-    return attend(model, found, inputs, args, lambda outputs: query.resolve(outputs.detach()).select(outputs))
+    return read_attention(model, found, inputs, args, lambda outputs: query.resolve(outputs.detach()).select(outputs))
 
 
 def positive(gradients: Tensor, values: Tensor) -> Tensor:
