@@ -52,7 +52,7 @@ def _transparent(function: _F) -> _F:
 class Attribution(_CaptumAttribution, ABC):
     """Base of all methods: an attribution map for each image, called as Captum's methods are.
 
-    Subclasses fill one hook, :meth:`_maps`; everything else (targets, tuples, eval mode, gradient mode, layers,
+    Subclasses fill one hook, :meth:`compute_maps`; everything else (targets, tuples, eval mode, gradient mode, layers,
     upsampling, clean-up) is done here once.
 
     Args:
@@ -99,12 +99,12 @@ class Attribution(_CaptumAttribution, ABC):
         super().__init_subclass__(**kwargs)
         for name in ("attribute", "attribute_many"):
             if name in cls.__dict__:
-                raise TypeError(f"{cls.__name__}: {name} is final; fill the hook _maps instead")
+                raise TypeError(f"{cls.__name__}: {name} is final; fill the hook compute_maps instead")
 
     # ------------------------------------------------------------------ the hook
 
     @abstractmethod
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         """The maps ``(N, T, h, w)`` of T targets per image; the one thing that a method must say.
 
         Called with the model in eval mode, gradients off, and inputs that carry no graph. Resolve the targets on the
@@ -112,7 +112,7 @@ class Attribution(_CaptumAttribution, ABC):
         """
         raise NotImplementedError
 
-    def _check_ready(self) -> None:
+    def check_ready(self) -> None:
         """Raise where the object cannot explain yet; trainable methods fill this."""
 
     # ------------------------------------------------------------------ the call
@@ -188,11 +188,11 @@ class Attribution(_CaptumAttribution, ABC):
 
     def _explain(self, images: Tensor, query: TargetQuery, extra: Any, show_progress: bool) -> Tensor:
         """Maps ``(N, T, H, W)``, or ``(N, T, h, w)`` with ``upsample=False``."""
-        self._check_ready()
+        self.check_ready()
         args = forward_args(extra)
         with frozen(self.model), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
-            maps = self._maps(clean, query, args, show_progress).detach()
+            maps = self.compute_maps(clean, query, args, show_progress).detach()
             return upsample(maps, images.shape[-2:]) if self.upsample else maps
 
     def _images(self, inputs: Any) -> tuple[Tensor, bool]:
@@ -212,11 +212,12 @@ class Attribution(_CaptumAttribution, ABC):
         """The layers that are read for inputs of this shape, in execution order; found once per shape."""
         key = tuple(inputs.shape[1:])
         if key not in self._resolved:
-            self._resolved[key] = self._resolve(inputs, args)
+            self._resolved[key] = self.resolve_layers(inputs, args)
         return self._resolved[key]
 
-    def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
-        rule = self._layer_rule()
+    def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
+        """The layers for inputs of this shape; fill it to refuse or to change what :meth:`layer_rule` finds."""
+        rule = self.layer_rule()
         if rule is None:
             return ()
         return self._tested(self.layers, inputs, args, rule=rule[0], count=rule[1])
@@ -228,7 +229,8 @@ class Attribution(_CaptumAttribution, ABC):
         check_grids(self.model, taps, inputs, args, traced=traced, everything=False)
         return taps
 
-    def _layer_rule(self) -> tuple[str, int] | None:
+    def layer_rule(self) -> tuple[str, int] | None:
+        """The rule and the number of layers where none are named; fill it where options or the model decide them."""
         return self.default_layers
 
     # ------------------------------------------------------------------ Captum's other names
@@ -254,14 +256,14 @@ class Attribution(_CaptumAttribution, ABC):
         parameters = inspect.signature(type(self).__init__).parameters.values()
         return {p.name: getattr(self, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-    def _asked_layers(self) -> Any:
+    def named_layers(self) -> Any:
         """The layers by which the explainer is known."""
         return self.layers
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self).__init__).parameters
         changed = {k: v for k, v in self.options().items() if isinstance(v, Tensor) or v != parameters[k].default}
-        shown = {"layers": self._asked_layers(), **changed}
+        shown = {"layers": self.named_layers(), **changed}
         listed = ", ".join(f"{name}={_brief(value)}" for name, value in shown.items())
         return f"{type(self).__name__}({type(self.model).__name__}, {listed})"
 

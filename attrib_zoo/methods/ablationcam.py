@@ -77,7 +77,7 @@ class AblationCAM(Perturbation):
         self.fill = check_choice("fill", fill, ("zero", "mean"))
         self.relu = bool(relu)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         heats = []
         for tap in self.taps(inputs, args):
             with replay(self.model, inputs, args, _with_prefix(tap)) as again:

@@ -62,13 +62,13 @@ class CAM(GradientCAM):
         super().__init__(model, layers, relu=relu, upsample=upsample)
         self._checked: set[tuple[int, ...]] = set()
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         size = tuple(inputs.shape[1:])
         if size not in self._checked:
             for tap in self.taps(inputs, args):
                 self._check_head(inputs, args, tap)
             self._checked.add(size)
-        return super()._maps(inputs, query, args, show_progress)
+        return super().compute_maps(inputs, query, args, show_progress)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """The row of the linear layer."""

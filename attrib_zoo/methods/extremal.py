@@ -107,7 +107,7 @@ class ExtremalPerturbation(Attribution, PerturbationAttribution):
         self.chunk_size = chunk_size
         ChunkSize(chunk_size)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         check_weights(self.model)
         target = query.resolve(forward(self.model, inputs, args))
         count, height, width = target.count, *inputs.shape[-2:]

@@ -72,7 +72,7 @@ class FullGrad(Attribution, GradientAttribution):
             raise OptionError(f"layers: must be None, for FullGrad reads every layer, got {layers!r}; leave it out")
         self.align_corners = bool(align_corners)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         self._check_model()
         biases = dict(_biases(self.model))
         linear = {name: isinstance(find(self.model, name), nn.Linear) for name in biases}

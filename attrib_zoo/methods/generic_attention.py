@@ -51,8 +51,8 @@ class GenericAttention(AttentionMethod, GradientAttribution):
     paper: ClassVar[str] = "Chefer et al., ICCV 2021"
     cost: ClassVar[str] = "1F + 1B"
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
-        found = self._attention(inputs, args)
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        found = self.attention(inputs, args)
         attended = attention_for(self.model, found, inputs, args, query)
         shares = (positive(block.gradients(), block.values) for block in attended.matrices())
         maps = found.follow(with_identity(share, normalise=False) for share in shares)

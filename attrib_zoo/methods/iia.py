@@ -107,12 +107,12 @@ class IIA(AttentionMethod, GradientAttribution):
         self.score = check_choice("score", score, SCORES)
         self.chunk_size = chunk_size
 
-    def _layer_rule(self) -> tuple[str, int] | None:
+    def layer_rule(self) -> tuple[str, int] | None:
         if is_transformer(self.model):
             return None
         return ("outputs", 2) if self.mode == "triple" else self.default_layers
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         kind = "vit" if is_transformer(self.model) else "cnn"
         path = _Path(self, inputs, query, args, self.n_steps or _STEPS[kind], show_progress)
         return not_zero(self._rollout(path) if kind == "vit" else self._sum(path), self.get_name())
@@ -234,7 +234,7 @@ class IIA(AttentionMethod, GradientAttribution):
     def _rollout(self, path: _Path) -> Tensor:
         if self.layers is not None:
             raise self._reads_all_layers()
-        found = self._attention(path.inputs, path.args)
+        found = self.attention(path.inputs, path.args)
         side = path.n + 1
         sums: list[Tensor] = []
 

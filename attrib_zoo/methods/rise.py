@@ -82,10 +82,10 @@ class RISE(Perturbation):
         self.p1 = check_number("p1", p1, least=0.0, most=1.0, above=True)
         self.seed = check_number("seed", seed, least=0)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs = forward(self.model, inputs, args)
         target = query.resolve(outputs)
-        passes = self._passes(inputs, args, outputs, target, show_progress)
+        passes = self.passes(inputs, args, outputs, target, show_progress)
         masks = RandomMasks(self.n_masks, self.s, self.p1, self.seed, inputs)
         return self._sum(passes, masks) / (self.n_masks * self.p1)
 

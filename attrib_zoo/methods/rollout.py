@@ -67,8 +67,8 @@ class AttentionRollout(AttentionMethod):
         if self.gradient:
             self.class_agnostic = False  # type: ignore[misc]  # said by the class for its defaults
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
-        found = self._attention(inputs, args)
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        found = self.attention(inputs, args)
         if self.gradient:
             attended = attention_for(self.model, found, inputs, args, query)
             shares = (positive(block.gradients(), block.values) for block in attended.matrices())

@@ -80,9 +80,9 @@ class SIDU(PerturbationCAM):
         self.threshold = check_number("threshold", threshold, least=-torch.inf)
         self.threshold_on = check_choice("threshold_on", threshold_on, ("raw", "minmax"))
 
-    def _resolve(self, inputs: Tensor, args: Any) -> tuple[Tap, ...]:
+    def resolve_layers(self, inputs: Tensor, args: Any) -> tuple[Tap, ...]:
         refuse_transformers(self, "cuts feature maps at a threshold, and those of a vision transformer have both signs")
-        return super()._resolve(inputs, args)
+        return super().resolve_layers(inputs, args)
 
     def read(self, outputs: Tensor, target: Target) -> Tensor:
         """All scores of each pass, ``(M, K)``."""

@@ -87,7 +87,7 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         ChunkSize(chunk_size)
         self.chunk_size = chunk_size
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         taps = self.taps(inputs, args)
         clean, gradients, target = differentiate(self.model, inputs, args, taps, query.resolve, self.score)
         self.check_features(clean, taps)

@@ -86,7 +86,7 @@ class TransformerLRP(AttentionMethod, GradientAttribution):
         self.row_norm = bool(row_norm)
         self._parts: dict[tuple[int, ...], PreNorm] = {}
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         found, parts = self._apart(inputs, args)
         values = Values()
         with precise(inputs):  # shares of sums that nearly cancel do not survive autocast
@@ -108,7 +108,7 @@ class TransformerLRP(AttentionMethod, GradientAttribution):
         if key not in self._parts:
             trace = look(self.model, inputs, args)
             self._found[key] = find_attention(self.model, inputs, args, trace)
-            found = self._attention(inputs, args)
+            found = self.attention(inputs, args)
             self._parts[key] = take_apart(trace, found, inputs, args)
         parts = self._parts[key]
         if self.start_layer >= len(parts.blocks):
@@ -116,7 +116,7 @@ class TransformerLRP(AttentionMethod, GradientAttribution):
                 f"start_layer: must be below {len(parts.blocks)}, the number of blocks of "
                 f"{type(self.model).__name__}, got {self.start_layer}"
             )
-        return self._attention(inputs, args), parts
+        return self.attention(inputs, args), parts
 
     def _steps(self, found: Attentions, parts: PreNorm, values: Values, attended: AttentionPass) -> Iterator[Tensor]:
         """The factors of the product, from the last block to the first that takes part."""

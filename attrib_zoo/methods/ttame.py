@@ -18,7 +18,7 @@ from attrib_zoo.training.head import ACTIVATIONS, AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
-from attrib_zoo.training.session import attend
+from attrib_zoo.training.session import head_maps
 
 _RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"variation": "mean", "border_penalty": 0.0, "area_offset": 0.0, "psi": "auto"},
@@ -155,12 +155,12 @@ class TTAME(TrainableAttribution):
         self.masking = check_choice("masking", masking, MASKINGS)
         self.mean, self.std = check_statistics(mean, std)
 
-    def _layer_rule(self) -> tuple[str, int]:
+    def layer_rule(self) -> tuple[str, int]:
         return ("norms" if self.recipe == "released" else "outputs"), self.num_layers
 
     # ------------------------------------------------------------------ training
 
-    def _network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
+    def build_network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
         return AttentionHead(
             channels,
             num_classes,
@@ -170,16 +170,16 @@ class TTAME(TrainableAttribution):
             generator=generator,
         )
 
-    def _complete(self, network: nn.Module) -> None:
+    def finish_network(self, network: nn.Module) -> None:
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
-    def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
+    def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         if is_long(asked, steps, self.recipe):
             return Schedule(self.recipe, "sgd", 1e-3, weight_decay=5e-4)
         network.share_rows(network.reach(features))  # type: ignore[operator]  # an AttentionHead
         return Schedule("short", "adam", LOGIT_STEP, branch_lr=_BRANCH_LR)
 
-    def _decide(
+    def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
         masking = decide_masking(self.model, taps, images, self.masking, self.mean, self.std)
@@ -189,15 +189,17 @@ class TTAME(TrainableAttribution):
             psi = "own" if few else "random"
         return {**masking, "psi": psi}
 
-    def _terms(self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> Terms:
+    def loss_terms(
+        self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator
+    ) -> Terms:
         clean, features = self._features(images, args)
         logits = two_logits(clean)
         classes = logits.argmax(1)
         rows, own = extra_classes(classes, logits.shape[1], self._ready().decisions["psi"], generator)
-        attention = attend(network, features, rows)
+        attention = head_maps(network, features, rows)
         own_map = attention[torch.arange(len(images), device=own.device), own].unsqueeze(1).sigmoid()
         mask = upsample(own_map, images.shape[-2:]).to(images.dtype)
-        masked = forward(self.model, blend(images, mask, self._baseline(images)), args)
+        masked = forward(self.model, blend(images, mask, self.baseline_of(images)), args)
         parts = {
             "ce": cross_entropy(masked, classes).mean(),
             "area": area(attention, self.area_power, self.area_offset).mean(),
@@ -221,7 +223,7 @@ class TTAME(TrainableAttribution):
     def _variation(self, masks: Tensor) -> Tensor:
         return variation(masks, total=self.variation == "sum", border=self.border_penalty)
 
-    def _baseline(self, images: Tensor) -> Tensor | float:
+    def baseline_of(self, images: Tensor) -> Tensor | float:
         """What is seen where the mask is 0: black (Eq. 13) or the mean colour (Eq. 14)."""
         return hidden(self._ready().decisions, images)
 

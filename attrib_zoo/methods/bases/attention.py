@@ -20,7 +20,7 @@ class AttentionMethod(Attribution):
     Args:
         model: see :class:`Attribution`.
         layers: must be ``None``: every attention block is read.
-        mean_pooling: also explain models whose head averages tokens; see :meth:`_attention`.
+        mean_pooling: also explain models whose head averages tokens; see :meth:`attention`.
         upsample: see :class:`Attribution`.
     """
 
@@ -43,7 +43,7 @@ class AttentionMethod(Attribution):
             f"got {self.layers!r}; leave it out"
         )
 
-    def _attention(self, inputs: Tensor, args: Sequence[Any]) -> Attentions:
+    def attention(self, inputs: Tensor, args: Sequence[Any]) -> Attentions:
         """Where the model attends on inputs of this shape; found once per shape.
 
         Raises:
@@ -64,7 +64,7 @@ class AttentionMethod(Attribution):
 
 
 def not_zero(maps: Tensor, who: str) -> Tensor:
-    """The maps; called by ``_maps``, it warns once where gradients left nothing of them."""
+    """The maps; called by ``compute_maps``, it warns once where gradients left nothing of them."""
     if not bool(maps.any()):
         warn(
             f"{who}: the map is exactly zero, since the score does not change with what is read of these "

@@ -89,12 +89,13 @@ class GradientCAM(Attribution, GradientAttribution):
         if self.nonnegative:
             warn_negative(activations, taps, type(self).__name__)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        """One forward and one backward pass; each layer's map by :meth:`combine`, several by :meth:`fuse`."""
         taps = self.taps(inputs, args)
         maps, gradients, _ = differentiate(self.model, inputs, args, taps, query.resolve, self.score)
         check_gradients(gradients, taps, type(self).__name__)
         self.check_features(maps, taps)
-        return self._fused([self._one_layer(a, g) for a, g in zip(maps, gradients, strict=True)], inputs)
+        return self._fused([self.layer_map(a, g) for a, g in zip(maps, gradients, strict=True)], inputs)
 
     def _fused(self, found: Sequence[Tensor], inputs: Tensor) -> Tensor:
         """The layers' maps ``(N, T, h_i, w_i)`` as one."""
@@ -103,7 +104,7 @@ class GradientCAM(Attribution, GradientAttribution):
         size = inputs.shape[-2:] if self.upsample else [max(heat.shape[i] for heat in found) for i in (-2, -1)]
         return self.fuse(found, size)
 
-    def _one_layer(self, activation: Tensor, gradient: Tensor) -> Tensor:
+    def layer_map(self, activation: Tensor, gradient: Tensor) -> Tensor:
         """``(N, D, h, w)`` activations and ``(T, N, D, h, w)`` gradients to ``(N, T, h, w)`` maps."""
         count = len(gradient)
         heat = self.combine(activation.expand(count, *activation.shape).flatten(0, 1), gradient.flatten(0, 1))

@@ -66,9 +66,10 @@ class Perturbation(Attribution, PerturbationAttribution):
         """What is kept of M passes: ``(M, T)``, the scores of all targets."""
         return read_scores(outputs, target, self.score or "softmax")
 
-    def _passes(
+    def passes(
         self, inputs: Tensor, args: tuple[Any, ...], outputs: Tensor, target: Target, show_progress: bool
     ) -> Passes:
+        """Masked passes of these images, with the options of this object, for ``compute_maps`` to run."""
         return Passes(
             model=self.model,
             inputs=inputs,
@@ -122,11 +123,12 @@ class PerturbationCAM(Perturbation):
         """
         raise NotImplementedError
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        """Feature maps weighed by :meth:`weights`, from the scores under their own masks."""
         taps = self.taps(inputs, args)
         outputs, layers = run(self.model, inputs, args, taps)
         target = query.resolve(outputs)
-        passes = self._passes(inputs, args, outputs, target, show_progress)
+        passes = self.passes(inputs, args, outputs, target, show_progress)
         heats = [self._one_layer(at_least_float32(maps), passes) for maps in layers]
         return mean_of_layers(heats, inputs.shape[-2:] if self.upsample else None).expand(-1, target.count, -1, -1)
 
