@@ -216,7 +216,6 @@ class TrainableAttribution(Attribution):
     # ------------------------------------------------------------------ explain
 
     def check_ready(self) -> None:
-        """Raise unless the explainer was fitted or loaded."""
         self._ready()
 
     def _ready(self) -> Fitted:
@@ -229,7 +228,6 @@ class TrainableAttribution(Attribution):
         return self._fitted
 
     def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
-        """The rows of the targets from one pass of the model and of the trained network."""
         outputs, features = self._features(inputs, args)
         target = query.resolve(outputs)
         one_value = outputs.ndim == 1 or outputs.shape[1] == 1
@@ -275,7 +273,6 @@ class TrainableAttribution(Attribution):
             )
 
     def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
-        """Those of the fit, once there was one."""
         if self._fitted is None:
             return super().resolve_layers(inputs, args)
         return self._tested(self.named_layers(), inputs, args)
