@@ -12,22 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone import layers as layer_rules
-from attrib_zoo.backbone.capture import frozen, unwrap
+from attrib_zoo.backbone.capture import forward_args, frozen, unwrap
 from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import InputError, OptionError, check_choice
 from attrib_zoo.masking import mean_filter, min_max, rank_scale, upsample
 from attrib_zoo.targets import TargetQuery
 
-if TYPE_CHECKING:  # Captum ships no type information; this is what we use of its base class
+if TYPE_CHECKING:  # Captum ships no type information; this is what we use of its base classes
 
     class _CaptumAttribution:
         forward_func: Callable[..., Any]
 
         def __init__(self, forward_func: Callable[..., Any]) -> None: ...
 
+    class GradientAttribution:
+        """Mark of the methods that differentiate the model."""
+
+    class PerturbationAttribution:
+        """Mark of the methods that change the inputs."""
+
 else:
     from captum.attr import Attribution as _CaptumAttribution
+    from captum.attr import GradientAttribution, PerturbationAttribution  # noqa: F401  # for the methods
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -48,7 +55,7 @@ def _transparent(function: _F) -> _F:
 class Attribution(_CaptumAttribution, ABC):
     """Base of all methods: an attribution map for each image, called as Captum's methods are.
 
-    Subclasses fill one hook, :meth:`_maps`; everything else (targets, tuples, eval mode, gradient mode, layers,
+    Subclasses fill one hook, :meth:`compute_maps`; everything else (targets, tuples, eval mode, gradient mode, layers,
     smoothing, scaling, upsampling, clean-up) is done here once.
 
     Args:
@@ -113,12 +120,12 @@ class Attribution(_CaptumAttribution, ABC):
         super().__init_subclass__(**kwargs)
         for name in ("attribute", "attribute_many"):
             if name in cls.__dict__:
-                raise TypeError(f"{cls.__name__}: {name} is final; fill the hook _maps instead")
+                raise TypeError(f"{cls.__name__}: {name} is final; fill the hook compute_maps instead")
 
     # ------------------------------------------------------------------ the hook
 
     @abstractmethod
-    def _maps(
+    def compute_maps(
         self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
     ) -> Tensor | Sequence[Tensor]:
         """The maps ``(N, T, h, w)`` of T targets per image; the one thing that a method must say.
@@ -141,7 +148,7 @@ class Attribution(_CaptumAttribution, ABC):
         """
         return torch.stack([upsample(heat, size) for heat in maps]).mean(0)
 
-    def _check_ready(self) -> None:
+    def check_ready(self) -> None:
         """Raise where the object cannot explain yet; trainable methods fill this."""
 
     # ------------------------------------------------------------------ the call
@@ -218,11 +225,11 @@ class Attribution(_CaptumAttribution, ABC):
 
     def _explain(self, images: Tensor, query: TargetQuery, extra: Any, show_progress: bool) -> Tensor:
         """Maps ``(N, T, H, W)``, or ``(N, T, h, w)`` with ``upsample=False``."""
-        self._check_ready()
+        self.check_ready()
         args = forward_args(extra)
         with frozen(self.model), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
-            maps = self._as_asked(self._maps(clean, query, args, show_progress), images.shape[-2:])
+            maps = self._as_asked(self.compute_maps(clean, query, args, show_progress), images.shape[-2:])
             return upsample(maps, images.shape[-2:]) if self.upsample else maps
 
     def _as_asked(self, maps: Tensor | Sequence[Tensor], size: Sequence[int] = ()) -> Tensor:
@@ -257,11 +264,12 @@ class Attribution(_CaptumAttribution, ABC):
         """The layers that are read for inputs of this shape, in execution order; found once per shape."""
         key = tuple(inputs.shape[1:])
         if key not in self._resolved:
-            self._resolved[key] = self._resolve(inputs, args)
+            self._resolved[key] = self.resolve_layers(inputs, args)
         return self._resolved[key]
 
-    def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
-        rule = self._layer_rule()
+    def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
+        """The layers for inputs of this shape; fill it to refuse or to change what :meth:`layer_rule` finds."""
+        rule = self.layer_rule()
         if rule is None:
             return ()
         return self._tested(self.layers, inputs, args, rule=rule[0], count=rule[1])
@@ -273,7 +281,8 @@ class Attribution(_CaptumAttribution, ABC):
         check_grids(self.model, taps, inputs, args, traced=traced, everything=False)
         return taps
 
-    def _layer_rule(self) -> tuple[str, int] | None:
+    def layer_rule(self) -> tuple[str, int] | None:
+        """The rule and the number of layers where none are named; fill it where options or the model decide them."""
         return self.default_layers
 
     # ------------------------------------------------------------------ Captum's other names
@@ -299,14 +308,14 @@ class Attribution(_CaptumAttribution, ABC):
         parameters = inspect.signature(type(self).__init__).parameters.values()
         return {p.name: getattr(self, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-    def _asked_layers(self) -> Any:
+    def named_layers(self) -> Any:
         """The layers by which the explainer is known."""
         return self.layers
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self).__init__).parameters
         changed = {k: v for k, v in self.options().items() if isinstance(v, Tensor) or v != parameters[k].default}
-        shown = {"layers": self._asked_layers(), **changed}
+        shown = {"layers": self.named_layers(), **changed}
         listed = ", ".join(f"{name}={_brief(value)}" for name, value in shown.items())
         return f"{type(self).__name__}({type(self.model).__name__}, {listed})"
 
@@ -326,13 +335,6 @@ def check_smooth(smooth: Any) -> int | None:
     if smooth is None or (isinstance(smooth, int) and not isinstance(smooth, bool) and smooth > 0 and smooth % 2):
         return smooth
     raise OptionError(f"smooth: must be an odd number of cells, such as 3 or 5, or None for none, got {smooth!r}")
-
-
-def forward_args(extra: Any) -> tuple[Any, ...]:
-    """Captum's ``additional_forward_args`` as a tuple."""
-    if extra is None:
-        return ()
-    return extra if isinstance(extra, tuple) else (extra,)
 
 
 def check_images(inputs: Any, who: str) -> Tensor:

@@ -128,9 +128,28 @@ def reason(error: BaseException) -> str:
     return text.splitlines()[0].split(". ")[0].rstrip(".")[:200]
 
 
-def warn(message: str) -> None:
-    """A ``UserWarning`` that points at the line outside this library from which it was called."""
+def aligned(lines: Sequence[Sequence[str]], *, rule: bool = False, right: bool = False) -> list[str]:
+    """Lines of cells as columns of text, two spaces apart.
+
+    Args:
+        lines: the cells; all lines have equally many.
+        rule: underline the first line, the header.
+        right: align all columns but the first to the right, as numbers want it.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    drawn = [*lines[:1], *([["-" * width for width in widths]] if rule else []), *lines[1:]]
+    return [
+        "  ".join(
+            cell.rjust(width) if right and place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in drawn
+    ]
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning that points at the line outside this library from which it was called."""
     level = 1
     while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == "attrib_zoo":
         level += 1
-    warnings.warn(message, UserWarning, stacklevel=level + 1)
+    warnings.warn(message, category, stacklevel=level + 1)

@@ -15,6 +15,19 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:
+    """Float32, or the tensor's own type where that is wider: the type in which sums are formed.
+
+    16 bits hold three digits, too few for sums over space or over masks.
+    """
+    return torch.promote_types(like.dtype if isinstance(like, Tensor) else like, torch.float32)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in :func:`wide_dtype`; the same tensor where it is wide enough."""
+    return tensor.to(wide_dtype(tensor))
+
+
 def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear interpolation with half-pixel centres (``align_corners=False``), the papers' θ.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attrib_zoo.errors import TargetError, UnsupportedModelError, check_number
+from attrib_zoo.masking import at_least_float32, wide_dtype
 
 SCORES = ("logit", "softmax", "logsoftmax", "sigmoid")
 _FORMS = "an int, a list or 1-D tensor of N ints, a tuple of ints, a list of N tuples, or None"
@@ -103,9 +104,7 @@ class Target:
         k = min(k, logits.shape[1] - 1)
         rest = logits.detach().unsqueeze(1).expand(-1, self.count, -1).scatter(2, self.classes.unsqueeze(2), -torch.inf)
         others = rest.topk(k, dim=2).indices
-        shares = torch.full(
-            others.shape, weight / k, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32)
-        )
+        shares = torch.full(others.shape, weight / k, device=logits.device, dtype=wide_dtype(logits.dtype))
         return Target(self.index, others, shares)
 
     @property
@@ -129,7 +128,7 @@ class Target:
                 float32 or better over the first output axis.
         """
         if score != "logit":
-            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+            outputs = at_least_float32(outputs)
             if score == "sigmoid":
                 outputs = outputs.sigmoid()
             elif self.index.shape[2] == 0 or outputs.shape[1] == 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attrib_zoo.errors import DataError, InputError, OptionError
 from attrib_zoo.masking import min_max, upsample
+from attrib_zoo.training.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -268,16 +269,11 @@ def _text(sheet: Figure, x: float, y: float, words: str, room: float, **style: A
 
 
 def write_picture(path: Path, write: Callable[..., object]) -> Path:
-    """Call ``write(file, format=...)`` on a file beside the path, then move it there in one step."""
+    """The picture that ``write(file, format=...)`` draws, in the format of the path's ending, whole or not at all."""
     form = path.suffix.lstrip(".").lower().replace("jpg", "jpeg") or "png"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
-            write(file, format=form)
-        beside.replace(path)
+        write_whole(path, lambda file: write(file, format=form))
     except (OSError, KeyError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"path: cannot write '{path}' ({reason}); choose another folder or file type") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return path

@@ -95,7 +95,7 @@ def step(name: str, rounds: int) -> list[object]:
             network(features, rows).sum().backward()
 
         def whole() -> None:
-            ttame._terms(network, images, (), generator).loss.backward()
+            ttame.loss_terms(network, images, (), generator).loss.backward()
 
         parts: list[Callable[[], None]] = [clean, masked, head]
         *seconds, total = times([*parts, whole], rounds)

@@ -2,9 +2,7 @@
 
 import torch
 
-from attrib_zoo.attribution import Attribution
-from attrib_zoo.backbone.capture import run
-from attrib_zoo.targets import TargetQuery
+from attrib_zoo.methods import Attribution, TargetQuery, run
 from attrib_zoo.testing import check_attribution
 
 
@@ -13,7 +11,7 @@ class FeatureNorm(Attribution):
 
     class_agnostic = True  # so the contract does not ask for different maps of different classes
 
-    def _maps(self, inputs: torch.Tensor, query: TargetQuery, args: tuple, show_progress: bool) -> torch.Tensor:
+    def compute_maps(self, inputs: torch.Tensor, query: TargetQuery, args: tuple, show_progress: bool) -> torch.Tensor:
         outputs, (features,) = run(self.model, inputs, args, self.taps(inputs, args))  # (N, C, h, w)
         target = query.resolve(outputs)  # checks what the caller asked for
         return features.norm(dim=1, keepdim=True).expand(-1, target.count, -1, -1)  # (N, T, h, w)

@@ -12,8 +12,8 @@ PACKAGE = "attrib_zoo"
 
 ORDER = (
     "errors",
-    "targets",
     "masking",
+    "targets",
     "backbone",
     "metrics",
     "attribution",

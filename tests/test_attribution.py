@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from attrib_zoo import TTAME, GradCAM
-from attrib_zoo.attribution import Attribution, check_images, forward_args
-from attrib_zoo.backbone.capture import run
+from attrib_zoo.attribution import Attribution, check_images
+from attrib_zoo.backbone.capture import forward_args, run
 from attrib_zoo.errors import (
     AttribZooError,
     InputError,
@@ -31,7 +31,7 @@ from attrib_zoo.errors import (
 class Sum(Attribution):
     """The smallest method: the sum of the layer's maps, for each target times (class + 1)."""
 
-    def _maps(self, inputs, query, args, show_progress):
+    def compute_maps(self, inputs, query, args, show_progress):
         outputs, features = run(self.model, inputs, args, self.taps(inputs, args))
         self.seen = (inputs.is_inference(), inputs.requires_grad, torch.is_grad_enabled(), self.model.training)
         target = query.resolve(outputs)
@@ -90,8 +90,8 @@ def test_a_one_tuple_for_many_targets():
 def test_layers_are_looked_up_once_for_each_size(monkeypatch):
     found = []
     explainer = Sum(zoo.small_cnn())
-    plain = explainer._resolve
-    monkeypatch.setattr(explainer, "_resolve", lambda *args: found.append(args[0].shape) or plain(*args))
+    plain = explainer.resolve_layers
+    monkeypatch.setattr(explainer, "resolve_layers", lambda *args: found.append(args[0].shape) or plain(*args))
     for inputs in (IMAGES, IMAGES[:1], zoo.batch(2, size=24), IMAGES):
         explainer.attribute(inputs, 0)
     assert [tuple(shape[2:]) for shape in found] == [(16, 16), (24, 24)]
@@ -112,12 +112,12 @@ def test_forward_arguments():
 
 @pytest.mark.parametrize("name", ["attribute", "attribute_many"])
 def test_the_call_is_final(name):
-    with pytest.raises(TypeError, match=f"Mine: {name} is final; fill the hook _maps"):
+    with pytest.raises(TypeError, match=f"Mine: {name} is final; fill the hook compute_maps"):
         type("Mine", (Sum,), {name: lambda self: None})
 
 
 def test_without_the_hook_there_is_no_object():
-    with pytest.raises(TypeError, match="_maps"):
+    with pytest.raises(TypeError, match="compute_maps"):
         Attribution(zoo.small_cnn())
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import doctest
 import importlib
+import inspect
 import io
 import os
 import re
@@ -20,6 +21,9 @@ import pytest
 import reference_pages
 
 import attrib_zoo
+from attrib_zoo import methods
+from attrib_zoo.attribution import Attribution
+from attrib_zoo.backbone.layers import RULES
 from attrib_zoo.cli import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -305,6 +309,44 @@ def test_the_readme_lists_the_methods():
     assert re.search(pattern, text, re.DOTALL)
     table = reference_pages.methods_table()
     check_or_refresh(path, re.sub(pattern, lambda found: found[1] + table + found[2], text, flags=re.DOTALL))
+
+
+def extension_points() -> list[type]:
+    return [value for value in vars(methods).values() if isinstance(value, type) and issubclass(value, Attribution)]
+
+
+def hooks(base: type) -> set[str]:
+    """What a base defines for its subclasses to fill: all that one of them fills, and what is abstract."""
+    heirs = [cls for cls in every_subclass(base) if cls.__module__.startswith("attrib_zoo.methods")]
+    filled = {name for heir in heirs for name in vars(heir)} | base.__abstractmethods__
+    return {n for n in filled & set(vars(base)) if inspect.isfunction(vars(base)[n]) and not n.startswith("__")}
+
+
+def every_subclass(cls: type) -> list[type]:
+    return [heir for child in cls.__subclasses__() for heir in (child, *every_subclass(child))]
+
+
+def test_the_bases_can_be_imported_from_one_place():
+    """Every class that a method of ours subclasses; what a method fills has a public name."""
+    bases = {base for cls in methods.list_methods().values() for base in cls.__mro__[1:]}
+    own = {base for base in bases if base.__module__.startswith("attrib_zoo")}
+    assert own == set(extension_points())
+    private = {f"{base.__name__}.{name}" for base in own for name in hooks(base) if name.startswith("_")}
+    assert private == set()
+
+
+def test_adding_a_method_lists_every_base_and_every_hook():
+    text = (ROOT / "docs" / "how-to" / "add-a-method.md").read_text(encoding="utf-8")
+    tables = text.partition("## The bases and their hooks")[2]
+    for base in extension_points():
+        assert f"`{base.__name__}`" in tables
+        for hook in hooks(base):
+            assert re.search(rf"`{hook}\b", tables), f"{base.__name__}.{hook}"
+
+
+def test_choosing_layers_lists_every_rule():
+    text = (ROOT / "docs" / "how-to" / "choose-layers.md").read_text(encoding="utf-8")
+    assert {rule for rule in RULES if re.search(rf"^\| `{rule}\b", text, re.MULTILINE)} == set(RULES)
 
 
 def test_the_changelog_begins_with_this_version():

@@ -1,7 +1,6 @@
 """The list of methods is complete, and every method is called, documented and imported alike."""
 
 import ast
-import importlib
 import inspect
 import pkgutil
 import re
@@ -13,6 +12,7 @@ import pytest
 
 import attrib_zoo
 from attrib_zoo.attribution import Attribution
+from attrib_zoo.methods import list_methods
 
 SOURCE = Path(attrib_zoo.__file__).read_text(encoding="utf-8")
 CLASSES = {name: value for name, value in vars(attrib_zoo).items() if inspect.isclass(value)}
@@ -29,37 +29,24 @@ def export_lines(source: str) -> list[str]:
     return [ast.unparse(node) for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
 
 
-def written_methods() -> list[type]:
-    """Every final class of the modules in ``attrib_zoo/methods`` whose names begin without an underscore."""
-    import attrib_zoo.methods as package
-
-    found = []
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
-        found += [
-            value
-            for name, value in vars(module).items()
-            if inspect.isclass(value)
-            and issubclass(value, Attribution)
-            and value.__module__ == module.__name__
-            and not (name.startswith("_") or info.name.startswith("_"))
-        ]
-    return found
-
-
 def missing(source: str, classes: list[type]) -> list[str]:
     return [export_line(cls) for cls in classes if export_line(cls) not in export_lines(source)]
 
 
 def test_every_method_is_exported():
-    lines = missing(SOURCE, written_methods())
+    lines = missing(SOURCE, list(list_methods().values()))
     assert not lines, "add to attrib_zoo/__init__.py:\n" + "\n".join(lines)
 
 
 def test_a_forgotten_export_is_named_by_its_line():
     without = SOURCE.replace("from attrib_zoo.methods.ttame import TTAME as TTAME\n", "")
     assert without != SOURCE
-    assert missing(without, written_methods()) == ["from attrib_zoo.methods.ttame import TTAME as TTAME"]
+    assert missing(without, list(list_methods().values())) == ["from attrib_zoo.methods.ttame import TTAME as TTAME"]
+
+
+def test_the_list_is_what_is_exported():
+    assert list_methods() == METHODS
+    assert list(list_methods()) == sorted(METHODS)
 
 
 def test_the_list_holds_methods_and_what_one_asks_them_in_order():

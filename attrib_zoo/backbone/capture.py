@@ -7,7 +7,6 @@ the graph from the first named layer up, so that gradients cost nothing below it
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.module import find, is_quantised, unwrap
+from attrib_zoo.backbone.nested import pick, put
 from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs
 
@@ -98,6 +98,13 @@ def _channels(model: nn.Module) -> int | None:
     """The channels that the first convolution takes, for an error message only."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return None if first is None else first.in_channels
+
+
+def forward_args(additional_forward_args: Any) -> tuple[Any, ...]:
+    """Captum's ``additional_forward_args``, which may be a single value or ``None``, as a tuple."""
+    if additional_forward_args is None:
+        return ()
+    return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
 
 
 def select_args(args: Sequence[Any], rows: Tensor, batch: int) -> tuple[Any, ...]:
@@ -312,20 +319,3 @@ def listening(model: nn.Module, taps: Sequence[Tap], keep: Callable[[int, Tensor
                 f"layers: {tap.name!r} must run {tap.calls} time(s) in a forward pass, ran {count}; "
                 "name a layer that runs for every input"
             )
-
-
-def pick(output: Any, element: int | str | None) -> Any:
-    """The tensor that a tap means, out of a module's output."""
-    return output if element is None else output[element]
-
-
-def put(output: Any, element: int | str | None, tensor: Tensor) -> Any:
-    """A module's output with one element replaced; the original container is left as it is."""
-    if element is None:
-        return tensor
-    if isinstance(output, tuple):
-        items = [tensor if position == element else item for position, item in enumerate(output)]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    changed = copy.copy(output)
-    changed[element] = tensor
-    return changed

@@ -1,19 +1,61 @@
-"""Tensors in nested outputs: tuples, lists and dicts, in any mix."""
+"""Tensors in nested outputs: tuples, lists and mappings, in any mix, as modules return and take them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 
+def items(value: Any) -> list[tuple[Any, Any]]:
+    """Place and entry of all that a tuple, list or mapping holds; nothing for anything else."""
+    if isinstance(value, (tuple, list)):
+        return list(enumerate(value))
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
+    """Every tensor, at any depth."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
-    elif isinstance(value, Mapping):
-        yield from tensors(list(value.values()))
+    for _, entry in items(value):
+        yield from tensors(entry)
+
+
+def elements(value: Any) -> dict[int | str | None, Tensor]:
+    """The tensors at the first level by their place; the place of a tensor that is the value itself is ``None``."""
+    if isinstance(value, Tensor):
+        return {None: value}
+    return {place: entry for place, entry in items(value) if isinstance(entry, Tensor)}
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same nest with ``function`` of every tensor; the original containers are left as they are."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if not isinstance(value, (tuple, list, Mapping)):
+        return value
+    return replaced(value, {place: map_tensors(entry, function) for place, entry in items(value)})
+
+
+def replaced(value: Any, changes: Mapping[Any, Any]) -> Any:
+    """A container of the same class with other entries at some places."""
+    if isinstance(value, tuple):
+        entries = [changes.get(place, entry) for place, entry in enumerate(value)]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+    changed = copy.copy(value)
+    for place, entry in changes.items():
+        changed[place] = entry
+    return changed
+
+
+def pick(output: Any, element: int | str | None) -> Any:
+    """The tensor that a tap means, out of a module's output."""
+    return output if element is None else output[element]
+
+
+def put(output: Any, element: int | str | None, tensor: Tensor) -> Any:
+    """A module's output with one element replaced; the original container is left as it is."""
+    return tensor if element is None else replaced(output, {element: tensor})

@@ -7,10 +7,9 @@ and nothing is split by hand. What this cannot reproduce is noticed, and then th
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import forward, listening, select_args
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.module import find, unwrap
+from attrib_zoo.backbone.nested import map_tensors, tensors
 from attrib_zoo.errors import InputError, LayerError
 
 _log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Replay:
 
     def _spoilt(self) -> bool:
         """Whether the model has written into a record, so that the next replay would start from something else."""
-        return any(tensor._version for outputs in self._records.values() for tensor in _tensors(outputs))
+        return any(tensor._version for outputs in self._records.values() for tensor in tensors(outputs))
 
     def _replay(self, maps: Tensor, rows: Tensor) -> Tensor:
         taken = _Rows(rows, len(self.outputs), copies=self._copies)
@@ -206,7 +206,7 @@ class _Recorder:
         if module is self.layer:
             self._calls_left -= 1
         if not self._others or not self._calls_left:
-            self._finished.append((module, _map(output, Tensor.clone)))
+            self._finished.append((module, map_tensors(output, Tensor.clone)))
 
     def records(self) -> _Records:
         """The outputs of each module in the order of its calls; the layer's own, chosen call is its last."""
@@ -227,7 +227,7 @@ def _answering(module: nn.Module, queue: deque[Any], rows: _Rows) -> Iterator[No
     live = module.forward
 
     def answer(*args: Any, **kwargs: Any) -> Any:
-        return _map(queue.popleft(), rows.take) if queue else live(*args, **kwargs)
+        return map_tensors(queue.popleft(), rows.take) if queue else live(*args, **kwargs)
 
     own["forward"] = answer
     try:
@@ -254,27 +254,6 @@ class _Rows:
             return tensor[self.rows.to(tensor.device)]
         view = tensor[self._only].expand(len(self.rows), *tensor.shape[1:])
         return view.clone() if self._copies else view
-
-
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``function`` of every tensor in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        items = [_map(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        changed: Any = copy.copy(value)
-        for key, item in value.items():
-            changed[key] = _map(item, function)
-        return changed
-    return value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
 
 
 def _tolerance(outputs: Tensor, activation: Tensor, *, same_size: bool) -> float:

@@ -17,6 +17,7 @@ from attrib_zoo.backbone.capture import frozen
 from attrib_zoo.benchmark.runner import as_function
 from attrib_zoo.benchmark.table import Table
 from attrib_zoo.errors import DataError, OptionError
+from attrib_zoo.training.files import write_whole
 from attrib_zoo.visualize import overlay
 
 _STYLE = """
@@ -114,14 +115,10 @@ def write_report(
 <script>{_SCRIPT}</script></body></html>
 """
     target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(target)
+        write_whole(target, page)
     except OSError as error:
         raise DataError(f"path: cannot write '{target}' ({error.strerror}); choose another folder") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return target
 
 

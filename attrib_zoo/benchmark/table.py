@@ -17,7 +17,7 @@ from attrib_zoo.benchmark.estimates import Estimate, estimate
 from attrib_zoo.benchmark.measures import Measure
 from attrib_zoo.benchmark.plots import plot
 from attrib_zoo.benchmark.records import Records
-from attrib_zoo.errors import OptionError
+from attrib_zoo.errors import OptionError, aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,14 +140,7 @@ class Table:
             for i, measure in enumerate(self.measures, start=1):
                 column[i] = self.estimate(method, measure.name).short(_digits(measure))
         columns.insert(0, ["", *head[1:]])
-        widths = [max(map(len, column)) for column in columns]
-        lines = []
-        for i in range(len(head)):
-            first, *rest = (column[i] for column in columns)
-            lines.append(
-                "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
-            )
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = aligned(list(zip(*columns, strict=True)), rule=True, right=True)
         notes = [
             note.replace("[95 % bootstrap interval]", "±half its 95 % bootstrap interval") for note in self.notes()
         ]

@@ -16,6 +16,8 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from attrib_zoo import __version__
 from attrib_zoo.errors import AttribZooError
 
+_METHODS = "one or more of attrib-zoo list, or package.module:Class of your own (default: gradcam, or the explainer's)"
+
 _ABOUT = """\
 Which image regions made the model decide? Explains torchvision and timm classifiers.
 
@@ -87,7 +89,7 @@ def _command(name: str) -> Callable[[Any], str]:
 
     return {
         "demo": demo.demo,
-        "list": shared.list_methods,
+        "list": shared.overview,
         "explain": explain.explain,
         "fit": fit.fit,
         "evaluate": evaluate.evaluate,
@@ -156,7 +158,7 @@ def _evaluate() -> ArgumentParser:
     _model(parser)
     add("--data", required=True, metavar="FOLDER", help="images to measure on, searched to the bottom")
     add("--output", required=True, metavar="FOLDER", help="where the results go; a second run continues there")
-    add("--method", metavar="NAME[,NAME]", help="one or more of attrib-zoo list (default: gradcam, or the explainer's)")
+    add("--method", metavar="NAME[,NAME]", help=_METHODS)
     add("--explainer", metavar="FILE[,FILE]", help="trained explainers, made by attrib-zoo fit for this model")
     add("--metrics", default="ad,ic,road", metavar="NAME[,NAME]", help="measures (default: ad,ic,road)")
     add("--boxes", metavar="FILE", help="CSV of path,xmin,ymin,xmax,ymax: what is explained, for ebpg, miou, bbox ...")
@@ -177,7 +179,7 @@ def _explain() -> ArgumentParser:
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO", help="image files, or folders that are searched to the bottom")
     _model(parser)
-    add("--method", metavar="NAME[,NAME]", help="one or more of attrib-zoo list (default: gradcam, or the explainer's)")
+    add("--method", metavar="NAME[,NAME]", help=_METHODS)
     add("--explainer", metavar="FILE[,FILE]", help="trained explainers, made by attrib-zoo fit for this model")
     add("--target", metavar="CLASS", help="index or name of the class to explain (default: what the model decides)")
     _layers(parser)
@@ -194,7 +196,12 @@ def _fit() -> ArgumentParser:
     _model(parser)
     add("--data", required=True, metavar="FOLDER", help="images to train on, searched to the bottom")
     add("--output", required=True, metavar="FILE", help="the explainer, a .safetensors file")
-    add("--method", default="ttame", metavar="NAME", help="a trainable method of attrib-zoo list (default: ttame)")
+    add(
+        "--method",
+        default="ttame",
+        metavar="NAME",
+        help="a trainable method of attrib-zoo list, or package.module:Class (default: ttame)",
+    )
     add("--recipe", metavar="NAME", help="paper (default) or released: the equations, or what the authors' code does")
     _layers(parser)
     add("--epochs", type=PositiveInt, metavar="N", help="passes over the images (default: the paper's number)")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.errors import DataError
+from attrib_zoo.errors import DataError, aligned
 from attrib_zoo.masking import min_max
 from attrib_zoo.methods.gradcam import GradCAM
 from attrib_zoo.methods.ttame import TTAME
@@ -97,19 +97,19 @@ class DemoResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        widths = [max(8, len(name)) for name in self.methods]
+        cells = [["", *(f"{name:>8}" for name in self.methods)]]
+        for name, label in _MEASURES.items():
+            cells.append([" ".join(label), *(f"{getattr(measured, name):.1%}" for measured in self.methods.values())])
+        spent = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in self.seconds.items())
         lines = [
             f"Two objects in each scene, asked about each in turn: {self.maps} maps per method, of scenes",
             f"that were in no training. The classifier names both objects in {self.accuracy:.0%} of them.",
             "",
-            " " * 50 + "  ".join(f"{name:>{width}}" for name, width in zip(self.methods, widths, strict=True)),
+            *aligned(cells, right=True),
+            "",
+            f"time: {spent}",
         ]
-        for name, label in _MEASURES.items():
-            values = [getattr(measured, name) for measured in self.methods.values()]
-            cells = [f"{value:.1%}" for value in values]
-            lines.append(f"{' '.join(label):50}" + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
-        spent = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in self.seconds.items())
-        return "\n".join([*lines, "", f"time: {spent}"])
+        return "\n".join(lines)
 
 
 def demo(options: Any) -> str:

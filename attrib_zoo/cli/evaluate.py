@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from attrib_zoo.benchmark.measures import TRUTH, chosen
 from attrib_zoo.cli.shared import explainers, load_model
 from attrib_zoo.errors import DataError, OptionError
 from attrib_zoo.models.photos import BoxedPhotos, Photos, find_photos, is_photo, open_photo, read_boxes, writable_folder
+from attrib_zoo.training.files import write_whole
 
 RESULTS, REPORT = "results.jsonl", "report.html"
 
@@ -52,8 +54,8 @@ def evaluate(options: Any) -> str:
     formats = {"table.md": table.to_markdown(), "table.csv": table.to_csv(), "table.json": table.to_json()}
     formats |= {"table.tex": table.to_latex(), "differences.md": table.differences()}
     for name, text in formats.items():
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-    table.plot().savefig(folder / "plots.png")
+        write_whole(folder / name, text + "\n")
+    write_whole(folder / "plots.png", partial(table.plot().savefig, format="png"))
     write_report(
         folder / REPORT,
         table,

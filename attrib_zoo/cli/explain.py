@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.cli.shared import explainers, load_model, table
-from attrib_zoo.errors import DataError
+from attrib_zoo.cli.shared import explainers, load_model
+from attrib_zoo.errors import DataError, aligned
 from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.photos import find_photos, open_photo, own_stems, writable_folder
 from attrib_zoo.visualize import figure, save_overlay
@@ -57,7 +57,7 @@ def explain(options: Any) -> str:
     reads = [f"{name:{room}} reads {', '.join(t.name for t in e.taps(size))}" for name, e in ready.items()]
     count = sum(len(photo.files) for photo in photos)
     footer = "\n".join([*reads, f"{count} picture{'s' * (count > 1)} in {folder}{os.sep}"])
-    return table([*headers, "files"], rows) + "\n\n" + footer
+    return "\n".join([*aligned([[*headers, "files"], *rows], rule=True), "", footer])
 
 
 def _explain_batch(

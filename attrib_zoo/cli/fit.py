@@ -56,6 +56,7 @@ def fit(options: Any) -> str:
 def _next_steps(output: Path, options: Any, kind: str) -> str:
     words = ["attrib-zoo", "explain", "PHOTO", "--model", options.model]
     words += [] if options.weights is None else ["--weights", options.weights]
+    words += ["--method", options.method] if ":" in options.method else []
     words += ["--explainer", str(output)]
     return "\n".join(
         [

@@ -48,7 +48,7 @@ def _takers(model: nn.Module) -> str:
     for cls in methods().values():
         if kind not in cls.models:
             continue
-        rule = cls(model)._layer_rule()
+        rule = cls(model).layer_rule()
         counted = rule is not None and rule[0] in ("outputs", "norms")
         name = "no layers" if rule is None else f"{rule[0]} ({rule[1]})" if counted else rule[0]
         by_rule.setdefault(name, []).append(cls.__name__)

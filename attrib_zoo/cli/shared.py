@@ -2,68 +2,73 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import shlex
-from collections.abc import Sequence
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
-import attrib_zoo
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.errors import CheckpointError, NotFittedError, OptionError, closest
+from attrib_zoo.errors import CheckpointError, NotFittedError, OptionError, aligned, closest
+from attrib_zoo.methods import list_methods
 from attrib_zoo.models import LoadedModel, load, read_class_names
 from attrib_zoo.training import checkpoint
 
 
 def methods() -> dict[str, type[Attribution]]:
-    """Every exported method by the name it has on the command line: its class name in lower case."""
-    exported = vars(attrib_zoo).values()
-    found = [cls for cls in exported if isinstance(cls, type) and issubclass(cls, Attribution) and cls.family]
-    return {cls.__name__.lower(): cls for cls in sorted(found, key=lambda cls: (cls.family, cls.__name__))}
+    """Every method of the library by the name it has on the command line: its class name in lower case."""
+    known = sorted(list_methods().values(), key=lambda cls: (cls.family, cls.__name__))
+    return {cls.__name__.lower(): cls for cls in known}
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text under their headers."""
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-    lines = [headers, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
-def list_methods(options: Any) -> str:
+def overview(options: Any) -> str:
     """The methods, as their classes describe them."""
     rows = [
         (name, cls.family, " ".join(cls.models), "yes" if cls.needs_fit else "no", cls.cost, cls.paper)
         for name, cls in methods().items()
     ]
     note = "cost per image: F a forward pass, B a backward pass"
-    return table(("method", "family", "models", "fit first", "cost", "paper"), rows) + f"\n\n{note}"
+    head = ("method", "family", "models", "fit first", "cost", "paper")
+    return "\n".join([*aligned([head, *rows], rule=True), "", note])
 
 
 def explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:
     """The methods of ``--method`` and ``--explainer`` by name, ready to explain."""
-    names = [name.strip().lower() for name in (options.method or "").split(",") if name.strip()]
+    asked = [name.strip() for name in (options.method or "").split(",") if name.strip()]
+    named: dict[str, Any] = {}
+    spelt: dict[str, str] = {}
+    for name in asked:
+        cls: Any = method_of(name)
+        key = cls.__name__.lower()
+        if named.setdefault(key, cls) is not cls:
+            raise OptionError(f"method: each must have a name of its own, got {spelt[key]} and {name}; rename a class")
+        spelt.setdefault(key, name)
     ready: dict[str, Attribution] = {}
-    cls: Any
     for file in (options.explainer or "").split(","):
         if file.strip():
             kind = str(checkpoint.read(file.strip()).facts.get("method", ""))
-            cls = methods().get(kind.lower())
+            cls = {**methods(), **named}.get(kind.lower())
             if cls is None:
-                raise CheckpointError(f"explainer: '{file}' is of the method {kind!r}, which is not installed")
+                raise CheckpointError(
+                    f"explainer: '{file}' is of the method {kind!r}, which is not part of attrib_zoo; add --method "
+                    f"package.module:{kind}"
+                )
             ready[kind.lower()] = cls.load(file.strip(), loaded.model)
-    for name in names or ([] if ready else ["gradcam"]):
-        cls = method_of(name)
-        if name not in ready and cls.needs_fit:
+    if not named and not ready:
+        named["gradcam"], spelt["gradcam"] = method_of("gradcam"), "gradcam"
+    for key, cls in named.items():
+        if key not in ready and cls.needs_fit:
             weights = f" --weights {shlex.quote(options.weights)}" if options.weights else ""
             raise NotFittedError(
-                f"method: {name} must be trained for the model before it explains; run attrib-zoo fit --method {name} "
-                f"--model {options.model}{weights} --data FOLDER --output FILE.safetensors, then add --explainer FILE"
+                f"method: {spelt[key]} must be trained for the model before it explains; run attrib-zoo fit --method "
+                f"{spelt[key]} --model {options.model}{weights} --data FOLDER --output FILE.safetensors, then add "
+                "--explainer FILE"
             )
-        ready.setdefault(name, cls(loaded.model, layers_of(options.layers), **accepted(cls, statistics_of(loaded))))
-    return {name: ready[name] for name in dict.fromkeys([*names, *ready])}
+        ready.setdefault(key, cls(loaded.model, layers_of(options.layers), **accepted(cls, statistics_of(loaded))))
+    return {name: ready[name] for name in dict.fromkeys([*named, *ready])}
 
 
 def load_model(options: Any) -> LoadedModel:
@@ -76,11 +81,43 @@ def load_model(options: Any) -> LoadedModel:
 
 
 def method_of(name: str) -> type[Attribution]:
-    """The method of that name on the command line."""
+    """The method of that name on the command line, or the class that ``package.module:Class`` names."""
+    if ":" in name:
+        return _imported(name)
     known = methods()
     if name.lower() not in known:
-        raise OptionError(f"method: no method {name!r}{closest(name.lower(), known)}; attrib-zoo list shows them all")
+        raise OptionError(
+            f"method: no method {name!r}{closest(name.lower(), known)}; attrib-zoo list shows them all, and a class of "
+            "your own is package.module:Class"
+        )
     return known[name.lower()]
+
+
+def _imported(name: str) -> type[Attribution]:
+    """A class of the user's own, from an installed package or a file in the current folder."""
+    module_name, _, class_name = name.partition(":")
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # as with python -m; a console script looks in its own folder instead
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise OptionError(
+            f"method: cannot import {module_name!r} ({error}); give package.module:Class of an installed package or of "
+            "a file in the current folder"
+        ) from error
+    cls = getattr(module, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Attribution)) or inspect.isabstract(cls):
+        own = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, Attribution) and value.__module__ == module.__name__
+        ]
+        raise OptionError(
+            f"method: {class_name!r} of {module_name!r} must be a subclass of attrib_zoo.methods.Attribution that "
+            f"fills its hooks; the module has {', '.join(own) or 'none'}"
+        )
+    return cls
 
 
 def statistics_of(loaded: LoadedModel) -> dict[str, Any]:

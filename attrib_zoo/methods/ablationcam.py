@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.backbone.replay import Replay, replay
 from attrib_zoo.errors import check_choice
-from attrib_zoo.masking import ChunkSize
-from attrib_zoo.methods.bases.perturbation import Perturbation, at_least_float32, progress
+from attrib_zoo.masking import ChunkSize, at_least_float32
+from attrib_zoo.methods.bases.perturbation import Perturbation
+from attrib_zoo.methods.bases.progress import progress
 from attrib_zoo.targets import TargetQuery
 
 
@@ -82,7 +83,9 @@ class AblationCAM(Perturbation):
         self.fill = check_choice("fill", fill, ("zero", "mean"))
         self.relu = bool(relu)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
+    def compute_maps(
+        self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
+    ) -> list[Tensor]:
         heats = []
         for tap in self.taps(inputs, args):
             with replay(self.model, inputs, args, _with_prefix(tap)) as again:

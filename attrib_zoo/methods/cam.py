@@ -13,6 +13,7 @@ from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.replay import replay
 from attrib_zoo.errors import UnsupportedModelError, listed
+from attrib_zoo.masking import at_least_float32
 from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 from attrib_zoo.targets import TargetQuery
 
@@ -72,13 +73,15 @@ class CAM(GradientCAM):
         super().__init__(model, layers, relu=relu, upsample=upsample, smooth=smooth, scale=scale)
         self._checked: set[tuple[int, ...]] = set()
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
+    def compute_maps(
+        self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
+    ) -> list[Tensor]:
         size = tuple(inputs.shape[1:])
         if size not in self._checked:
             for tap in self.taps(inputs, args):
                 self._check_head(inputs, args, tap)
             self._checked.add(size)
-        return super()._maps(inputs, query, args, show_progress)
+        return super().compute_maps(inputs, query, args, show_progress)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """The row of the linear layer."""
@@ -95,7 +98,7 @@ class CAM(GradientCAM):
             flat = first.mean(dim=(-2, -1), keepdim=True).expand_as(first)
             probes = torch.stack([torch.zeros_like(first), first, flat, second, first + second])
             outputs = again(probes, torch.zeros(len(probes), dtype=torch.long))
-        zero, one_, averaged, two, both = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        zero, one_, averaged, two, both = at_least_float32(outputs)
         off = torch.stack([one_ - averaged, both - one_ - two + zero]).abs().max()
         tolerance = max(1e-4, 8 * torch.finfo(outputs.dtype).eps)
         if float(off) > tolerance * float((outputs - zero).abs().max()):

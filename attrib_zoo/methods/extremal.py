@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution
+from attrib_zoo.attribution import Attribution, PerturbationAttribution
 from attrib_zoo.backbone.capture import check_weights, forward, select_args
 from attrib_zoo.errors import OptionError, TargetError, UnsupportedModelError, check_choice, check_number
-from attrib_zoo.masking import ChunkSize, blur
-from attrib_zoo.methods.bases.perturbation import _PerturbationAttribution, at_least_float32, progress
+from attrib_zoo.masking import ChunkSize, at_least_float32, blur, wide_dtype
+from attrib_zoo.methods.bases.progress import progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 _LEVELS = 8  # of the blurred images, the last of them sharp
@@ -24,7 +24,7 @@ _AREA_WEIGHT, _AREA_GROWTH = 300.0, 1.0035
 _SAME = 2.0**10  # pixels of a mask that agree to 1 / _SAME share their place in the order
 
 
-class ExtremalPerturbation(Attribution, _PerturbationAttribution):
+class ExtremalPerturbation(Attribution, PerturbationAttribution):
     r"""The smooth mask of a given area through which the model sees most of the target; the rest is blurred.
 
     .. math:: m_a = \arg\max_m\ \Phi_c(m \otimes x) - \lambda \lVert \mathrm{sort}(m) - r_a \rVert^2
@@ -109,7 +109,7 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
         self.chunk_size = chunk_size
         ChunkSize(chunk_size)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         check_weights(self.model)
         target = query.resolve(forward(self.model, inputs, args))
         count, height, width = target.count, *inputs.shape[-2:]
@@ -208,7 +208,7 @@ class SmoothMask:
     """
 
     def __init__(self, size: Sequence[int], step: int, sigma: float, like: Tensor) -> None:
-        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.dtype = wide_dtype(like)
         self.cells = tuple(math.ceil(length / step) for length in size)
         self._size, self._margin = tuple(size), math.ceil(sigma)
         self._reach = 1 + math.ceil(sigma / step)

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution
+from attrib_zoo.attribution import Attribution, GradientAttribution
 from attrib_zoo.backbone.capture import run_from_inputs
 from attrib_zoo.backbone.kind import attends
 from attrib_zoo.backbone.module import find
 from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
-from attrib_zoo.masking import min_max
+from attrib_zoo.masking import at_least_float32, min_max
 from attrib_zoo.targets import TargetQuery
-
-if TYPE_CHECKING:
-
-    class _GradientAttribution:
-        pass
-
-else:
-    from captum.attr import GradientAttribution as _GradientAttribution
 
 _CONVOLUTION = nn.modules.conv._ConvNd
 _OWN_STATISTICS = (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
-class FullGrad(Attribution, _GradientAttribution):
+class FullGrad(Attribution, GradientAttribution):
     r"""What the pixels and the biases of all layers contribute to the target's score, which is their sum.
 
     A network of convolutions, batch normalisations, linear layers and ReLUs is its gradient times its inputs plus its
@@ -83,7 +75,7 @@ class FullGrad(Attribution, _GradientAttribution):
             raise OptionError(f"layers: must be None, for FullGrad reads every layer, got {layers!r}; leave it out")
         self.align_corners = bool(align_corners)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         self._check_model()
         biases = dict(_biases(self.model))
         linear = {name: isinstance(find(self.model, name), nn.Linear) for name in biases}
@@ -97,7 +89,10 @@ class FullGrad(Attribution, _GradientAttribution):
             for t in range(target.count):
                 more = t + 1 < target.count
                 slopes = torch.autograd.grad(scores[:, t].sum(), reached, retain_graph=more, allow_unused=True)
-                terms = [None if g is None else _wide(f) * _wide(g) for f, g in zip(factors, slopes, strict=True)]
+                terms = [
+                    None if g is None else at_least_float32(f.detach()) * at_least_float32(g)
+                    for f, g in zip(factors, slopes, strict=True)
+                ]
                 self._check_sum(scores[:, t].detach(), [term for term in terms if term is not None])
                 shown = [term for term, place in zip(terms, spatial, strict=True) if place and term is not None]
                 found.append(self._gathered(shown, inputs))
@@ -138,7 +133,7 @@ def _biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, (_CONVOLUTION, nn.Linear)):
             if module.bias is not None:
-                yield name, _wide(module.bias)
+                yield name, at_least_float32(module.bias.detach())
         elif isinstance(getattr(module, "running_var", None), Tensor):
             inner = [child for child, part in module.named_children() if isinstance(part, nn.Identity)]
             if inner or not any(module.children()):  # some activate too; the identity before that sees the sum
@@ -148,7 +143,7 @@ def _biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _shift(norm: nn.Module) -> Tensor:
     """What a batch normalisation adds: β − μγ/√(σ² + ε)."""
     values = {name: getattr(norm, name) for name in ("running_mean", "running_var", "weight", "bias")}
-    mean, variance, scale, bias = (None if v is None else _wide(v) for v in values.values())
+    mean, variance, scale, bias = (None if v is None else at_least_float32(v.detach()) for v in values.values())
     slope = (variance + norm.eps).rsqrt()  # type: ignore[operator]
     slope = slope if scale is None else slope * scale
     return -mean * slope if bias is None else bias - mean * slope  # type: ignore[operator]
@@ -157,7 +152,3 @@ def _shift(norm: nn.Module) -> Tensor:
 def _along(bias: Tensor, output: Tensor, *, last: bool) -> Tensor:
     """The bias ``(D,)`` along the second or the last axis of an output."""
     return bias if last else bias.view(-1, *[1] * (output.ndim - 2))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

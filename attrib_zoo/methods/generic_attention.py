@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from attrib_zoo.methods.bases.attention import AttentionMethod, attend_to, not_zero, positive, with_identity
+from attrib_zoo.attribution import GradientAttribution
+from attrib_zoo.methods.bases.attention import AttentionMethod, attention_for, not_zero, positive, with_identity
 from attrib_zoo.targets import TargetQuery
 
-if TYPE_CHECKING:
 
-    class _GradientAttribution:
-        pass
-
-else:
-    from captum.attr import GradientAttribution as _GradientAttribution
-
-
-class GenericAttention(AttentionMethod, _GradientAttribution):
+class GenericAttention(AttentionMethod, GradientAttribution):
     r"""Which patches reach the class token through attention that raises the target's score, block by block.
 
     .. math:: R_0 = I, \qquad R_l = R_{l-1} + C_l R_{l-1}, \qquad
@@ -60,9 +53,9 @@ class GenericAttention(AttentionMethod, _GradientAttribution):
     paper: ClassVar[str] = "Chefer et al., ICCV 2021"
     cost: ClassVar[str] = "1F + 1B"
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
-        found = self._attention(inputs, args)
-        attended = attend_to(self.model, found, inputs, args, query)
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        found = self.attention(inputs, args)
+        attended = attention_for(self.model, found, inputs, args, query)
         shares = (positive(block.gradients(), block.values) for block in attended.matrices())
         maps = found.follow(with_identity(share, normalise=False) for share in shares)
         return not_zero(maps.transpose(0, 1), self.get_name())

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from attrib_zoo.attribution import GradientAttribution
 from attrib_zoo.backbone.capture import forward, listening, run_with_graph, select_args
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.backbone.replay import Replay, replay
-from attrib_zoo.backbone.vit.attention import attend
+from attrib_zoo.backbone.vit.attention import read_attention
 from attrib_zoo.errors import OptionError, check_choice
-from attrib_zoo.masking import ChunkSize
+from attrib_zoo.masking import ChunkSize, at_least_float32
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
+from attrib_zoo.methods.bases.progress import progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
-
-if TYPE_CHECKING:
-
-    class _GradientAttribution:
-        pass
-
-else:
-    from captum.attr import GradientAttribution as _GradientAttribution
 
 _STEPS = {"cnn": 10, "vit": 5}
 
 
-class IIA(AttentionMethod, _GradientAttribution):
+class IIA(AttentionMethod, GradientAttribution):
     r"""Where gradient and representation agree all along two nested paths, over the image and over one layer.
 
     The outer path fades the image in, :math:`t_i x` with :math:`t_i = i/n` and i = 0..n. On a CNN, with A the maps of
@@ -117,12 +111,12 @@ class IIA(AttentionMethod, _GradientAttribution):
         self.score = check_choice("score", score, SCORES)
         self.chunk_size = chunk_size
 
-    def _layer_rule(self) -> tuple[str, int] | None:
+    def layer_rule(self) -> tuple[str, int] | None:
         if is_transformer(self.model):
             return None
         return ("outputs", 2) if self.mode == "triple" else self.default_layers
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         kind = "vit" if is_transformer(self.model) else "cnn"
         path = _Path(self, inputs, query, args, self.n_steps or _STEPS[kind], show_progress)
         return not_zero(self._rollout(path) if kind == "vit" else self._sum(path), self.get_name())
@@ -158,7 +152,7 @@ class IIA(AttentionMethod, _GradientAttribution):
         points, args = path.points(images, steps), path.args_of(images)
         with run_with_graph(self.model, points, args, [tap]) as (outputs, maps):
             gradients = path.gradients(path.target.rows(images).select(outputs, self.score), maps[0])
-        positive_maps = _precise(maps[0].detach()).relu()
+        positive_maps = at_least_float32(maps[0].detach()).relu()
         return torch.stack([(g * positive_maps).sum(1) for g in gradients], 1)
 
     def _double(self, path: _Path, tap: Tap, images: Tensor, steps: Tensor) -> Tensor:
@@ -178,7 +172,7 @@ class IIA(AttentionMethod, _GradientAttribution):
                     shares = path.shares(part, span, first=1)
                     inner = low[point] + shares * span[point]
                     gradients = self._gradients(path, again, inner, point, int(images[point]))
-                    risen = _precise(shares * span[point])
+                    risen = at_least_float32(shares * span[point])
                     parts.append(torch.stack([(g * risen).sum((0, 1)) for g in gradients]))
 
                 for _ in path.chunk.ranges(path.n, work):
@@ -206,7 +200,7 @@ class IIA(AttentionMethod, _GradientAttribution):
                     def work(part: slice, point: int = point, bottom: Tensor = bottom, rise: Tensor = rise) -> None:
                         inner = bottom + path.shares(part, rise, first=0) * rise
                         gradients = self._gradients(path, from_later, inner, point, image)
-                        active = _precise(inner).relu()
+                        active = at_least_float32(inner).relu()
                         parts.append(torch.stack([(g * active).relu().sum((0, 1)) for g in gradients]))
 
                     for _ in path.chunk.ranges(path.n + 1, work):
@@ -244,7 +238,7 @@ class IIA(AttentionMethod, _GradientAttribution):
     def _rollout(self, path: _Path) -> Tensor:
         if self.layers is not None:
             raise self._reads_all_layers()
-        found = self._attention(path.inputs, path.args)
+        found = self.attention(path.inputs, path.args)
         side = path.n + 1
         sums: list[Tensor] = []
 
@@ -252,7 +246,7 @@ class IIA(AttentionMethod, _GradientAttribution):
             images, outer = path.pair(index // side)
             factor = (index % side).to(path.inputs) / path.n
             wanted = path.target.rows(images)
-            attended = attend(
+            attended = read_attention(
                 self.model,
                 found,
                 path.points(images, outer),
@@ -304,7 +298,8 @@ class _Path:
         """Of T scores ``(M, T)`` with respect to maps, one ``(M, D, h, w)`` for each."""
         count = scores.shape[1]
         return [
-            _precise(torch.autograd.grad(scores[:, t].sum(), maps, retain_graph=t + 1 < count)[0]) for t in range(count)
+            at_least_float32(torch.autograd.grad(scores[:, t].sum(), maps, retain_graph=t + 1 < count)[0])
+            for t in range(count)
         ]
 
     def walk(self, total: int, work: Callable[[Tensor], None]) -> None:
@@ -313,17 +308,6 @@ class _Path:
             for count in self.chunk.ranges(total, lambda part: work(torch.arange(part.start, part.stop))):
                 advance(count)
 
-    @contextmanager
-    def progress(self, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """A progress bar to tell how many points were done; none unless it was asked for."""
-        if not self._label:
-            yield lambda _: None
-            return
-        from tqdm.auto import tqdm
-
-        with tqdm(total=total, desc=self._label, unit="point", leave=False, mininterval=0.5) as bar:
-            yield lambda count: bar.update(count) and None
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return progress(total, self._label, "point")

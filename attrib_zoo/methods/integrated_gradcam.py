@@ -88,7 +88,9 @@ class IntegratedGradCAM(GradientCAM):
         ChunkSize(chunk_size)
         self.chunk_size = chunk_size
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
+    def compute_maps(
+        self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
+    ) -> list[Tensor]:
         taps = self.taps(inputs, args)
         target = query.resolve(run(self.model, inputs, args)[0])
         start = torch.zeros_like(inputs) + resolve_baseline(self.baseline, self.model, inputs)
@@ -105,7 +107,7 @@ class IntegratedGradCAM(GradientCAM):
             maps, gradients, _ = differentiate(self.model, points, extra, taps, lambda _: here, self.score)
             if self.subtract_baseline:
                 maps = [m - origin[at] for m, origin in zip(maps, origins, strict=True)]
-            found = [self._one_layer(m, g) for m, g in zip(maps, gradients, strict=True)]
+            found = [self.layer_map(m, g) for m, g in zip(maps, gradients, strict=True)]
             if not totals:
                 totals.extend(heat.new_zeros(len(inputs), *heat.shape[1:]) for heat in found)
                 alive.extend(g.new_zeros(()) for g in gradients)
@@ -114,8 +116,8 @@ class IntegratedGradCAM(GradientCAM):
             for seen, g in zip(alive, gradients, strict=True):
                 seen += g.any()
 
-        name = type(self).__name__ if show_progress else None
-        each_chunk(inputs, self.n_steps, add, chunk_size=self.chunk_size, progress=name)
+        label = type(self).__name__ if show_progress else ""
+        each_chunk(inputs, self.n_steps, add, chunk_size=self.chunk_size, label=label)
         check_gradients(alive, taps, type(self).__name__)
         return [total / self.n_steps for total in totals]
 

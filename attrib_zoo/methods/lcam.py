@@ -14,7 +14,7 @@ from attrib_zoo.backbone.layers.resolve import Tap, is_attention
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.replay import replay
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
-from attrib_zoo.masking import blend
+from attrib_zoo.masking import at_least_float32, blend
 from attrib_zoo.masking import upsample as enlarge
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
@@ -22,7 +22,7 @@ from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
-from attrib_zoo.training.session import attend, head_dtype
+from attrib_zoo.training.session import head_maps
 
 _RECIPES = ("paper", "released")
 _BORDER, _OFFSET = 0.3, 5e-4  # of the released loss
@@ -70,11 +70,11 @@ class _LCAM(TrainableAttribution):
         """Clean outputs, decisions, attention maps ``(N, M, h, w)``, own masks ``(N, 1, h, w)``, masked outputs."""
         raise NotImplementedError
 
-    def _layer_rule(self) -> tuple[str, int]:
+    def layer_rule(self) -> tuple[str, int]:
         return ("outputs" if self.after_pool else "gradient"), 1
 
-    def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
-        taps = super()._resolve(inputs, args)
+    def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
+        taps = super().resolve_layers(inputs, args)
         who = type(self).__name__
         if len(taps) != 1:
             raise OptionError(f"layers: {who} reads one layer, got {len(taps)}; name one, or use TTAME")
@@ -87,13 +87,13 @@ class _LCAM(TrainableAttribution):
 
     # ------------------------------------------------------------------ training
 
-    def _network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
+    def build_network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
         return AttentionHead(channels, num_classes, branches=False, generator=generator)
 
-    def _complete(self, network: nn.Module) -> None:
+    def finish_network(self, network: nn.Module) -> None:
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
-    def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
+    def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         falling: dict[str, Any] = {"weight_decay": 5e-4, "decay_biases": True, "factor": 0.95}
         if is_long(asked, steps, self.recipe):
             if self.recipe == "released":
@@ -108,10 +108,12 @@ class _LCAM(TrainableAttribution):
         released = self.recipe == "released"
         rows = classes.expand(batch, batch) if released else classes.unsqueeze(1)
         own = torch.arange(batch, device=classes.device) if released else torch.zeros_like(classes)
-        maps = attend(network, [features], rows)
+        maps = head_maps(network, [features], rows)
         return maps, maps[torch.arange(batch, device=own.device), own].unsqueeze(1).sigmoid()
 
-    def _terms(self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> Terms:
+    def loss_terms(
+        self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator
+    ) -> Terms:
         clean, classes, maps, mask, masked = self._see(images, args, network)
         offset = _OFFSET if self.recipe == "released" else 0.0
         parts = {
@@ -139,7 +141,7 @@ class _LCAM(TrainableAttribution):
             return variation(masks, total=True, border=_BORDER)
         return 2 * variation(masks, total=True)
 
-    def _baseline(self, images: Tensor) -> Tensor | float:
+    def baseline_of(self, images: Tensor) -> Tensor | float:
         """What is seen where a mask is 0."""
         return hidden(self._ready().decisions, images)
 
@@ -233,8 +235,8 @@ class LCAMFm(_LCAM):
             scale=scale,
         )
 
-    def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
-        taps = super()._resolve(inputs, args)
+    def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
+        taps = super().resolve_layers(inputs, args)
         if is_attention(self.model, taps[0]):
             raise UnsupportedModelError(
                 f"LCAMFm: masks the feature maps of a convolutional network, got {taps[0].name!r} of "
@@ -242,7 +244,7 @@ class LCAMFm(_LCAM):
             )
         return taps
 
-    def _decide(
+    def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
         return decide_masking(self.model, taps, images, "raw", None, None)
@@ -252,7 +254,7 @@ class LCAMFm(_LCAM):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         with replay(self.model, images, args, self.taps(images, args)[0]) as again:
             classes = two_logits(again.outputs).argmax(1)
-            maps, mask = self._attend(network, again.maps.to(head_dtype(again.maps)), classes)
+            maps, mask = self._attend(network, at_least_float32(again.maps), classes)
             masked = again(again.maps * mask.to(again.maps.dtype), torch.arange(len(images)))
         return again.outputs, classes, maps, mask, masked
 
@@ -345,7 +347,7 @@ class LCAMImg(_LCAM):
         self.masking = check_choice("masking", masking, MASKINGS)
         self.mean, self.std = check_statistics(mean, std)
 
-    def _decide(
+    def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
         return decide_masking(self.model, taps, images, self.masking, self.mean, self.std)
@@ -356,5 +358,5 @@ class LCAMImg(_LCAM):
         clean, (features,) = self._features(images, args)
         classes = two_logits(clean).argmax(1)
         maps, mask = self._attend(network, features, classes)
-        shown = blend(images, enlarge(mask, images.shape[-2:]).to(images.dtype), self._baseline(images))
+        shown = blend(images, enlarge(mask, images.shape[-2:]).to(images.dtype), self.baseline_of(images))
         return clean, classes, maps, mask, forward(self.model, shown, args)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import run
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import check_choice, check_number
-from attrib_zoo.masking import upsample
-from attrib_zoo.methods.bases.perturbation import Baseline, Passes, Perturbation, at_least_float32, refuse_transformers
+from attrib_zoo.masking import at_least_float32, upsample
+from attrib_zoo.methods.bases.perturbation import Baseline, Passes, Perturbation, refuse_transformers
 from attrib_zoo.targets import TargetQuery
 
 
@@ -101,16 +101,16 @@ class PolyCAM(Perturbation):
         self.perc = check_number("perc", perc, least=0.0, most=50.0)
         self.full_range = bool(full_range)
 
-    def _resolve(self, inputs: Tensor, args: Any) -> tuple[Tap, ...]:
+    def resolve_layers(self, inputs: Tensor, args: Any) -> tuple[Tap, ...]:
         refuse_transformers(
             self, "refines from coarse to fine, and all blocks of a vision transformer have one resolution"
         )
-        return super()._resolve(inputs, args)
+        return super().resolve_layers(inputs, args)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         taps = self.taps(inputs, args)
         outputs, layers = run(self.model, inputs, args, taps)
-        passes = self._passes(inputs, args, outputs, query.resolve(outputs), show_progress)
+        passes = self.passes(inputs, args, outputs, query.resolve(outputs), show_progress)
         coarse: Tensor | None = None
         for tap, maps in zip(taps[::-1], layers[::-1], strict=True):
             passes.label = f"{self.get_name()} {tap.label}" if show_progress else ""

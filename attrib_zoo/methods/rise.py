@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward
 from attrib_zoo.errors import OptionError, check_number
+from attrib_zoo.masking import wide_dtype
 from attrib_zoo.methods.bases.perturbation import Baseline, Passes, Perturbation
 from attrib_zoo.targets import TargetQuery
 
@@ -83,10 +84,10 @@ class RISE(Perturbation):
         self.p1 = check_number("p1", p1, least=0.0, most=1.0, above=True)
         self.seed = check_number("seed", seed, least=0)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs = forward(self.model, inputs, args)
         target = query.resolve(outputs)
-        passes = self._passes(inputs, args, outputs, target, show_progress)
+        passes = self.passes(inputs, args, outputs, target, show_progress)
         masks = RandomMasks(self.n_masks, self.s, self.p1, self.seed, inputs)
         return self._sum(passes, masks) / (self.n_masks * self.p1)
 
@@ -123,7 +124,7 @@ class RandomMasks:
 
     def __init__(self, count: int, s: int, p1: float, seed: int, like: Tensor) -> None:
         drawn = torch.rand(count, s * s + 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = wide_dtype(like)
         self._grids = (drawn[:, 2:] < p1).view(count, s, s).to(like.device, dtype)
         self._axes = [
             (_enlarging((s + 1) * cell, s).to(like.device, dtype), (drawn[:, i] * cell).long().to(like.device), length)

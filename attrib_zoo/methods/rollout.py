@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.vit.attention import attend
-from attrib_zoo.methods.bases.attention import AttentionMethod, attend_to, not_zero, positive, with_identity
+from attrib_zoo.backbone.vit.attention import read_attention
+from attrib_zoo.methods.bases.attention import AttentionMethod, attention_for, not_zero, positive, with_identity
 from attrib_zoo.targets import TargetQuery
 
 
@@ -71,14 +71,14 @@ class AttentionRollout(AttentionMethod):
         if self.gradient:
             self.class_agnostic = False  # type: ignore[misc]  # said by the class for its defaults
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
-        found = self._attention(inputs, args)
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        found = self.attention(inputs, args)
         if self.gradient:
-            attended = attend_to(self.model, found, inputs, args, query)
+            attended = attention_for(self.model, found, inputs, args, query)
             shares = (positive(block.gradients(), block.values) for block in attended.matrices())
             maps = found.follow(with_identity(share, normalise=True) for share in shares)
             return not_zero(maps.transpose(0, 1), self.get_name())
-        attended = attend(self.model, found, inputs, args)
+        attended = read_attention(self.model, found, inputs, args)
         count = query.resolve(attended.outputs).count
         means = (block.values.mean(-3) for block in attended.matrices())
         maps = found.follow(with_identity(mean, normalise=True) for mean in means)

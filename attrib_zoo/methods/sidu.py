@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import check_choice, check_number, warn
-from attrib_zoo.masking import min_max, upsample
-from attrib_zoo.methods.bases.perturbation import Baseline, PerturbationCAM, at_least_float32, refuse_transformers
+from attrib_zoo.masking import at_least_float32, min_max, upsample
+from attrib_zoo.methods.bases.perturbation import Baseline, PerturbationCAM, refuse_transformers
 from attrib_zoo.targets import Target
 
 
@@ -93,9 +93,9 @@ class SIDU(PerturbationCAM):
         self.threshold = check_number("threshold", threshold, least=-torch.inf)
         self.threshold_on = check_choice("threshold_on", threshold_on, ("raw", "minmax"))
 
-    def _resolve(self, inputs: Tensor, args: Any) -> tuple[Tap, ...]:
+    def resolve_layers(self, inputs: Tensor, args: Any) -> tuple[Tap, ...]:
         refuse_transformers(self, "cuts feature maps at a threshold, and those of a vision transformer have both signs")
-        return super()._resolve(inputs, args)
+        return super().resolve_layers(inputs, args)
 
     def read(self, outputs: Tensor, target: Target) -> Tensor:
         """All scores of each pass, ``(M, K)``."""

@@ -91,7 +91,9 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         ChunkSize(chunk_size)
         self.chunk_size = chunk_size
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
+    def compute_maps(
+        self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
+    ) -> list[Tensor]:
         taps = self.taps(inputs, args)
         clean, gradients, target = differentiate(self.model, inputs, args, taps, query.resolve, self.score)
         self.check_features(clean, taps)
@@ -110,8 +112,8 @@ class SmoothGradCAMPlusPlus(GradientCAM):
                 for p in range(3):
                     total[p].index_add_(1, at, share ** (p + 1))
 
-        name = type(self).__name__ if show_progress else None
-        each_chunk(inputs, self.n_samples, add, chunk_size=self.chunk_size, progress=name)
+        label = type(self).__name__ if show_progress else ""
+        each_chunk(inputs, self.n_samples, add, chunk_size=self.chunk_size, label=label)
         check_gradients([total[1] for total in powers], taps, type(self).__name__)
         each = zip(clean, powers, units, strict=True)
         return [self._heat(a, p / self.n_samples, u) for a, p, u in each]

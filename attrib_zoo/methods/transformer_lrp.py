@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from attrib_zoo.attribution import GradientAttribution
 from attrib_zoo.backbone.layers.resolve import look
 from attrib_zoo.backbone.module import find
-from attrib_zoo.backbone.vit.attention import Attended, Attentions, Matrix, attend, find_attention
+from attrib_zoo.backbone.vit.attention import AttentionPass, Attentions, Matrix, find_attention, read_attention
 from attrib_zoo.backbone.vit.heads import precise
 from attrib_zoo.backbone.vit.prenorm import Block, PreNorm, Values, take_apart
 from attrib_zoo.errors import OptionError, TargetError, UnsupportedModelError
@@ -18,16 +19,8 @@ from attrib_zoo.methods.bases import relevance as rules
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
 from attrib_zoo.targets import Target, TargetQuery
 
-if TYPE_CHECKING:
 
-    class _GradientAttribution:
-        pass
-
-else:
-    from captum.attr import GradientAttribution as _GradientAttribution
-
-
-class TransformerLRP(AttentionMethod, _GradientAttribution):
+class TransformerLRP(AttentionMethod, GradientAttribution):
     r"""Which patches the score's relevance flows back to, through every layer and along attention that matters.
 
     .. math:: M = (\bar A_L \cdots \bar A_s)_{\mathrm{class}}, \qquad \bar A_l = I + \frac{1}{H} \sum_h \mathrm{ReLU}
@@ -97,12 +90,12 @@ class TransformerLRP(AttentionMethod, _GradientAttribution):
         self.row_norm = bool(row_norm)
         self._parts: dict[tuple[int, ...], PreNorm] = {}
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         found, parts = self._apart(inputs, args)
         values = Values()
         with precise(inputs):  # shares of sums that nearly cancel do not survive autocast
             with values.listening(self.model, parts):
-                attended = attend(
+                attended = read_attention(
                     self.model,
                     found,
                     inputs,
@@ -119,7 +112,7 @@ class TransformerLRP(AttentionMethod, _GradientAttribution):
         if key not in self._parts:
             trace = look(self.model, inputs, args)
             self._found[key] = find_attention(self.model, inputs, args, trace)
-            found = self._attention(inputs, args)
+            found = self.attention(inputs, args)
             self._parts[key] = take_apart(trace, found, inputs, args)
         parts = self._parts[key]
         if self.start_layer >= len(parts.blocks):
@@ -127,9 +120,9 @@ class TransformerLRP(AttentionMethod, _GradientAttribution):
                 f"start_layer: must be below {len(parts.blocks)}, the number of blocks of "
                 f"{type(self.model).__name__}, got {self.start_layer}"
             )
-        return self._attention(inputs, args), parts
+        return self.attention(inputs, args), parts
 
-    def _steps(self, found: Attentions, parts: PreNorm, values: Values, attended: Attended) -> Iterator[Tensor]:
+    def _steps(self, found: Attentions, parts: PreNorm, values: Values, attended: AttentionPass) -> Iterator[Tensor]:
         """The factors of the product, from the last block to the first that takes part."""
         relevance: Tensor | None = None
         rows: list[int] | slice = list(found.read)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import forward, run
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import check_choice, listed
-from attrib_zoo.masking import blend, blur, mean_filter, upsample
+from attrib_zoo.masking import at_least_float32, blend, blur, mean_filter, upsample
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training.fit import Terms
@@ -21,7 +21,7 @@ from attrib_zoo.training.losses import area, cross_entropy, gone, order_mask, tw
 from attrib_zoo.training.recipe import Recipe, as_recipe
 from attrib_zoo.training.rows import class_rows, starting_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
-from attrib_zoo.training.session import attend, head_dtype
+from attrib_zoo.training.session import head_maps
 
 _BRANCH_LR = 1e-3
 _ROWS_LR = 0.012  # over the root of the channels, so that a step turns a row of any length equally far
@@ -164,7 +164,7 @@ class TTAME(TrainableAttribution):
         own = ("masking", "mean", "std", "upsample", "smooth", "scale")
         return {"recipe": self.recipe.facts(), **{name: getattr(self, name) for name in own}}
 
-    def _layer_rule(self) -> tuple[str, int]:
+    def layer_rule(self) -> tuple[str, int]:
         return self.recipe.layer_rule, self.recipe.num_layers
 
     # ------------------------------------------------------------------ explain
@@ -182,7 +182,7 @@ class TTAME(TrainableAttribution):
 
     # ------------------------------------------------------------------ training
 
-    def _network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
+    def build_network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
         return AttentionHead(
             channels,
             num_classes,
@@ -193,7 +193,7 @@ class TTAME(TrainableAttribution):
             generator=generator,
         )
 
-    def _complete(self, network: nn.Module) -> None:
+    def finish_network(self, network: nn.Module) -> None:
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
     @property
@@ -210,7 +210,7 @@ class TTAME(TrainableAttribution):
         head: Any = network
         rows = class_rows(self.model, images, args, taps, show_progress=show_progress)
         outputs, features = run(self.model, images, args, taps)
-        features = [f.to(head_dtype(f)) for f in features]
+        features = [at_least_float32(f) for f in features]
         started, silent = starting_rows(rows, features, two_logits(outputs).argmax(1))
         if not any(bool(weight.any()) for weight in started):
             return {}, [
@@ -226,7 +226,7 @@ class TTAME(TrainableAttribution):
             )
         return {"rows": rows.described()}, told
 
-    def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
+    def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         head: Any = network
         if is_long(asked, steps, self.recipe.name) and self.recipe.start == "random":
             return Schedule(self.recipe.name, "sgd", 1e-3, weight_decay=5e-4)
@@ -235,7 +235,7 @@ class TTAME(TrainableAttribution):
         head.share_rows(head.reach(features))
         return Schedule("short", "adam", LOGIT_STEP, branch_lr=_BRANCH_LR)
 
-    def _decide(
+    def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
         masking = decide_masking(self.model, taps, images, self.masking, self.mean, self.std)
@@ -245,17 +245,19 @@ class TTAME(TrainableAttribution):
             psi = "own" if few else "random"
         return {**masking, "psi": psi}
 
-    def _terms(self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> Terms:
+    def loss_terms(
+        self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator
+    ) -> Terms:
         clean, features = self._features(images, args)
         logits = two_logits(clean)
         classes = logits.argmax(1)
         if self.recipe.loss == "order":
             return self._order_terms(network, images, args, generator, features, logits, classes)
         rows, own = extra_classes(classes, logits.shape[1], self._ready().decisions["psi"], generator)
-        attention = attend(network, features, rows)
+        attention = head_maps(network, features, rows)
         own_map = attention[torch.arange(len(images), device=own.device), own].unsqueeze(1).sigmoid()
         mask = upsample(own_map, images.shape[-2:]).to(images.dtype)
-        masked = forward(self.model, blend(images, mask, self._baseline(images)), args)
+        masked = forward(self.model, blend(images, mask, self.baseline_of(images)), args)
         parts = {
             "ce": cross_entropy(masked, classes).mean(),
             "area": area(attention, self.recipe.area_power, self.recipe.area_offset).mean(),
@@ -301,7 +303,7 @@ class TTAME(TrainableAttribution):
         kept = (torch.arange(count, device=images.device) + (drawn[1, 0] < 0.5)) % 2 == 0
         mask = torch.where(kept.view(-1, 1, 1, 1), mask, 1 - mask)
         blurred = (drawn[2] < 0.5).view(-1, 1, 1, 1)
-        hidden_there = torch.where(blurred, blur(images, _BLUR * images.shape[-1]), self._baseline(images))
+        hidden_there = torch.where(blurred, blur(images, _BLUR * images.shape[-1]), self.baseline_of(images))
         shown = blend(images, upsample(mask, images.shape[-2:]).to(images.dtype), hidden_there)
         outputs = forward(self.model, shown, args)
         losses = torch.where(kept, cross_entropy(outputs, classes), gone(outputs, classes))
@@ -311,7 +313,7 @@ class TTAME(TrainableAttribution):
         }
         return Terms(losses.mean(), parts, classes)
 
-    def _baseline(self, images: Tensor) -> Tensor | float:
+    def baseline_of(self, images: Tensor) -> Tensor | float:
         """What is seen where the mask is 0: black (Eq. 13) or the mean colour (Eq. 14)."""
         return hidden(self._ready().decisions, images)
 

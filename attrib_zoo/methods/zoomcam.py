@@ -60,8 +60,8 @@ class ZoomCAM(GradientCAM):
     models: ClassVar[tuple[str, ...]] = ("cnn",)
     default_layers: ClassVar[tuple[str, int] | None] = ("fine", 1)
 
-    def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
-        taps = super()._resolve(inputs, args)
+    def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
+        taps = super().resolve_layers(inputs, args)
         if self.layers is None and any(is_attention(self.model, tap) for tap in taps):
             raise UnsupportedModelError(
                 f"ZoomCAM: needs convolutional stages of several resolutions, got {type(self.model).__name__} with "
@@ -73,8 +73,8 @@ class ZoomCAM(GradientCAM):
         """Gradient times activation, summed over the feature maps."""
         return (gradients * activations).sum(1)
 
-    def _one_layer(self, activation: Tensor, gradient: Tensor) -> Tensor:
-        return min_max(super()._one_layer(activation, gradient))
+    def layer_map(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        return min_max(super().layer_map(activation, gradient))
 
     def fuse(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """From coarse to fine, the larger of the enlarged map and the next."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attrib_zoo.errors import InputError, OptionError
-from attrib_zoo.masking import min_max, upsample
+from attrib_zoo.masking import at_least_float32, min_max, upsample
 
 TIES = ("threshold", "random", "stable")
 
@@ -31,7 +31,7 @@ def read_maps(attributions: Tensor, batch: int) -> Tensor:
             f"attributions: must be maps (N, C, H, W), (N, 1, h, w) or (N, h, w) for N={batch} images, got {got}"
         )
     maps = attributions.detach()
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    maps = at_least_float32(maps)
     return maps.unsqueeze(1) if maps.ndim == 3 else maps.mean(1, keepdim=True)
 
 

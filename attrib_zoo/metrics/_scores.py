@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import forward, frozen, select_args
+from attrib_zoo.backbone.capture import forward, forward_args, frozen, select_args
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.errors import InputError, OptionError, UnsupportedModelError
 from attrib_zoo.masking import ChunkSize, black, channel_stats
@@ -36,13 +36,6 @@ def check_score(score: Score) -> None:
     """An error for a score that does not exist."""
     if not callable(score) and score not in ("softmax", "sigmoid"):
         raise OptionError(f"score: must be 'softmax', 'sigmoid' or a function of the outputs, got {score!r}")
-
-
-def as_args(additional_forward_args: Any) -> tuple[Any, ...]:
-    """Captum's ``additional_forward_args`` as a tuple."""
-    if additional_forward_args is None:
-        return ()
-    return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
 
 
 def hidden_colour(model: nn.Module, masking: Masking, inputs: Tensor) -> Tensor | float:
@@ -116,7 +109,7 @@ def score_copies(
     check_score(score)
     if reduce not in REDUCE:
         raise OptionError(f"reduce: must be one of {', '.join(REDUCE)}, got {reduce!r}")
-    args, batch = as_args(additional_forward_args), len(inputs)
+    args, batch = forward_args(additional_forward_args), len(inputs)
     read = select_scores if reduce == "confidence" else agreement
     found: list[Tensor] = []
     resolved: Target | None = None

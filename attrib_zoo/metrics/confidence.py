@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import frozen
+from attrib_zoo.backbone.capture import forward_args, frozen
 from attrib_zoo.errors import OptionError
 from attrib_zoo.masking import blend
 from attrib_zoo.metrics._maps import Seed, finite_rows, read_maps, scale_maps, top_pixels
 from attrib_zoo.metrics._scores import (
     Masking,
     Score,
-    as_args,
     check_inputs,
     check_masking,
     check_score,
@@ -200,7 +199,7 @@ def masked_confidence(
     _check(mask, masking, score, clean, target, len(inputs))
     maps = read_maps(attributions, len(inputs)).to(inputs.device)
     shown = _shown(maps, inputs, keep, mask, ties, seed)
-    args = as_args(additional_forward_args)
+    args = forward_args(additional_forward_args)
 
     with frozen(model) as bare, torch.no_grad():
         hidden = hidden_colour(bare, masking, inputs)

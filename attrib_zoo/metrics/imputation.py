@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrib_zoo.errors import InputError, OptionError
+from attrib_zoo.errors import InputError, OptionError, warn
+from attrib_zoo.masking import at_least_float32
 from attrib_zoo.metrics._poisson import solve, totals
 
 _MOST = 100
@@ -56,7 +55,7 @@ def linear_imputation(images: Tensor, removed: Tensor, *, tolerance: float = 1e-
         )
     if not tolerance > 0:
         raise OptionError(f"tolerance: must be above 0, got {tolerance}")
-    work = images.detach().to(torch.promote_types(images.dtype, torch.float32))
+    work = at_least_float32(images.detach())
     mask = mask.to(work.device)
     rounding = 16 * torch.finfo(work.dtype).eps * work.abs().flatten(1).amax(1)  # all there is in a flat image
     limit = torch.maximum(tolerance * work.flatten(1).std(1, correction=0), rounding).view(-1, 1, 1, 1)
@@ -95,10 +94,9 @@ def _fill(images: Tensor, free: Tensor, limit: Tensor) -> Tensor:
 def _solve(guess: Tensor, free: Tensor, total: Tensor, limit: Tensor) -> Tensor:
     found, done = solve(guess, free, total, limit, _MOST)
     if done >= _MOST:
-        warnings.warn(
+        warn(
             f"imputation: not converged after {_MOST} iterations; raise the tolerance, or pass float64 images",
             RuntimeWarning,
-            stacklevel=4,
         )
     return found
 

@@ -10,11 +10,11 @@ from captum.metrics import infidelity as captum_infidelity
 from captum.metrics import sensitivity_max as captum_sensitivity_max
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import forward, frozen
+from attrib_zoo.backbone.capture import forward, forward_args, frozen
 from attrib_zoo.errors import InputError, OptionError
-from attrib_zoo.masking import ChunkSize, upsample
+from attrib_zoo.masking import ChunkSize, at_least_float32, upsample
 from attrib_zoo.metrics._maps import Seed, finite_rows, read_maps, seeds_of
-from attrib_zoo.metrics._scores import as_args, check_inputs, run_in_chunks
+from attrib_zoo.metrics._scores import check_inputs, run_in_chunks
 from attrib_zoo.targets import TargetQuery
 
 SCORES = ("logit", "softmax", "sigmoid")
@@ -70,14 +70,14 @@ def infidelity(
     _check(samples, score)
     maps = _all_channels(attributions, inputs)
     perturb = _perturbation(perturbation, noise, square, inputs, seed)
-    args = as_args(additional_forward_args)
+    args = forward_args(additional_forward_args)
 
     with frozen(model) as bare, torch.no_grad():
         fixed = _fixed(bare, inputs, target, args, chunk_size)
 
         def ask(images: Tensor, *rest: Any) -> Tensor:
             outputs = forward(bare, images, rest)
-            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+            outputs = at_least_float32(outputs)
             if score == "logit":
                 return outputs
             TargetQuery(None).resolve(outputs).select(outputs, score)  # an error where there is no such score
@@ -140,7 +140,7 @@ def sensitivity_max(
     if not radius > 0:
         raise OptionError(f"radius: must be above 0, got {radius}")
     with frozen(model) as bare, torch.no_grad():
-        fixed = _fixed(bare, inputs, target, as_args(additional_forward_args), chunk_size)
+        fixed = _fixed(bare, inputs, target, forward_args(additional_forward_args), chunk_size)
     draw = _Draws(seed, len(inputs))
 
     def shake(repeated: Tensor) -> Tensor:

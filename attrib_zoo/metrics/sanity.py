@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import forward, frozen, unwrap
+from attrib_zoo.backbone.capture import forward, forward_args, frozen, unwrap
 from attrib_zoo.backbone.module import find
 from attrib_zoo.errors import OptionError
 from attrib_zoo.metrics._maps import read_maps
-from attrib_zoo.metrics._scores import as_args, check_inputs
+from attrib_zoo.metrics._scores import check_inputs
 from attrib_zoo.metrics.similarity import SIMILARITIES, Similarity
 from attrib_zoo.targets import TargetQuery
 
@@ -91,7 +91,7 @@ def model_randomization(
     """
     check_inputs(inputs)
     similarities = SIMILARITIES if similarities is None else similarities
-    order, target = _order_and_target(model, inputs, target, as_args(additional_forward_args))
+    order, target = _order_and_target(model, inputs, target, forward_args(additional_forward_args))
     names = order if layers is None else list(layers)
     changed = copy.deepcopy(unwrap(model))
     groups = [_inside(changed, name) for name in names]
@@ -139,7 +139,7 @@ def repeatability(
     if len(set(seeds)) < 2 or len(set(seeds)) != len(seeds):
         raise OptionError(f"seeds: must be two or more different ones, got {seeds!r}")
     similarities = SIMILARITIES if similarities is None else similarities
-    _, target = _order_and_target(model, inputs, target, as_args(additional_forward_args))
+    _, target = _order_and_target(model, inputs, target, forward_args(additional_forward_args))
     maps = [explain(model, seed)(inputs, target).detach().clone() for seed in seeds]
     pairs = [_compare(a, b, similarities) for i, a in enumerate(maps) for b in maps[i + 1 :]]
     return {name: torch.stack([pair[name] for pair in pairs]).mean(0) for name in similarities}
@@ -152,7 +152,7 @@ def randomization_order(model: nn.Module, inputs: Tensor, *, additional_forward_
     of torch's attention) where the module around it does. Tokens and position embeddings count too, under the name
     of the module that holds them: the empty name for the model itself.
     """
-    return _order_and_target(model, inputs, 0, as_args(additional_forward_args))[0]
+    return _order_and_target(model, inputs, 0, forward_args(additional_forward_args))[0]
 
 
 def _order_and_target(model: nn.Module, inputs: Tensor, target: Any, args: tuple[Any, ...]) -> tuple[list[str], Any]:

@@ -20,7 +20,7 @@ STD = 0.25
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from ``seed`` inside; the global generator is as before afterwards."""
+    """Draw from ``seed`` inside; the global CPU generator is as before afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from attrib_zoo.synthetic.networks import seeded
 
 CLASSES = 5
 _POOL = 96
@@ -284,14 +285,6 @@ def bench(name: str, size: tuple[int, int] = (32, 32), dtype: torch.dtype = torc
     found.inputs, found.gates, found.pool = (t.to(dtype) for t in (found.inputs, found.gates, found.pool))
     found.batches = [batch.to(dtype) for batch in found.batches]
     return found
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from ``seed`` inside; the global CPU generator is as before afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 @cache

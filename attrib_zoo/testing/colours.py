@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.testing.benches import seeded
+from attrib_zoo.synthetic.networks import seeded
 
 
 class ColourNet(nn.Module):

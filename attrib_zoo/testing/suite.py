@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.errors import UnsupportedModelError
-from attrib_zoo.testing.benches import MODELS, BenchModel, bench, seeded
+from attrib_zoo.synthetic.networks import seeded
+from attrib_zoo.testing.benches import MODELS, BenchModel, bench
 from attrib_zoo.testing.state import Snapshot
 
 Factory = Callable[..., Any]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.errors import CheckpointError, DataError
+from attrib_zoo.training.files import write_whole
 from attrib_zoo.training.history import History
 from attrib_zoo.training.schedule import Schedule
 
@@ -35,7 +35,7 @@ class Checkpoint:
 
 
 def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
-    """Write the file whole or not at all: a temporary file beside it is renamed into place.
+    """Write the file whole or not at all.
 
     Raises:
         DataError: the folder does not exist or cannot be written, or the disk is full.
@@ -47,27 +47,13 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
     data = save(tensors, metadata)
     try:
-        _replace(target, data)
+        write_whole(target, data)
     except OSError as error:
         raise DataError(
             f"path: must be a file in a folder that exists and can be written, got {target} ({error.strerror}); "
             "make the folder, make room, or choose another"
         ) from error
     return target
-
-
-def _replace(target: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.errors import OptionError, TrainingError
+from attrib_zoo.errors import OptionError, TrainingError, warn
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from attrib_zoo.training.data import Batches
@@ -279,7 +278,7 @@ def _ended_early(state: State, steps: int) -> str:
 def tell(history: History, message: str) -> None:
     """Warn, and keep the warning in the history."""
     history.messages.append(message)
-    warnings.warn(message, UserWarning, stacklevel=4)
+    warn(message)
 
 
 @contextmanager

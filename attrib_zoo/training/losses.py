@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrib_zoo.masking import at_least_float32
+
 
 def area(logits: Tensor, power: float, offset: float = 0.0) -> Tensor:
     """Mean of the masks' values to a power, ``E`` of Eq. 16 for each image.
@@ -53,7 +55,7 @@ def cross_entropy(outputs: Tensor, classes: Tensor) -> Tensor:
 
 def two_logits(outputs: Tensor) -> Tensor:
     """``(N, K)`` logits with K ≥ 2 in float32 or better: one value z per image becomes the two logits (0, z)."""
-    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    outputs = at_least_float32(outputs)
     if outputs.ndim == 1 or outputs.shape[1] == 1:
         z = outputs.reshape(-1)
         return torch.stack([torch.zeros_like(z), z], dim=1)

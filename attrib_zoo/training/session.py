@@ -16,6 +16,7 @@ from attrib_zoo.attribution import check_images
 from attrib_zoo.backbone.capture import check_gradient, frozen, run
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.errors import BackboneMismatchError, CheckpointError, DataError, LayerError, UnsupportedModelError
+from attrib_zoo.masking import at_least_float32
 from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
 from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read
@@ -61,15 +62,19 @@ class Explainer(Protocol):
 
     def _class_maps(self, network: nn.Module, features: Sequence[Tensor], rows: Tensor, target: Target) -> Tensor: ...
 
-    def _network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module: ...
+    def build_network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
+        """As :class:`TrainableAttribution` has it."""
 
-    def _terms(
+    def loss_terms(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator
-    ) -> Terms: ...
+    ) -> Terms:
+        """As :class:`TrainableAttribution` has it."""
 
-    def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule: ...
+    def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
+        """As :class:`TrainableAttribution` has it."""
 
-    def _baseline(self, images: Tensor) -> Tensor | float: ...
+    def baseline_of(self, images: Tensor) -> Tensor | float:
+        """As :class:`TrainableAttribution` has it."""
 
     @property
     def _start_images(self) -> int: ...
@@ -78,9 +83,10 @@ class Explainer(Protocol):
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
     ) -> tuple[dict[str, Any], list[str]]: ...
 
-    def _decide(
+    def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
-    ) -> dict[str, Any]: ...
+    ) -> dict[str, Any]:
+        """As :class:`TrainableAttribution` has it."""
 
 
 # ---------------------------------------------------------------------- begin
@@ -130,9 +136,9 @@ def begin(
     taps = explainer.taps(images, args)
     outputs, features = run(explainer.model, images, args, taps)
     generator = torch.Generator().manual_seed(plan["seed"])
-    features = [f.to(head_dtype(f)) for f in features]
+    features = [at_least_float32(f) for f in features]
     channels = tuple(f.shape[1] for f in features)
-    network = explainer._network(channels, class_count(outputs), generator).to(features[0])
+    network = explainer.build_network(channels, class_count(outputs), generator).to(features[0])
     if explainer._start_images and saved is None:
         started, told = explainer._start(network, batches.peek(explainer._start_images), args, taps, show_progress)
     elif saved is not None:
@@ -140,7 +146,7 @@ def begin(
     with torch.autocast(images.device.type, enabled=False):
         asked = plan["schedule"]
         own = Schedule(**asked) if isinstance(asked, dict) else None
-        schedule = own or explainer._schedule(asked, plan["steps"], network, features)
+        schedule = own or explainer.choose_schedule(asked, plan["steps"], network, features)
     schedule = replace(
         schedule,
         optimizer=plan["optimizer"] or schedule.optimizer,
@@ -148,7 +154,7 @@ def begin(
     )
     layers = tuple((tap.label, tap.grid if _has_hints(explainer.layers) else None) for tap in taps)
     counts = torch.zeros(class_count(outputs), dtype=torch.long)
-    decisions = {**explainer._decide(taps, images, len(counts), schedule, plan["steps"]), **started}
+    decisions = {**explainer.decide(taps, images, len(counts), schedule, plan["steps"]), **started}
     if saved is not None:
         _check_layers(layers, saved)
         schedule, counts = Schedule(**saved.facts["schedule"]), saved.tensors["class_counts"]
@@ -216,12 +222,7 @@ def check_same(name: str, fitted: Fitted, outputs: Tensor, features: Sequence[Te
         )
 
 
-def head_dtype(features: Tensor) -> torch.dtype:
-    """The head computes in float32, or in float64 for float64 models."""
-    return torch.promote_types(features.dtype, torch.float32)
-
-
-def attend(network: nn.Module, features: Sequence[Tensor], rows: Tensor | None) -> Tensor:
+def head_maps(network: nn.Module, features: Sequence[Tensor], rows: Tensor | None) -> Tensor:
     """The network's maps ``(N, M, h, w)``; it keeps its own precision inside autocast."""
     with torch.autocast(features[0].device.type, enabled=False):
         maps: Tensor = network(features, rows)
@@ -247,7 +248,7 @@ def _measures(
     explainer: Explainer, images: Tensor, args: tuple[Any, ...], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Per-image measures ``(N,)`` of one batch."""
-    terms = explainer._terms(explainer._ready().network, images, args, generator)
+    terms = explainer.loss_terms(explainer._ready().network, images, args, generator)
     outputs, features = explainer._features(images, args)
     rows = terms.classes.to(images.device).unsqueeze(1)
     target = explainer._targets(two_logits(outputs), TargetQuery(rows[:, 0]))
@@ -255,7 +256,7 @@ def _measures(
     maps = explainer._as_asked(found_maps).to(images.dtype)
     found = {"loss": terms.loss.expand(len(images))}
     if outputs.ndim == 2 and outputs.shape[1] > 1:
-        hidden = explainer._baseline(images)
+        hidden = explainer.baseline_of(images)
         call: dict[str, Any] = {
             "target": rows[:, 0],
             "masking": hidden if isinstance(hidden, Tensor) else "standardized",

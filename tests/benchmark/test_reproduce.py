@@ -521,7 +521,7 @@ def test_an_interrupted_training_continues(imagenet, monkeypatch):
     from attrib_zoo import TTAME
 
     asked = plan(imagenet, methods=("T-TAME",), max_steps=4)
-    terms, calls = TTAME._terms, []
+    terms, calls = TTAME.loss_terms, []
 
     def stop(self, *args):
         calls.append(1)
@@ -530,7 +530,7 @@ def test_an_interrupted_training_continues(imagenet, monkeypatch):
         return terms(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TTAME, "_terms", stop)
+        patch.setattr(TTAME, "loss_terms", stop)
         with pytest.raises(KeyboardInterrupt):
             ttame.run(asked, tiny("resnet50"))
     assert (asked.output / "checkpoints" / "t-tame" / "checkpoint.safetensors").exists()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attrib_zoo import IIA, AttentionRollout, GenericAttention, TransformerLRP
 from attrib_zoo.backbone.capture import frozen
-from attrib_zoo.backbone.vit.attention import attend, find_attention
+from attrib_zoo.backbone.vit.attention import find_attention, read_attention
 from attrib_zoo.errors import OptionError, UnsupportedModelError
 
 TARGETS = [3, 1]
@@ -96,7 +96,7 @@ def test_matrices_and_gradients_are_those_of_autograd(architecture):
     model, images = ARCHITECTURES[architecture][0]().double(), sized_images(architecture)
     with frozen(model):
         found = find_attention(model, images)
-        seen = list(attend(model, found, images, (), lambda outputs: outputs[:, [3, 1]]).matrices())[::-1]
+        seen = list(read_attention(model, found, images, (), lambda outputs: outputs[:, [3, 1]]).matrices())[::-1]
     for n in range(2):
         for score, target in enumerate((3, 1)):
             matrices, gradients = explicit_vit.with_gradients(model, images[n], target)
@@ -111,7 +111,7 @@ def test_a_held_matrix_is_a_constant():
     factors = torch.tensor([0.3, 1.0], dtype=torch.float64)
     with frozen(model):
         found = find_attention(model, images)
-        attended = attend(model, found, images, (), lambda outputs: outputs[:, [3]], last=factors)
+        attended = read_attention(model, found, images, (), lambda outputs: outputs[:, [3]], last=factors)
         seen = list(attended.matrices())[::-1]
     for n in range(2):
 

@@ -134,7 +134,7 @@ def test_one_step_by_hand(cls, name):
     wanted = loss_of(maps, logits, decided, **{named[k]: v for k, v in options.items() if k in named})
     slopes = torch.autograd.grad(wanted, [weight, bias])
     with ground(model):
-        terms = explainer._terms(explainer.network_, images, (), torch.Generator())
+        terms = explainer.loss_terms(explainer.network_, images, (), torch.Generator())
         fuser = explainer.network_.fuser
         found = torch.autograd.grad(terms.loss, [fuser.weight, fuser.bias])
     assert terms.classes.tolist() == decided.tolist()
@@ -149,7 +149,7 @@ def test_the_parts_of_the_loss_value_by_value(cls):
     explainer = fitted(cls, model, images)
     *_, maps, _ = by_hand(explainer, model, images, fm=cls is LCAMFm)
     with ground(model):
-        terms = explainer._terms(explainer.network_, images, (), torch.Generator())
+        terms = explainer.loss_terms(explainer.network_, images, (), torch.Generator())
     grids = [[[logistic(c) for c in row] for row in heat.tolist()] for heat in maps]
     assert terms.parts["variation"].item() == pytest.approx(sum(map(total_variation, grids)) / 3, rel=1e-9)
     average = sum(sum(s**0.3 for row in grid for s in row) / maps[0].numel() for grid in grids) / 3
@@ -176,7 +176,7 @@ def test_the_released_loss(cls):
             )
     wanted = 1.5 * F.cross_entropy(logits, decided).item() + 2 * area + 0.01 * variation
     with ground(model):
-        found = explainer._terms(explainer.network_, images, (), torch.Generator())
+        found = explainer.loss_terms(explainer.network_, images, (), torch.Generator())
     assert found.loss.item() == pytest.approx(wanted, rel=1e-6)
 
 
@@ -204,7 +204,7 @@ def test_feature_masks_cost_the_trunk_once_and_no_gradient_there():
         for module in (model.features[0], model.features[2]):
             plain = module._conv_forward
             module._conv_forward = lambda *a, plain=plain: (ran.append(1), plain(*a))[1]
-        explainer._terms(explainer.network_, images, (), torch.Generator())
+        explainer.loss_terms(explainer.network_, images, (), torch.Generator())
         for module in (model.features[0], model.features[2]):
             del module._conv_forward
     assert len(ran) == 2
@@ -239,8 +239,8 @@ def test_transformers():
 def test_a_mask_of_the_mean_colour():
     model, images = model_and_images()
     black, mean = (fitted(LCAMImg, model, images, masking=rule) for rule in ("auto", "standardized"))
-    assert black._baseline(images).shape == (1, 3, 1, 1)
-    assert mean._baseline(images) == 0
+    assert black.baseline_of(images).shape == (1, 3, 1, 1)
+    assert mean.baseline_of(images) == 0
 
 
 # ---------------------------------------------------------------------- schedules
@@ -250,8 +250,8 @@ def test_the_schedules():
     model, images = model_and_images()
     explainer = LCAMImg(model)
     features = [model.trunk(images).detach()]
-    network = explainer._network([5], 4, torch.Generator())
-    paper = explainer._schedule("auto", 20_000, network, features)
+    network = explainer.build_network([5], 4, torch.Generator())
+    paper = explainer.choose_schedule("auto", 20_000, network, features)
     assert (paper.name, paper.optimizer, paper.lr, paper.weight_decay) == ("paper", "sgd", 1e-4, 5e-4)
     optimizer, falling = build(network, paper, 500, None)
     rates = []
@@ -261,15 +261,17 @@ def test_the_schedules():
         falling.step()
     assert rates == pytest.approx([1e-4 * 0.95 ** (step // 20) for step in range(500)])
     assert all(group["weight_decay"] == 5e-4 for group in optimizer.param_groups)
-    released = LCAMImg(model, recipe="released")._schedule("auto", 10, network, features)
+    released = LCAMImg(model, recipe="released").choose_schedule("auto", 10, network, features)
     optimizer, falling = build(network, released, 260, None)
     for _ in range(200):
         optimizer.step()
         falling.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4 * 0.95**12, 2e-4 * 0.95**12])
-    assert explainer._schedule("auto", 100, network, features).name == "short"
+    assert explainer.choose_schedule("auto", 100, network, features).name == "short"
     asked = "auto", "paper", "short"
-    names = {name: LCAMImg(model, recipe="released")._schedule(name, 100, network, features).name for name in asked}
+    names = {
+        name: LCAMImg(model, recipe="released").choose_schedule(name, 100, network, features).name for name in asked
+    }
     assert names == {"auto": "released", "paper": "released", "short": "short"}
     assert not network.fuser.weight.any()
     assert Schedule(**paper.facts()) == paper

@@ -219,10 +219,10 @@ def test_the_fold_changes_no_map(kind):
     seen = {}
 
     class Watched(TTAME):
-        def _complete(self, network):
+        def finish_network(self, network):
             _, features = self._features(IMAGES, ())
             seen["before"] = network(features)
-            super()._complete(network)
+            super().finish_network(network)
             seen["after"] = network(features)
 
     zoo.fit(Watched(double(kind)), [IMAGES], max_steps=6, lr=0.05)

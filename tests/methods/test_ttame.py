@@ -227,8 +227,8 @@ def hand_fit(model, names, batches, state, psis, schedule, recipe, baseline):
 class Watched(TTAME):
     """Keeps the network's first weights."""
 
-    def _network(self, *args):
-        network = super()._network(*args)
+    def build_network(self, *args):
+        network = super().build_network(*args)
         self.first = {k: v.clone() for k, v in network.state_dict().items()}
         return network
 

@@ -291,7 +291,7 @@ def fails(error):
 FAILURES = {
     "disk full": (files.os, "fsync", OSError(28, "No space left"), DataError, r"\(No space left\); make the folder"),
     "renaming fails": (Path, "replace", OSError(13, "Permission denied"), DataError, r"\(Permission denied\)"),
-    "no temporary file": (files.tempfile, "mkstemp", OSError(30, "Read-only file system"), DataError, "Read-only"),
+    "no temporary file": (Path, "open", OSError(30, "Read-only file system"), DataError, "Read-only"),
     "Ctrl-C": (files.os, "fsync", KeyboardInterrupt(), KeyboardInterrupt, ""),
 }  # fmt: skip
 

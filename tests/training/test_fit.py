@@ -553,8 +553,8 @@ def test_mixed_precision_is_for_the_models_passes_only(precision):
     handle = model.stages[1][0].register_forward_hook(lambda _, __, out: seen["model"].append(out.dtype))
 
     class Watched(TTAME):
-        def _network(self, *args):
-            network = super()._network(*args)
+        def build_network(self, *args):
+            network = super().build_network(*args)
             network.branches[1].conv.register_forward_hook(lambda _, __, out: seen["head"].append(out.dtype))
             return network
 

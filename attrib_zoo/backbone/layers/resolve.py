@@ -22,7 +22,7 @@ from attrib_zoo.backbone.layers.lookup import Layer, find_layer
 from attrib_zoo.backbone.layers.stages import Item, Stages
 from attrib_zoo.backbone.layers.trace import Trace, trace
 from attrib_zoo.backbone.module import find
-from attrib_zoo.errors import AttribZooError, OptionError, UnsupportedModelError
+from attrib_zoo.errors import AttribZooError, OptionError, UnsupportedModelError, aligned
 
 __all__ = ["Description", "Grid", "Layer", "Layers", "Tap", "Trace", "describe", "is_attention", "look", "resolve"]
 
@@ -206,9 +206,7 @@ class Description:
     def __str__(self) -> str:
         header = ("layer", "module", "layout", "grid", "channels", "prefix", "gradient", "taken by")
         lines = [header, *(self._cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        return "\n".join([f"{self.model} at {self.size[0]}x{self.size[1]}", *(line.rstrip() for line in table)])
+        return "\n".join([f"{self.model} at {self.size[0]}x{self.size[1]}", *aligned(lines)])
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         run = "" if row.tap.calls == 1 else f" (run {row.tap.call % row.tap.calls + 1} of {row.tap.calls})"

@@ -7,7 +7,6 @@ fake for ever after; and a pass of two images costs less than the first explanat
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attrib_zoo.backbone.capture import call_model, frozen, select_args
 from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.backbone.module import refuse_shards
-from attrib_zoo.backbone.nested import tensors
+from attrib_zoo.backbone.nested import elements, items, replaced, tensors
 from attrib_zoo.errors import InputError
 
 BATCH = 2  # with one image the batch axis could not be told from others of size one
@@ -179,53 +178,31 @@ class _Recorder:
         call.end = self._flow.clock = self._flow.clock + 1
         if call.parent is not None:
             call.parent.children.append(call)
-        same = {key for key, tensor in _elements(output).items() if self._flow.node(tensor) in given - {None}}
+        same = {key for key, tensor in elements(output).items() if self._flow.node(tensor) in given - {None}}
         copied = _copied(output)
         call.outputs = [
             Output(element, tuple(tensor.shape), self._flow.node(tensor), same=element in same)
-            for element, tensor in _elements(copied).items()
+            for element, tensor in elements(copied).items()
         ]
         return copied
-
-
-def _elements(output: Any) -> dict[int | str | None, Tensor]:
-    """The tensors of a module's output, not deeper than one level, by their place."""
-    if isinstance(output, Tensor):
-        return {None: output}
-    if isinstance(output, Mapping):
-        return {key: value for key, value in output.items() if isinstance(value, Tensor)}
-    items = enumerate(output) if isinstance(output, (tuple, list)) else ()
-    return {place: item for place, item in items if isinstance(item, Tensor)}
 
 
 def _copied(output: Any) -> Any:
     """The output with each tensor copied, so that a node of its own stands for what the module hands on."""
     if isinstance(output, Tensor):
         return output.clone()
-    if not _elements(output):
-        return output
-    if isinstance(output, Mapping):
-        changed: Any = copy.copy(output)
-        for key, value in output.items():
-            if isinstance(value, Tensor):
-                changed[key] = value.clone()
-        return changed
-    if isinstance(output, (tuple, list)):
-        items = [item.clone() if isinstance(item, Tensor) else item for item in output]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    return output
+    copies = {place: tensor.clone() for place, tensor in elements(output).items()}
+    return replaced(output, copies) if copies else output
 
 
 def _pairs(value: Any) -> Iterator[tuple[int, int]]:
     """Neighbouring whole numbers among arguments: models hand (h, w) on beside their tokens."""
-    if isinstance(value, (tuple, list)):
-        for first, second in pairwise(value):
-            if type(first) is int and type(second) is int:
-                yield first, second
-        for item in value:
-            yield from _pairs(item)
-    elif isinstance(value, Mapping):
-        yield from _pairs(list(value.values()))
+    entries = [entry for _, entry in items(value)]
+    for first, second in pairwise(entries):
+        if type(first) is int and type(second) is int:
+            yield first, second
+    for entry in entries:
+        yield from _pairs(entry)
 
 
 def _mark_paths(root: Call, flow: Flow, outputs: Any) -> None:

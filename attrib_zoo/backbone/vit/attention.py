@@ -21,16 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import frozen, put, run, run_with_graph, select_args
+from attrib_zoo.backbone.capture import frozen, run, run_with_graph, select_args
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.backbone.kind import attends
 from attrib_zoo.backbone.layers.resolve import look
 from attrib_zoo.backbone.layers.trace import Call, Trace
 from attrib_zoo.backbone.module import find, unwrap
+from attrib_zoo.backbone.nested import put
 from attrib_zoo.backbone.vit.heads import Heads, check, heads_of, precise, refuse
 from attrib_zoo.errors import UnsupportedModelError
 
-__all__ = ["Attended", "Attentions", "Matrix", "attend", "find_attention"]
+__all__ = ["AttentionPass", "Attentions", "Matrix", "find_attention", "read_attention"]
 
 # --- where attention is ---------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ def find_attention(
     with torch.random.fork_rng(devices=devices), frozen(trace.model) as bare:
         one = inputs[:1], select_args(args, torch.zeros(1, dtype=torch.long, device=inputs.device), len(inputs))
         found = Attentions(taps, grids[0], _read(bare, taps[-1], grids[0].prefix, *one))
-        for _ in attend(bare, found, *one).matrices():
+        for _ in read_attention(bare, found, *one).matrices():
             pass  # it checks itself
     return found
 
@@ -198,8 +199,8 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Attended:
-    """One pass of a model, looked at through its attention; made by :func:`attend`.
+class AttentionPass:
+    """One pass of a model, looked at through its attention; made by :func:`read_attention`.
 
     Attributes:
         outputs: ``(N, ...)``.
@@ -235,7 +236,7 @@ class Attended:
             heads = heads_of(module, name, tokens.dtype)
             tokens = tokens.to(heads.weight.dtype)
             q, k, v = heads.split(tokens, self._mixed[place])
-            values = heads.attend(q, k)
+            values = heads.matrices(q, k)
             if place == len(self) - 1 and self._factor is not None:
                 values = values * self._factor
             context = values @ v
@@ -244,7 +245,7 @@ class Attended:
         return Matrix(heads, tokens, q, k, v, values, context, gradients)
 
 
-def attend(
+def read_attention(
     model: nn.Module,
     found: Attentions,
     inputs: Tensor,
@@ -253,7 +254,7 @@ def attend(
     *,
     last: Tensor | None = None,
     beside: Sequence[Tensor] = (),
-) -> Attended:
+) -> AttentionPass:
     """One pass, with the gradients of scores at every attention module where they are asked for.
 
     The graph begins behind the first attention; each score costs one backward pass.
@@ -302,7 +303,7 @@ def attend(
     inside = tuple(tokens[module] for module in modules)
     names = tuple(tap.name for tap in found.taps)
     between = tuple(mixed.get(module._modules.get("qkv")) for module in modules)
-    return Attended(outputs.detach(), others, modules, names, inside, between, tuple(outside), gradients, factor)
+    return AttentionPass(outputs.detach(), others, modules, names, inside, between, tuple(outside), gradients, factor)
 
 
 def _gradients(scores: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -326,7 +327,7 @@ def _holding(tap: Tap, factor: Tensor) -> Callable[..., Any]:
         with precise(own):
             heads = heads_of(module, tap.name, own.dtype)
             q, k, v = heads.split(given_tokens.to(heads.weight.dtype))
-            values = heads.attend(q, k).detach()
+            values = heads.matrices(q, k).detach()
             check(tap.name, module, heads.project(values @ v), own, given_tokens)
             held = heads.project(factor.to(values.dtype) * values @ v).to(own.dtype)
         return put(output, tap.element, held)

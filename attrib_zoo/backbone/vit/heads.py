@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrib_zoo.errors import UnsupportedModelError
+from attrib_zoo.masking import wide_dtype
 
 _INSTEAD = "use GradCAM, RISE or TTAME, which need no attention matrices"
 _TOLERANCE = 1e-4  # of the largest value; a variant that these formulas do not describe is off by far more
@@ -58,7 +59,7 @@ class Heads:
         q, k, v = (self.apart(part) for part in mixed.to(tokens.dtype).chunk(3, -1))
         return _normed(self.norms[0], q), _normed(self.norms[1], k), v
 
-    def attend(self, q: Tensor, k: Tensor) -> Tensor:
+    def matrices(self, q: Tensor, k: Tensor) -> Tensor:
         """The attention matrices ``(N, H, T, T)``."""
         return (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
 
@@ -107,7 +108,7 @@ def heads_of(module: nn.Module, name: str, dtype: torch.dtype) -> Heads:
     scale = getattr(module, "scale", None)
     if not isinstance(scale, (int, float)):
         scale = (out.in_features // count) ** -0.5
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = wide_dtype(dtype)
 
     def exact(weights: Tensor | None) -> Any:
         return None if weights is None else weights.detach().to(dtype)

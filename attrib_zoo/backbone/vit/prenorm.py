@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import frozen, pick, run, select_args
+from attrib_zoo.backbone.capture import frozen, run, select_args
 from attrib_zoo.backbone.layers.stages import is_norm
 from attrib_zoo.backbone.layers.trace import Call, Trace
 from attrib_zoo.backbone.module import find
+from attrib_zoo.backbone.nested import pick
 from attrib_zoo.backbone.vit.attention import Attentions
 from attrib_zoo.backbone.vit.heads import close
 from attrib_zoo.errors import UnsupportedModelError

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from attrib_zoo.benchmark.protocols.papers import Printed
 from attrib_zoo.benchmark.table import Table
+from attrib_zoo.errors import aligned
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,7 @@ class Comparison:
             head, rows = self._cells(printed)
             if not rows:
                 continue
-            widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-            lines = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in (head, *rows)]
-            lines.insert(1, ["-" * width for width in widths])
-            body = "\n".join("  ".join(line).rstrip() for line in lines)
+            body = "\n".join(aligned([head, *rows], rule=True))
             parts.append(
                 "\n".join([f"{printed.table}, {printed.backbone}, in percent", "", body, *self._remarks(printed)])
             )

@@ -24,6 +24,7 @@ from attrib_zoo.errors import DataError, OptionError, closest
 from attrib_zoo.models.photos import Photos, writable_folder
 from attrib_zoo.training.checkpoint import fingerprint
 from attrib_zoo.training.data import total_steps
+from attrib_zoo.training.files import write_whole
 from attrib_zoo.training.schedule import LONG, Schedule
 
 Makers = Mapping[str, Callable[[], Any]]
@@ -102,7 +103,7 @@ def keep(plan: Plan, paper: str, backbone: Backbone) -> None:
                 f"output: '{plan.output}' holds another run: {', '.join(differ)}; choose another folder, or repeat "
                 "that run's options"
             )
-    file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(told, indent=1) + "\n")
 
 
 def _checksum(path: Path | None) -> int | None:
@@ -117,7 +118,7 @@ def write(plan: Plan, comparison: Comparison, table: Table, name: str = "table")
     if len(table.methods) > 1:
         files[f"{name}-differences.md"] = table.differences()
     for file, text in files.items():
-        (plan.output / file).write_text(text + "\n", encoding="utf-8")
+        write_whole(plan.output / file, text + "\n")
 
 
 def slug(name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from attrib_zoo.errors import DataError, OptionError, listed, reason
+from attrib_zoo.training.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -122,4 +123,4 @@ def write_list(path: Path, names: Sequence[str], labels: Sequence[int] | None) -
     if labels is not None and len(labels) != len(names):
         raise OptionError(f"labels: must be one for each of {len(names)} names, got {len(labels)}")
     lines = names if labels is None else [f"{name} {label}" for name, label in zip(names, labels, strict=True)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(path, "\n".join(lines) + "\n")

@@ -15,6 +15,7 @@ from attrib_zoo.benchmark.protocols.datasets import VOC_CLASSES, VOCImage, prese
 from attrib_zoo.errors import DataError
 from attrib_zoo.models.photos import Photos
 from attrib_zoo.models.weights import read_weights
+from attrib_zoo.training.files import write_whole
 
 _LR, _DECAY = 1e-2, 1e-3
 
@@ -41,7 +42,7 @@ def give_head(
         batch_size: images at once.
         workers: processes that read images.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     _, old = last_linear(backbone.model)
     layer = nn.Linear(old.in_features, len(VOC_CLASSES))
@@ -54,7 +55,7 @@ def give_head(
         loader = DataLoader(Photos([i.path for i in images], backbone.whole()), batch_size, num_workers=workers)
         weight, bias = fit_logistic(_features(backbone, old, loader), presence(images), steps)
         layer.load_state_dict({"weight": weight, "bias": bias})
-        save_file(dict(layer.state_dict()), path)
+        write_whole(path, save(dict(layer.state_dict())))
     replace_last(backbone.model, layer.to(backbone.device).eval())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.backbone.vit.attention import Attended, Attentions, attend, find_attention
-from attrib_zoo.errors import OptionError, UnsupportedModelError
+from attrib_zoo.backbone.vit.attention import AttentionPass, Attentions, find_attention, read_attention
+from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
 from attrib_zoo.targets import TargetQuery
 
 
@@ -21,7 +20,7 @@ class AttentionMethod(Attribution):
     Args:
         model: see :class:`Attribution`.
         layers: must be ``None``: every attention block is read.
-        mean_pooling: also explain models whose head averages tokens; see :meth:`_attention`.
+        mean_pooling: also explain models whose head averages tokens; see :meth:`attention`.
         upsample: see :class:`Attribution`.
         smooth: see :class:`Attribution`.
         scale: see :class:`Attribution`.
@@ -53,7 +52,7 @@ class AttentionMethod(Attribution):
             f"got {self.layers!r}; leave it out"
         )
 
-    def _attention(self, inputs: Tensor, args: Sequence[Any]) -> Attentions:
+    def attention(self, inputs: Tensor, args: Sequence[Any]) -> Attentions:
         """Where the model attends on inputs of this shape; found once per shape.
 
         Raises:
@@ -74,20 +73,20 @@ class AttentionMethod(Attribution):
 
 
 def not_zero(maps: Tensor, who: str) -> Tensor:
-    """The maps; called by ``_maps``, it warns once where gradients left nothing of them."""
+    """The maps; called by ``compute_maps``, it warns once where gradients left nothing of them."""
     if not bool(maps.any()):
-        warnings.warn(
+        warn(
             f"{who}: the map is exactly zero, since the score does not change with what is read of these "
             "images; is the head of the model untrained?",
-            UserWarning,
-            stacklevel=6,  # the caller of attribute
         )
     return maps
 
 
-def attend_to(model: nn.Module, found: Attentions, inputs: Tensor, args: Sequence[Any], query: TargetQuery) -> Attended:
+def attention_for(
+    model: nn.Module, found: Attentions, inputs: Tensor, args: Sequence[Any], query: TargetQuery
+) -> AttentionPass:
     """One pass with the gradients of the targets' logits."""
-    return attend(model, found, inputs, args, lambda outputs: query.resolve(outputs.detach()).select(outputs))
+    return read_attention(model, found, inputs, args, lambda outputs: query.resolve(outputs.detach()).select(outputs))
 
 
 def positive(gradients: Tensor, values: Tensor) -> Tensor:

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import check_choice, check_number, warn
-from attrib_zoo.masking import min_max, upsample
+from attrib_zoo.masking import at_least_float32, min_max, upsample
 from attrib_zoo.methods.bases.gradient_cam import _gradients
 from attrib_zoo.methods.bases.perturbation import (
     Baseline,
     Passes,
     Perturbation,
-    at_least_float32,
     read_scores,
     refuse_transformers,
 )
@@ -70,13 +69,15 @@ class BlockwiseSampling(Perturbation):
         """
         raise NotImplementedError
 
-    def _resolve(self, inputs: Tensor, args: Any) -> tuple[Tap, ...]:
+    def resolve_layers(self, inputs: Tensor, args: Any) -> tuple[Tap, ...]:
+        """The end of every stage; transformers, whose blocks have one resolution, are refused."""
         refuse_transformers(
             self, "fuses maps of different resolutions, and all blocks of a vision transformer have one"
         )
-        return super()._resolve(inputs, args)
+        return super().resolve_layers(inputs, args)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        """Mask by the chosen feature maps of each layer, and fuse the layers' maps from shallow to deep."""
         taps = self.taps(inputs, args)
         with run_with_graph(self.model, inputs, args, taps) as (outputs, layers):
             target = query.resolve(outputs.detach())
@@ -84,7 +85,7 @@ class BlockwiseSampling(Perturbation):
             gradients = [at_least_float32(g).mean((-2, -1)) for g in _gradients(scores, layers, taps)]
             layers = [at_least_float32(maps.detach()) for maps in layers]
             outputs = outputs.detach()
-        passes = self._passes(inputs, args, outputs, target, show_progress)
+        passes = self.passes(inputs, args, outputs, target, show_progress)
         fused = Fusion(self.fusion, self.otsu_scale, self.temperature)
         for tap, maps, means in zip(taps, layers, gradients, strict=True):
             chosen = self._chosen(maps, means.movedim(0, 2))

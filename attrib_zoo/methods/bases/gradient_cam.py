@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution
+from attrib_zoo.attribution import Attribution, GradientAttribution
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import LayerError, OptionError, check_choice, warn
-from attrib_zoo.masking import ChunkSize
+from attrib_zoo.masking import ChunkSize, at_least_float32
+from attrib_zoo.methods.bases.progress import progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
-
-if TYPE_CHECKING:
-
-    class _GradientAttribution:
-        pass
-
-else:
-    from captum.attr import GradientAttribution as _GradientAttribution
 
 _TARGETS_AT_ONCE = 16
 
 
-class GradientCAM(Attribution, _GradientAttribution):
+class GradientCAM(Attribution, GradientAttribution):
     """Base of the class activation maps that weigh a layer's feature maps by the score's gradient.
 
     Subclasses fill :meth:`weights` (one weight per feature map) or, where the weight varies over space,
@@ -89,14 +81,16 @@ class GradientCAM(Attribution, _GradientAttribution):
         if self.nonnegative:
             warn_negative(activations, taps, type(self).__name__)
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
+    def compute_maps(
+        self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
+    ) -> list[Tensor]:
         taps = self.taps(inputs, args)
         maps, gradients, _ = differentiate(self.model, inputs, args, taps, query.resolve, self.score)
         check_gradients(gradients, taps, type(self).__name__)
         self.check_features(maps, taps)
-        return [self._one_layer(a, g) for a, g in zip(maps, gradients, strict=True)]
+        return [self.layer_map(a, g) for a, g in zip(maps, gradients, strict=True)]
 
-    def _one_layer(self, activation: Tensor, gradient: Tensor) -> Tensor:
+    def layer_map(self, activation: Tensor, gradient: Tensor) -> Tensor:
         """``(N, D, h, w)`` activations and ``(T, N, D, h, w)`` gradients to ``(N, T, h, w)`` maps."""
         count = len(gradient)
         heat = self.combine(activation.expand(count, *activation.shape).flatten(0, 1), gradient.flatten(0, 1))
@@ -129,11 +123,7 @@ def differentiate(
     with run_with_graph(model, inputs, args, taps) as (outputs, maps):
         target = resolve(outputs.detach())
         gradients = _gradients(target.select(outputs, score), maps, taps)
-    return [_wide(m.detach()) for m in maps], [_wide(g) for g in gradients], target
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return [at_least_float32(m.detach()) for m in maps], [at_least_float32(g) for g in gradients], target
 
 
 def _gradients(scores: Tensor, maps: list[Tensor], taps: Sequence[Tap]) -> list[Tensor]:
@@ -212,7 +202,7 @@ def each_chunk(
     work: Callable[[Tensor, Tensor], None],
     *,
     chunk_size: int | None,
-    progress: str | None,
+    label: str,
 ) -> None:
     """Call ``work(rows, numbers)`` until each image has had each copy; chunks cross the borders of images.
 
@@ -222,28 +212,16 @@ def each_chunk(
         work: takes the images ``(M,)`` and the numbers of the copies ``(M,)``; it must not add to a result before
             all that needs memory is done, since it is called again with fewer where memory runs out.
         chunk_size: M at most; ``None`` finds it.
-        progress: what a progress bar is called, or ``None``.
+        label: of the progress bar; empty for none.
     """
 
     def some(part: slice) -> None:
         pairs = torch.arange(part.start, part.stop)
         work(pairs % len(inputs), pairs // len(inputs))
 
-    with progress_bar(len(inputs) * copies, progress) as advance:
+    with progress(len(inputs) * copies, label, "image") as advance:
         for done in ChunkSize(chunk_size, inputs).ranges(len(inputs) * copies, some):
             advance(done)
-
-
-@contextmanager
-def progress_bar(total: int, name: str | None) -> Iterator[Callable[[int], object]]:
-    """A bar of so many images, or nothing where it has no name."""
-    if name is None:
-        yield lambda _: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=name, unit="image", leave=False) as bar:
-        yield bar.update
 
 
 def check_seed(seed: int) -> int:

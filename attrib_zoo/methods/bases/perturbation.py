@@ -9,28 +9,20 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution
+from attrib_zoo.attribution import Attribution, PerturbationAttribution
 from attrib_zoo.backbone.capture import forward, run, select_args
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, warn
-from attrib_zoo.masking import ChunkSize, black, blend, blur, channel_stats, min_max, upsample
+from attrib_zoo.masking import ChunkSize, at_least_float32, black, blend, blur, channel_stats, min_max, upsample
+from attrib_zoo.methods.bases.progress import progress
 from attrib_zoo.targets import SCORES, Target, TargetQuery
-
-if TYPE_CHECKING:
-
-    class _PerturbationAttribution:
-        pass
-
-else:
-    from captum.attr import PerturbationAttribution as _PerturbationAttribution
 
 Baseline: TypeAlias = str | float | Tensor
 
@@ -38,7 +30,7 @@ _BASELINES = ("mean", "black", "blur")
 _WIDEST = 11  # the blurred baseline has a deviation of the shorter side over this
 
 
-class Perturbation(Attribution, _PerturbationAttribution):
+class Perturbation(Attribution, PerturbationAttribution):
     """Base of the methods that look at scores of masked copies.
 
     Args:
@@ -78,9 +70,10 @@ class Perturbation(Attribution, _PerturbationAttribution):
         """What is kept of M passes: ``(M, T)``, the scores of all targets."""
         return read_scores(outputs, target, self.score or "softmax")
 
-    def _passes(
+    def passes(
         self, inputs: Tensor, args: tuple[Any, ...], outputs: Tensor, target: Target, show_progress: bool
     ) -> Passes:
+        """Masked passes of these images, with the options of this object, for ``compute_maps`` to run."""
         return Passes(
             model=self.model,
             inputs=inputs,
@@ -134,11 +127,13 @@ class PerturbationCAM(Perturbation):
         """
         raise NotImplementedError
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> list[Tensor]:
+    def compute_maps(
+        self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
+    ) -> list[Tensor]:
         taps = self.taps(inputs, args)
         outputs, layers = run(self.model, inputs, args, taps)
         target = query.resolve(outputs)
-        passes = self._passes(inputs, args, outputs, target, show_progress)
+        passes = self.passes(inputs, args, outputs, target, show_progress)
         heats = [self._one_layer(at_least_float32(maps), passes) for maps in layers]
         return [heat.expand(-1, target.count, -1, -1) for heat in heats]
 
@@ -215,18 +210,6 @@ class Passes:
                 done(count)
 
 
-@contextmanager
-def progress(total: int, label: str, unit: str = "pass") -> Iterator[Callable[[int], None]]:
-    """A progress bar to tell how many steps were done; none without a label."""
-    if not label:
-        yield lambda _: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=label, unit=unit, leave=False, mininterval=0.5) as bar:
-        yield lambda count: bar.update(count) and None
-
-
 # ---------------------------------------------------------------------- pieces
 
 
@@ -238,11 +221,6 @@ def read_scores(outputs: Tensor, target: Target, score: str) -> Tensor:
     only = outputs.ndim == 1 or outputs.shape[1] == 1
     found = target.select(outputs, "logit" if only and score in ("softmax", "logsoftmax") else score)
     return at_least_float32(found)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Sums of half-precision maps and scores are formed in float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def refuse_transformers(explainer: Attribution, why: str) -> None:

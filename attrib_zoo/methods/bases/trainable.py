@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,8 +13,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution, forward_args
-from attrib_zoo.backbone.capture import frozen, run
+from attrib_zoo.attribution import Attribution
+from attrib_zoo.backbone.capture import forward_args, frozen, run
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.errors import (
     BackboneMismatchError,
@@ -24,7 +23,9 @@ from attrib_zoo.errors import (
     OptionError,
     check_choice,
     check_number,
+    warn,
 )
+from attrib_zoo.masking import at_least_float32
 from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training import distributed, session
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read, write
@@ -41,8 +42,8 @@ class TrainableAttribution(Attribution):
     """Base of the methods with ``fit``: trained once for a model, then they explain in one forward pass.
 
     A small network reads the frozen model's features and gives a map per class, scaled to [0, 1] over space.
-    Subclasses say what the network is (:meth:`_network`), what it is trained for (:meth:`_terms`) and with which
-    schedule (:meth:`_schedule`).
+    Subclasses say what the network is (:meth:`build_network`), what it is trained for (:meth:`loss_terms`), with which
+    schedule (:meth:`choose_schedule`) and what is seen where a mask is 0 (:meth:`baseline_of`).
 
     Attributes:
         network_: the trained network, in eval mode.
@@ -66,25 +67,27 @@ class TrainableAttribution(Attribution):
     # ------------------------------------------------------------------ hooks
 
     @abstractmethod
-    def _network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
+    def build_network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
         """A network ``(features, rows) -> (N, M, h, w)`` for layers with these channels, drawn from the generator."""
         raise NotImplementedError
 
-    def _complete(self, network: nn.Module) -> None:
+    def finish_network(self, network: nn.Module) -> None:
         """Bring a trained network into the form in which it explains."""
 
     @abstractmethod
-    def _terms(self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> Terms:
+    def loss_terms(
+        self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator
+    ) -> Terms:
         """The loss of one batch. ``parts["everything"]`` is the loss of showing the whole image."""
         raise NotImplementedError
 
     @abstractmethod
-    def _schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
+    def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         """The schedule that ``"auto"``, ``"paper"`` or ``"short"`` means for so many steps."""
         raise NotImplementedError
 
     @abstractmethod
-    def _baseline(self, images: Tensor) -> Tensor | float:
+    def baseline_of(self, images: Tensor) -> Tensor | float:
         """What is seen where a mask is 0, in standardised space."""
         raise NotImplementedError
 
@@ -94,7 +97,7 @@ class TrainableAttribution(Attribution):
         """Give a new network the weights that it starts from, out of what the model knows.
 
         Called where :attr:`_start_images` asks for images, before the schedule is chosen; returns decisions, as
-        :meth:`_decide` does, and warnings.
+        :meth:`decide` does, and warnings.
         """
         return {}, []
 
@@ -108,7 +111,7 @@ class TrainableAttribution(Attribution):
         """The steps of a fit that is told neither epochs nor steps, at most; ``None`` for all of its epochs."""
         return None
 
-    def _decide(
+    def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
         """JSON-ready decisions that depend on the model, made once per fit."""
@@ -202,7 +205,7 @@ class TrainableAttribution(Attribution):
             try:
                 train(
                     state,
-                    lambda network, images, generator: twin._terms(network, images, args, generator),
+                    lambda network, images, generator: twin.loss_terms(network, images, args, generator),
                     steps,
                     show_progress=show_progress,
                     validate=None
@@ -226,7 +229,7 @@ class TrainableAttribution(Attribution):
 
     def _finished(self: _Self, state: State) -> _Self:
         network = self._so_far(state)._ready().network.eval()
-        self._complete(network)
+        self.finish_network(network)
         for parameter in network.parameters():
             parameter.grad = None
         return self
@@ -241,7 +244,7 @@ class TrainableAttribution(Attribution):
 
     # ------------------------------------------------------------------ explain
 
-    def _check_ready(self) -> None:
+    def check_ready(self) -> None:
         self._ready()
 
     def _ready(self) -> Fitted:
@@ -253,7 +256,7 @@ class TrainableAttribution(Attribution):
             )
         return self._fitted
 
-    def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+    def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs, features = self._features(inputs, args)
         target = self._targets(outputs, query)
         rows = target.terms if outputs.ndim > 1 and outputs.shape[1] > 1 else torch.ones_like(target.terms)
@@ -267,7 +270,7 @@ class TrainableAttribution(Attribution):
     @staticmethod
     def _class_maps(network: nn.Module, features: Sequence[Tensor], rows: Tensor, target: Target) -> Tensor:
         """The targets' maps ``(N, T, h, w)``, before smoothing and scaling; ``rows`` are those of ``target.terms``."""
-        found = session.attend(network, features, rows.flatten(1))
+        found = session.head_maps(network, features, rows.flatten(1))
         return target.combine(found.unflatten(1, rows.shape[1:]))
 
     def _all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
@@ -284,12 +287,12 @@ class TrainableAttribution(Attribution):
         Returns:
             ``(N, K, h, w)`` in [0, 1], scaled as ``scale`` says; untrained where ``class_counts_ == 0``.
         """
-        self._check_ready()
+        self.check_ready()
         images, _ = self._images(inputs)
         with frozen(self.model), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
             outputs, features = self._features(clean, forward_args(additional_forward_args))
-            maps = session.attend(self._network_for(features), features, None)
+            maps = session.head_maps(self._network_for(features), features, None)
             return self._as_asked(self._all_maps(outputs, maps)).to(images.dtype)
 
     def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
@@ -297,7 +300,7 @@ class TrainableAttribution(Attribution):
         self._ready()
         outputs, features = run(self.model, inputs, args, self.taps(inputs, args))
         session.check_same(type(self).__name__, self._ready(), outputs, features)
-        return outputs, [f.to(session.head_dtype(f)) for f in features]
+        return outputs, [at_least_float32(f) for f in features]
 
     def _network_for(self, features: Sequence[Tensor]) -> nn.Module:
         return self._ready().network.to(features[0])
@@ -309,19 +312,17 @@ class TrainableAttribution(Attribution):
         unseen = [c for c in rows.unique().tolist() if counts[c] == 0]
         if unseen and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{type(self).__name__}: class {', '.join(map(str, unseen[:5]))}{' ...' if len(unseen) > 5 else ''} "
-                "never came up in fit, so its map is untrained; fit on images of it (class_counts_ has the counts)",
-                UserWarning,
-                stacklevel=6,
+                "never came up in fit, so its map is untrained; fit on images of it (class_counts_ has the counts)"
             )
 
-    def _resolve(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
+    def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
         if self._fitted is None:
-            return super()._resolve(inputs, args)
-        return self._tested(self._asked_layers(), inputs, args)
+            return super().resolve_layers(inputs, args)
+        return self._tested(self.named_layers(), inputs, args)
 
-    def _asked_layers(self) -> Any:
+    def named_layers(self) -> Any:
         """Those of the fit, so that an explainer and what is loaded from its file are known as one."""
         if self._fitted is None:
             return self.layers
@@ -384,10 +385,10 @@ class TrainableAttribution(Attribution):
             A copy; the explainer itself stays as it is.
         """
         fitted = self._ready()
-        network = self._network(fitted.channels, fitted.num_classes, torch.Generator().manual_seed(seed)).eval()
+        network = self.build_network(fitted.channels, fitted.num_classes, torch.Generator().manual_seed(seed)).eval()
         twin = copy.copy(self)
         twin._fitted = replace(fitted, network=network, steps=0, history=History())
-        twin._complete(network)
+        twin.finish_network(network)
         network.to(next(fitted.network.parameters()))
         return twin
 
@@ -434,11 +435,11 @@ class TrainableAttribution(Attribution):
             )
             if strict_backbone:
                 raise BackboneMismatchError(message + " (strict_backbone=False loads it all the same)")
-            warnings.warn(message, UserWarning, stacklevel=2)
-        network = explainer._network(facts["channels"], facts["num_classes"], torch.Generator())
+            warn(message)
+        network = explainer.build_network(facts["channels"], facts["num_classes"], torch.Generator())
         try:
             explainer._fitted = Fitted.read(saved, network)
         except KeyError as missing:
             raise CheckpointError(f"path: {path} is incomplete, {missing} is not in it; fit again") from missing
-        explainer._complete(network)
+        explainer.finish_network(network)
         return explainer

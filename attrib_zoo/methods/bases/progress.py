@@ -1,0 +1,24 @@
+"""The progress bar of the methods that make many passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(total: int, label: str, unit: str = "pass") -> Iterator[Callable[[int], None]]:
+    """A bar on the standard error stream; the function that it gives takes how many steps have been done since.
+
+    Args:
+        total: steps in all.
+        label: what the bar is called; without one there is no bar.
+        unit: what a step is.
+    """
+    if not label:
+        yield lambda _: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=label, unit=unit, leave=False, mininterval=0.5) as bar:
+        yield lambda count: bar.update(count) and None
