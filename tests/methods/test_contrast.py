@@ -96,7 +96,7 @@ def test_what_is_linear_in_the_score_subtracts_maps_of_the_same_scores(model, ki
 
 
 @pytest.mark.parametrize("kind", [LCAMImg, TTAME])
-@pytest.mark.filterwarnings("ignore:fit|ignore:.*never came up")
+@pytest.mark.filterwarnings("ignore:.*never came up")
 def test_trained_maps_are_combined_before_they_are_scaled(kind):
     model = zoo.small_cnn()
     explainer = zoo.fit(kind(model, upsample=False), [IMAGES.float()], max_steps=2)
