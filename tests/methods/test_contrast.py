@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import strategies as zoo
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -130,6 +130,7 @@ def test_several_contrasts_in_one_call_are_those_of_several_calls(model):
     torch.testing.assert_close(each[2], method.attribute(IMAGES, Contrast(2))[2])
 
 
+@settings(max_examples=15)
 @given(order=st.permutations(range(5)), k=st.integers(1, 6))
 def test_permuted_classes_permute_the_maps(model, order, k):
     """Class ``i`` of the second model is class ``order[i]`` of the first; weight 0 is the class alone."""
