@@ -29,9 +29,15 @@ def transparent(function):
 
 
 class SmallCAM(Attribution):
-    """Grad-CAM. A fault replaces a step: ``images``, ``quiet``, ``index``, ``explain``, ``grid``, ``finish``."""
+    """Grad-CAM. A fault replaces a step: ``images``, ``quiet``, ``index``, ``explain``, ``grid``, ..., ``finish``."""
 
-    def __init__(self, model, layers=None, *, upsample=True):
+    smooth = scale = None
+
+    def __init__(self, model, layers=None, *, upsample=True, smooth=None, scale=None):
+        if not (smooth is None or (isinstance(smooth, int) and smooth % 2)):
+            raise ValueError(f"smooth: must be odd, got {smooth!r}")
+        if scale not in (None, "min-max", "rank"):
+            raise ValueError(f"scale: must be 'min-max' or 'rank', got {scale!r}")
         if not isinstance(model, nn.Module):
             raise TypeError("model: wrap the function in an nn.Module")
         if isinstance(model, torch.jit.ScriptModule):
@@ -39,9 +45,11 @@ class SmallCAM(Attribution):
         super().__init__(model)
         self.layers = layers
         self.upsample = upsample
+        self.smooth, self.scale = smooth, scale
 
     def __repr__(self):
-        return f"{type(self).__name__}(layers={self.layers!r}, upsample={self.upsample!r})"
+        shaped = f"smooth={self.smooth!r}, scale={self.scale!r}"
+        return f"{type(self).__name__}(layers={self.layers!r}, upsample={self.upsample!r}, {shaped})"
 
     def get_name(self):
         return type(self).__name__
@@ -59,7 +67,7 @@ class SmallCAM(Attribution):
         args = () if extra is None else extra if isinstance(extra, tuple) else (extra,)
         with self.quiet(), torch.inference_mode(False), torch.enable_grad():
             heat = self.explain(images.detach().clone(), target, args).detach()
-        out = self.finish(heat, images)
+        out = self.finish(self.scaled(self.smoothed(heat)), images)
         return (out,) if isinstance(inputs, tuple) else out
 
     def attribute_many(self, inputs, targets, additional_forward_args=None):
@@ -164,6 +172,25 @@ class SmallCAM(Attribution):
             h, w = images.shape[2] // 8, images.shape[3] // 8
             return activation[:, bench.prefix :].unflatten(1, (h, w)).permute(0, 3, 1, 2)
         return activation.permute(0, 3, 1, 2) if bench.layout == "nhwc" else activation
+
+    def smoothed(self, heat):
+        if self.smooth is None:
+            return heat
+        ones = torch.ones(1, 1, self.smooth, self.smooth, dtype=heat.dtype)
+        sums, counts = (F.conv2d(part, ones, padding=self.smooth // 2) for part in (heat, torch.ones_like(heat)))
+        return sums / counts
+
+    def scaled(self, heat):
+        if self.scale is None:
+            return heat
+        if self.scale == "min-max":
+            low, high = heat.amin((2, 3), keepdim=True), heat.amax((2, 3), keepdim=True)
+            return (heat - low) / (high - low).clamp(min=1e-30)
+        return self.ranks(heat.flatten(1)).view_as(heat)
+
+    def ranks(self, values):
+        pairs = values[:, :, None] - values[:, None]
+        return ((pairs > 0).sum(2) + ((pairs == 0).sum(2) - 1) / 2).to(values.dtype) / (values.shape[1] - 1)
 
     def finish(self, heat, images):
         if self.upsample:

@@ -43,6 +43,38 @@ HEAD = """\
 {count} methods, called alike: `Method(model).attribute(images, target)`. Defaults are the papers'; where a paper and
 its authors' code differ, the reference says so under *Deviations*. `attrib-zoo list` prints the table below.
 
+## What all of them take
+
+**Why this and not those?** `target=Contrast(3)` explains the score of a class less 0.6 of the mean score of the three
+classes that come next, instead of the score alone; `Contrast(k, weight, target)` says how many, how much and of which
+class. On `GradCAM` that is Finer-CAM; every method that reads scores or their gradients takes it, and trained
+explainers combine the maps of these classes in the same way, in the same single pass. `TransformerLRP` refuses it;
+class-agnostic methods have one map for all targets anyway.
+
+**Smoother maps.** `smooth=3` takes the mean over 3 x 3 cells of a map at the resolution of its layer, before it is
+scaled and enlarged. It is off by default. Smooth maps keep more of the model's confidence when they mask the image, so
+compare a method with a smoothed one only beside a smoothed Grad-CAM. Methods whose map has the resolution of the image
+have no such option.
+
+**Another scale.** `scale="min-max"` or `scale="rank"` brings the values of a map to [0, 1] before it is enlarged; ranks
+keep nothing but the order, so that no extreme cell decides how bright the others are. Without it maps have the scale of
+their formula (trained ones are min-max scaled). Measures that rank pixels hardly notice; average drop does.
+
+```python
+import torch
+
+from attrib_zoo import Contrast, GradCAM, synthetic
+
+model, images = synthetic.tiny_cnn(), torch.rand(2, 3, 32, 32)
+explainer = GradCAM(model, smooth=3, scale="rank")
+why_not = explainer.attribute(images, target=Contrast(3))
+both = explainer.attribute_many(images, [Contrast(3, target=1), 1])  # with and without the rivals, from one pass
+```
+
+On the command line these are `--contrast 3`, `--smooth 3` and `--scale rank`.
+
+## Pictures
+
 The same two photographs, explained for what SqueezeNet 1.1 decides; every map is scaled to its own range, negative
 evidence is left out:
 

@@ -26,6 +26,7 @@ from attrib_zoo.errors import (
     UnsupportedModelError,
     check_choice,
 )
+from attrib_zoo.masking import mean_filter, rank_scale, upsample
 
 
 class Sum(Attribution):
@@ -138,6 +139,38 @@ def test_repr_and_options_show_what_was_changed():
     assert Plus(model, mode="b").options() == {"amount": 1.0, "mode": "b", "upsample": True}
     with pytest.raises(OptionError, match=r"mode: must be one of 'a', 'b', got 'c'"):
         Plus(model, mode="c")
+
+
+def test_each_layers_map_is_smoothed_then_joined_then_scaled():
+    model, layers = zoo.small_cnn(), ["stages.1", "stages.2"]
+    parts = [GradCAM(model, name, upsample=False).attribute(IMAGES, 1) for name in layers]
+    joined = [
+        torch.stack([upsample(mean_filter(part, 3), size) for part in parts]).mean(0) for size in ((16, 16), (8, 8))
+    ]
+    options = {"smooth": 3, "scale": "rank"}
+    found = GradCAM(model, layers, **options).attribute(IMAGES, 1)
+    torch.testing.assert_close(found, rank_scale(joined[0]).expand_as(IMAGES))
+    found = GradCAM(model, layers, **options, upsample=False).attribute(IMAGES, 1)
+    torch.testing.assert_close(found, rank_scale(joined[1]))
+
+
+@pytest.mark.parametrize("smooth", [0, 2, -3, 3.0, True, "3"])
+def test_smooth_must_be_odd(smooth):
+    with pytest.raises(OptionError, match="smooth: must be an odd number of cells"):
+        GradCAM(zoo.small_cnn(), smooth=smooth)
+
+
+def test_smooth_and_scale_are_options_like_others():
+    model = zoo.small_cnn()
+    explainer = GradCAM(model, smooth=5, scale="min-max")
+    assert repr(explainer) == "GradCAM(SmallCNN, layers=None, smooth=5, scale='min-max')"
+    assert GradCAM(model, **explainer.options()).options() == explainer.options()
+    with pytest.raises(OptionError, match="scale: must be one of 'min-max', 'rank', got 'ranks'"):
+        GradCAM(model, scale="ranks")
+    trained = zoo.fit(TTAME(model, smooth=3, scale="rank"), [IMAGES], max_steps=2)
+    every = trained.maps(IMAGES)
+    cells = every.shape[-2] * every.shape[-1]
+    assert every.flatten(2).sum(2).flatten().tolist() == pytest.approx([cells / 2] * (4 * 5), rel=1e-4)
 
 
 def test_names_of_captum():

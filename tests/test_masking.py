@@ -30,7 +30,9 @@ from attrib_zoo.masking import (
     blur,
     channel_stats,
     is_out_of_memory,
+    mean_filter,
     min_max,
+    rank_scale,
     upsample,
 )
 
@@ -331,3 +333,32 @@ def test_blur_keeps_a_colour_and_the_type():
     colour = torch.full((1, 3, 6, 7), 0.3, dtype=torch.float16)
     assert blur(colour, 2.0).dtype == torch.float16
     torch.testing.assert_close(blur(colour, 2.0), colour, rtol=1e-3, atol=0)
+
+
+# ---------------------------------------------------------------------- smoothing and ranks
+
+
+@given(zoo.maps(), st.sampled_from([1, 3, 5, 7]))
+def test_the_mean_filter_takes_the_mean_of_the_cells_that_there_are(maps, size):
+    reach = size // 2
+    found = mean_filter(maps, size)
+    assert found.shape == maps.shape
+    for i in range(maps.shape[2]):
+        for j in range(maps.shape[3]):
+            window = maps[:, :, max(0, i - reach) : i + reach + 1, max(0, j - reach) : j + reach + 1]
+            torch.testing.assert_close(found[:, :, i, j], window.mean((2, 3)))
+
+
+@given(zoo.maps(), st.integers(1, 6))
+def test_ranks_are_counted_pair_by_pair(maps, levels):
+    maps = (maps * levels).round()  # ties
+    found = rank_scale(maps)
+    for heat, ranked in zip(maps.flatten(0, 1).flatten(1), found.flatten(0, 1).flatten(1), strict=True):
+        below = (heat[:, None] > heat).sum(1) + ((heat[:, None] == heat).sum(1) - 1) / 2
+        wanted = below / (len(heat) - 1) if len(heat) > 1 else torch.full_like(heat, 0.5)
+        torch.testing.assert_close(ranked, wanted.double())
+
+
+def test_constant_maps_are_ranked_in_the_middle_and_nan_stays():
+    assert rank_scale(torch.full((1, 1, 2, 3), 7.0)).unique().tolist() == [0.5]
+    assert rank_scale(torch.tensor([[[[float("nan"), 1.0, 2.0]]]])).isnan().flatten().tolist() == [True, False, False]

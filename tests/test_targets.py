@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attrib_zoo.errors import AttribZooError, TargetError, UnsupportedModelError
-from attrib_zoo.targets import Target, TargetQuery, check_outputs
+from attrib_zoo.targets import Contrast, Target, TargetQuery, check_outputs
 
 
 def scores_for(target, outputs, score="logit", **options):
@@ -218,3 +218,76 @@ def test_outputs_that_are_no_scores_are_refused(found, words):
 def test_outputs_that_are_scores_pass():
     out = zoo.normal(2, 3)
     assert check_outputs(out, 2) is out
+
+
+# ---------------------------------------------------------------------- contrasts
+
+
+def by_hand(row, own, k, weight):
+    """The formula on one row of scores, a list."""
+    rivals = sorted((c for c in range(len(row)) if c != own), key=lambda c: -row[c])[:k]
+    return row[own] - weight * sum(row[c] for c in rivals) / len(rivals)
+
+
+@given(st.data(), st.integers(1, 7), st.floats(0, 2))
+def test_a_contrast_is_the_formula(data, k, weight):
+    out = data.draw(zoo.outputs(axes=1))
+    each = [place[0] for place in data.draw(zoo.positions(out))]
+    found = TargetQuery(Contrast(k, weight, each)).resolve(out)
+    wanted = [by_hand(row, own, k, weight) for row, own in zip(out.tolist(), each, strict=True)]
+    assert found.select(out)[:, 0].tolist() == pytest.approx(wanted, abs=1e-12)
+    assert found.classes[:, 0].tolist() == each
+    assert found.others.shape == (len(out), 1, min(k, out.shape[1] - 1))
+    decided = scores_for(Contrast(k, weight), out)[:, 0].tolist()
+    assert decided == pytest.approx([by_hand(row, row.index(max(row)), k, weight) for row in out.tolist()], abs=1e-12)
+
+
+@given(st.data(), st.integers(1, 7))
+def test_a_contrast_of_deeper_outputs_stays_at_its_place(data, k):
+    out = data.draw(zoo.outputs(axes=2))
+    each = data.draw(zoo.positions(out))
+    wanted = [by_hand(row[:, j].tolist(), c, k, 0.6) for row, (c, j) in zip(out, each, strict=True)]
+    assert scores_for(Contrast(k, target=each), out)[:, 0].tolist() == pytest.approx(wanted, abs=1e-12)
+
+
+@given(st.data())
+def test_rivals_stay_those_of_the_clean_outputs(data):
+    out = data.draw(zoo.outputs(axes=1, batch=3))
+    target = TargetQuery(Contrast(2, 0.5)).resolve(out)
+    other = zoo.normal(*out.shape, seed=3)
+    rows = torch.tensor([len(out) - 1, 0])
+    wanted = [
+        other[i, int(target.classes[n, 0])] - 0.5 * other[i, target.others[n, 0]].mean() for i, n in enumerate(rows)
+    ]
+    assert target.rows(rows).select(other[:2])[:, 0].tolist() == pytest.approx([float(w) for w in wanted])
+
+
+def test_targets_of_several_widths_stand_side_by_side():
+    out = torch.tensor([[1.0, 4.0, 2.0, 3.0], [4.0, 3.0, 2.0, 1.0]], dtype=torch.float64)
+    found = TargetQuery([Contrast(1, 1.0), 2, Contrast(3, 1.0, [0, 3])], many=True).resolve(out)
+    torch.testing.assert_close(found.select(out), torch.tensor([[1.0, 2.0, -2.0]] * 2, dtype=torch.float64))
+    assert found.shares[0].flatten().tolist() == pytest.approx([1.0, 0, 0, 0, 0, 0, 1 / 3, 1 / 3, 1 / 3])
+    alone = found.one_of(torch.tensor([1, 0]), torch.tensor([2, 1]))
+    assert alone.select(out.flip(0))[:, 0].tolist() == pytest.approx([-2.0, 2.0])
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_a_contrast_needs_two_classes(shape):
+    with pytest.raises(TargetError, match="needs at least two classes"):
+        scores_for(Contrast(), torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda: Contrast(0), "k: must be a positive integer"),
+        (lambda: Contrast(2, -0.1), "weight: must be a number of at least 0"),
+        (lambda: Contrast(2, target=Contrast(1)), "must name a class"),
+        (lambda: scores_for(Contrast(2, target=9), torch.zeros(2, 4)), "must be a class in 0..3"),
+        (lambda: scores_for([Contrast(2)], torch.zeros(2, 4)), "one entry for each of the 2 images"),
+        (lambda: scores_for([Contrast(2), None], torch.zeros(2, 4)), "must be an integer class"),
+    ],
+)
+def test_wrong_contrasts_say_so(wrong, words):
+    with pytest.raises(AttribZooError, match=words):
+        wrong()

@@ -94,6 +94,8 @@ class Measure:
             where the region alone tells it.
         points: where on the horizontal axis a curve's values stand.
         area: the number of a curve is the area under it instead of its mean.
+        elsewhere: it asks the method about images that it makes itself, of which no true region is known; the perfect
+            map has no number.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Measure:
     chance: Callable[[Question], Tensor] | None = None
     points: tuple[float, ...] = ()
     area: bool = False
+    elsewhere: bool = False
 
     def number(self, found: Tensor) -> Tensor:
         """One number per image, ``(N,)``."""
@@ -141,6 +144,27 @@ def _curve(function: Function, **options: Any) -> Callable[[Question], Tensor]:
         return found
 
     return compute
+
+
+def _gap(kept: Callable[[Question], Tensor], lost: Callable[[Question], Tensor]) -> Callable[[Question], Tensor]:
+    """What is left in one order less what is left in the other."""
+    return lambda asked: kept(asked) - lost(asked)
+
+
+def _hidden(order: str) -> Callable[[Question], Tensor]:
+    """The removal curve with pixels hidden as the question says, instead of imputed."""
+    return lambda asked: _curve(metrics.road_curve, order=order, fractions=_TENTHS, hiding=asked.masking)(asked)
+
+
+def _mosaic(asked: Question) -> Tensor:
+    """The grid pointing game among the images of the batch; NaN for those that find no mosaic."""
+    found = asked.clean.new_full((len(asked.inputs),), torch.nan)
+    mosaics = metrics.grid_mosaics(asked.inputs, asked.target, asked.clean, seed=asked.seeds)
+    if len(mosaics):
+        maps = asked.explain(mosaics.inputs, mosaics.target).detach()
+        shares = metrics.grid_pointing_game(asked.model, mosaics.inputs, maps, cell=mosaics.cell)
+        found[mosaics.image.to(found.device)] = shares.to(found)
+    return found
 
 
 def _where(
@@ -186,23 +210,32 @@ _STEPS = 32
 _TOP = 0.2  # of the pixels, in mIoU
 _GRID = tuple(i / _STEPS for i in range(_STEPS + 1))
 
+_MORF, _LERF = (_curve(metrics.road_curve, order=order, fractions=_TENTHS) for order in ("morf", "lerf"))
+_INSERTION, _DELETION = (_curve(curve, steps=_STEPS) for curve in (metrics.insertion_curve, metrics.deletion_curve))
+
 FAMILIES: dict[str, tuple[Measure, ...]] = {
     "ad": tuple(Measure(f"AD({keep:.0%})".replace("%", ""), _drop(keep), lower=True) for keep in _KEEPS),
     "ic": tuple(Measure(f"IC({keep:.0%})".replace("%", ""), _rise(keep)) for keep in _KEEPS),
     "drop": (Measure("Drop%", _drop(**_SISE), lower=True),),
     "increase": (Measure("Increase%", _rise(**_SISE)),),
     "road": (
-        Measure("ROAD MoRF", _curve(metrics.road_curve, order="morf", fractions=_TENTHS), lower=True, points=_TENTHS),
-        Measure("ROAD LeRF", _curve(metrics.road_curve, order="lerf", fractions=_TENTHS), points=_TENTHS),
+        Measure("ROAD MoRF", _MORF, lower=True, points=_TENTHS),
+        Measure("ROAD LeRF", _LERF, points=_TENTHS),
     ),
     "road-released": tuple(
         Measure(f"{name}, released", _curve(metrics.road_curve, order=order, **_RELEASED), lower, points=_POINTS)
         for name, order, lower in (("ROAD MoRF", "morf", True), ("ROAD LeRF", "lerf", False))
     ),
-    "insertion": (Measure("insertion", _curve(metrics.insertion_curve, steps=_STEPS), points=_GRID, area=True),),
-    "deletion": (
-        Measure("deletion", _curve(metrics.deletion_curve, steps=_STEPS), lower=True, points=_GRID, area=True),
+    "insertion": (Measure("insertion", _INSERTION, points=_GRID, area=True),),
+    "deletion": (Measure("deletion", _DELETION, lower=True, points=_GRID, area=True),),
+    "hiding": (
+        Measure("hidden MoRF", _hidden("morf"), lower=True, points=_TENTHS),
+        Measure("hidden LeRF", _hidden("lerf"), points=_TENTHS),
     ),
+    "srg": (Measure("SRG", _gap(_LERF, _MORF), points=_TENTHS),),
+    "srg-hidden": (Measure("hidden SRG", _gap(_hidden("lerf"), _hidden("morf")), points=_TENTHS),),
+    "srg-insertion": (Measure("ins - del", _gap(_INSERTION, _DELETION), points=_GRID, area=True),),
+    "grid": (Measure("grid pointing", _mosaic, chance=lambda a: torch.full_like(a.clean, 0.25), elsewhere=True),),
     "ebpg": (Measure("EBPG", _where(metrics.energy_pointing_game, ranked=False), needs="region", chance=_AREA),),
     "miou": (Measure("mIoU", _where(metrics.miou, keep=_TOP), needs="region", chance=_overlap),),
     "bbox": (Measure("Bbox", _where(metrics.bbox_score), needs="region", chance=_ALL),),
@@ -230,6 +263,8 @@ FAMILIES: dict[str, tuple[Measure, ...]] = {
 Insertion and deletion take 32 steps here; ``metrics.insertion`` has as many as the image has rows, as its paper does.
 ``road-released`` is what the authors of T-TAME have in their code, not in their equations: the share of decisions that
 stay, at seven percentages, where all pixels of one value fall together. Their AD and IC hide with ``masking="raw"``.
+``hiding`` and ``srg-hidden`` hide pixels as ``masking`` says instead of ROAD's imputation. ``grid`` makes mosaics of
+those images of each batch that the model is sure of, at the images' size; it needs four classes or more in a batch.
 """
 
 Wanted = str | Sequence[str | Measure] | Mapping[str, Function]

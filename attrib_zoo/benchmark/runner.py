@@ -63,7 +63,8 @@ def evaluate(
             in its centre, and each trained explainer as it was before its fit; the true region as a map, where the
             data says it; and what is to be expected by chance, where the region alone tells it.
         max_images: stop after so many.
-        masking: what replaces hidden pixels in AD and IC; see ``metrics.masked_confidence``.
+        masking: what replaces hidden pixels in AD, IC and the families ``hiding`` and ``srg-hidden``: ``"raw"`` black,
+            ``"standardized"`` the mean colour, ``"blur"``, ``"auto"`` or a tensor; see ``metrics.masked_confidence``.
         score: ``"softmax"``, or ``"sigmoid"`` for multi-label models.
         seed: of ties, noise and controls; an image's draws depend on its place in the loader alone.
         memory: on the CPU too, find the memory that each method holds for one image. On a GPU it is always measured,
@@ -141,6 +142,8 @@ class _Run:
             rows = [Row(name, start + i, d, int(target[i]), float(clean[i])) for i, d in enumerate(digests)]
             for measure in self.measures:
                 compute = measure.chance if explain is constant else measure.compute
+                if measure.elsewhere and self.explain[name] is None:
+                    compute = None
                 _enter(measure, maps.new_full((len(inputs),), torch.nan) if compute is None else compute(asked), rows)
             self.records.add(rows, name, cost)
 

@@ -162,8 +162,9 @@ def _evaluate() -> ArgumentParser:
     add("--explainer", metavar="FILE[,FILE]", help="trained explainers, made by attrib-zoo fit for this model")
     add("--metrics", default="ad,ic,road", metavar="NAME[,NAME]", help="measures (default: ad,ic,road)")
     add("--boxes", metavar="FILE", help="CSV of path,xmin,ymin,xmax,ymax: what is explained, for ebpg, miou, bbox ...")
-    add("--masking", default="auto", metavar="NAME", help="raw, standardized or auto: what hidden pixels become")
+    add("--masking", default="auto", metavar="NAME", help="raw (black), standardized (mean colour), blur, auto")
     _layers(parser)
+    _shaping(parser)
     add("--max-images", type=PositiveInt, metavar="N", help="the first N images only")
     add("--batch-size", type=PositiveInt, default=16, metavar="N", help="images at once (default: 16)")
     add("--workers", type=NonNegativeInt, default=0, metavar="N", help="processes that read images (default: 0)")
@@ -182,7 +183,9 @@ def _explain() -> ArgumentParser:
     add("--method", metavar="NAME[,NAME]", help=_METHODS)
     add("--explainer", metavar="FILE[,FILE]", help="trained explainers, made by attrib-zoo fit for this model")
     add("--target", metavar="CLASS", help="index or name of the class to explain (default: what the model decides)")
+    add("--contrast", type=PositiveInt, metavar="K", help="why this class and not the next K, such as 3")
     _layers(parser)
+    _shaping(parser)
     add("--output", default="explanations", metavar="FOLDER", help="where pictures go (default: explanations)")
     add("--batch-size", type=PositiveInt, default=8, metavar="N", help="photographs at once (default: 8)")
     _config(parser)
@@ -258,6 +261,12 @@ def _model(parser: ArgumentParser) -> None:
 def _layers(parser: ArgumentParser) -> None:
     text = "layers to read, by name or counted from the end: layer3,layer4 or --layers=-2,-1 (default: the method's)"
     parser.add_argument("--layers", metavar="NAME[,NAME]", help=text)
+
+
+def _shaping(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--smooth", type=PositiveInt, metavar="N", help="mean over N x N cells of each map, N odd (default: none)")
+    add("--scale", metavar="NAME", help="min-max or rank, of each map's values (default: the method's own)")
 
 
 def _config(parser: ArgumentParser) -> None:

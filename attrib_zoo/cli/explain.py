@@ -17,6 +17,7 @@ from attrib_zoo.cli.shared import explainers, load_model
 from attrib_zoo.errors import DataError, aligned
 from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.photos import find_photos, open_photo, own_stems, writable_folder
+from attrib_zoo.targets import Contrast
 from attrib_zoo.visualize import figure, save_overlay
 
 
@@ -49,7 +50,7 @@ def explain(options: Any) -> str:
 
     rows: list[list[str]] = []
     for start in _progress(range(0, len(photos), options.batch_size)):
-        rows += _explain_batch(photos[start : start + options.batch_size], loaded, ready, target)
+        rows += _explain_batch(photos[start : start + options.batch_size], loaded, ready, target, options.contrast)
     headers = ["photo", "top-1 class", "confidence"]
     headers += [] if target is None else [f"explained: {loaded.class_name(target)}"]
     size = torch.zeros(1, *loaded.input_size, device=_device_of(loaded))
@@ -61,7 +62,11 @@ def explain(options: Any) -> str:
 
 
 def _explain_batch(
-    photos: Sequence[_Photo], loaded: LoadedModel, explainers: dict[str, Attribution], target: int | None
+    photos: Sequence[_Photo],
+    loaded: LoadedModel,
+    explainers: dict[str, Attribution],
+    target: int | None,
+    contrast: int | None,
 ) -> list[list[str]]:
     """Explain and draw a few photographs; returns their rows of the table."""
     images = [open_photo(photo.path) for photo in photos]
@@ -72,7 +77,8 @@ def _explain_batch(
     decision = outputs.argmax(1)
     asked = decision if target is None else torch.full_like(decision, target)
     shown = sys.stderr.isatty()  # long methods draw a bar of their own
-    maps = {name: e.attribute(inputs, asked.tolist(), show_progress=shown) for name, e in explainers.items()}
+    wanted = asked.tolist() if contrast is None else Contrast(contrast, target=asked.tolist())
+    maps = {name: e.attribute(inputs, wanted, show_progress=shown) for name, e in explainers.items()}
     maps = {name: found.cpu().clamp(min=0) for name, found in maps.items()}  # what speaks for the class
     rows = []
     for i, photo in enumerate(photos):

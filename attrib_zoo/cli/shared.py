@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from attrib_zoo.attribution import Attribution
-from attrib_zoo.errors import CheckpointError, NotFittedError, OptionError, aligned, closest
+from attrib_zoo.attribution import SCALES, Attribution, check_smooth
+from attrib_zoo.errors import CheckpointError, NotFittedError, OptionError, aligned, check_choice, closest
 from attrib_zoo.methods import list_methods
 from attrib_zoo.models import LoadedModel, load, read_class_names
 from attrib_zoo.training import checkpoint
@@ -68,7 +68,22 @@ def explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:
                 "--explainer FILE"
             )
         ready.setdefault(key, cls(loaded.model, layers_of(options.layers), **accepted(cls, statistics_of(loaded))))
+    for name, explainer in ready.items():
+        _shape(name, explainer, options.smooth, options.scale)
     return {name: ready[name] for name in dict.fromkeys([*named, *ready])}
+
+
+def _shape(name: str, explainer: Attribution, smooth: int | None, scale: str | None) -> None:
+    """Give an explainer, new or loaded, the ``--smooth`` and ``--scale`` that were asked for."""
+    if smooth is not None:
+        if "smooth" not in explainer.options():
+            raise OptionError(
+                f"smooth: {name} makes its map at the resolution of the image, so there are no cells to average over; "
+                "leave the method or --smooth out"
+            )
+        explainer.smooth = check_smooth(smooth)
+    if scale is not None:
+        explainer.scale = check_choice("scale", scale, SCALES)
 
 
 def load_model(options: Any) -> LoadedModel:

@@ -8,6 +8,9 @@ from attrib_zoo.metrics.confidence import drop_rate as drop_rate
 from attrib_zoo.metrics.confidence import increase_in_confidence as increase_in_confidence
 from attrib_zoo.metrics.confidence import increase_rate as increase_rate
 from attrib_zoo.metrics.confidence import masked_confidence as masked_confidence
+from attrib_zoo.metrics.encoding import EncodingCheck as EncodingCheck
+from attrib_zoo.metrics.encoding import encoding_check as encoding_check
+from attrib_zoo.metrics.gain import symmetric_relevance_gain as symmetric_relevance_gain
 from attrib_zoo.metrics.imputation import linear_imputation as linear_imputation
 from attrib_zoo.metrics.insertion_deletion import deletion as deletion
 from attrib_zoo.metrics.insertion_deletion import deletion_curve as deletion_curve
@@ -18,6 +21,9 @@ from attrib_zoo.metrics.localization import class_discrimination as class_discri
 from attrib_zoo.metrics.localization import energy_pointing_game as energy_pointing_game
 from attrib_zoo.metrics.localization import miou as miou
 from attrib_zoo.metrics.localization import pointing_game as pointing_game
+from attrib_zoo.metrics.mosaics import Mosaics as Mosaics
+from attrib_zoo.metrics.mosaics import grid_mosaics as grid_mosaics
+from attrib_zoo.metrics.mosaics import grid_pointing_game as grid_pointing_game
 from attrib_zoo.metrics.road import road as road
 from attrib_zoo.metrics.road import road_curve as road_curve
 from attrib_zoo.metrics.robustness import infidelity as infidelity

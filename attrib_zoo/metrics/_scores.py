@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward, forward_args, frozen, select_args
@@ -16,6 +17,7 @@ from attrib_zoo.targets import Target, TargetQuery
 
 Masking = str | Tensor
 Score = str | Callable[[Tensor], Tensor]
+MASKINGS = ("auto", "raw", "standardized", "blur")
 REDUCE = ("confidence", "accuracy")
 
 
@@ -26,10 +28,11 @@ def check_inputs(inputs: object) -> None:
         raise InputError(f"inputs: must be floating-point images (N, C, H, W), N at least 1, got {got}")
 
 
-def check_masking(masking: Masking) -> None:
-    """An error for a rule that does not exist."""
-    if not isinstance(masking, Tensor) and masking not in ("auto", "raw", "standardized"):
-        raise OptionError(f"masking: must be 'auto', 'raw', 'standardized' or a tensor, got {masking!r}")
+def check_masking(masking: Masking, name: str = "masking", more: tuple[str, ...] = ()) -> None:
+    """An error for a rule that does not exist; ``name`` is the option's, ``more`` are rules that only it has."""
+    if not isinstance(masking, Tensor) and masking not in MASKINGS + more:
+        rules = ", ".join(map(repr, MASKINGS + more))
+        raise OptionError(f"{name}: must be one of {rules} or a tensor that broadcasts to the inputs, got {masking!r}")
 
 
 def check_score(score: Score) -> None:
@@ -38,13 +41,29 @@ def check_score(score: Score) -> None:
         raise OptionError(f"score: must be 'softmax', 'sigmoid' or a function of the outputs, got {score!r}")
 
 
-def hidden_colour(model: nn.Module, masking: Masking, inputs: Tensor) -> Tensor | float:
-    """The colour of a pixel that is not seen, in the inputs' space."""
+def hidden(model: nn.Module, masking: Masking, inputs: Tensor) -> Tensor | float:
+    """What stands where a pixel is not seen, in the inputs' space; broadcasts to them."""
     if isinstance(masking, Tensor):
         return masking.to(inputs)
+    if masking == "blur":
+        return blur(inputs)
     if masking == "standardized" or (masking == "auto" and is_transformer(model)):
         return 0.0
     return black(*channel_stats(model, inputs.shape[1]), like=inputs)
+
+
+def blur(images: Tensor, kernel: int = 11, sigma: float = 5.0) -> Tensor:
+    """Images ``(N, C, H, W)`` under a Gaussian of ``kernel`` pixels; at the border over the pixels that there are."""
+    offsets = torch.arange(kernel, device=images.device, dtype=torch.float64) - kernel // 2
+    weights = (-(offsets**2) / (2 * sigma**2)).exp().to(images)
+    out = images
+    for axis in (-2, -1):
+        shape, padding = ((kernel, 1), (kernel // 2, 0)) if axis == -2 else ((1, kernel), (0, kernel // 2))
+        line = weights.view(1, 1, *shape)
+        flat = out.flatten(0, 1)[:, None]
+        there = F.conv2d(torch.ones_like(flat[:1]), line, padding=padding)
+        out = (F.conv2d(flat, line, padding=padding) / there)[:, 0].view_as(images)
+    return out
 
 
 def run_in_chunks(model: nn.Module, images: Tensor, args: tuple[Any, ...], chunk_size: int | None) -> Tensor:

@@ -21,7 +21,7 @@ from attrib_zoo.metrics._scores import (
     check_inputs,
     check_masking,
     check_score,
-    hidden_colour,
+    hidden,
     run_in_chunks,
     select_scores,
 )
@@ -177,8 +177,10 @@ def masked_confidence(
         mask: ``"soft"`` multiplies by the map's values; ``"binary"`` shows the pixels kept unchanged.
         masking: What replaces hidden pixels: ``"raw"`` black, ``"standardized"`` the mean colour (0), ``"auto"`` the
             latter for transformers and black for all other models, as the papers do (see
-            ``backbone.kind.is_transformer``). Or a tensor in the inputs' space that broadcasts to them, e.g.
-            ``masking.black(mean, std)`` where the model does not carry its mean and standard deviation.
+            ``backbone.kind.is_transformer``); ``"blur"`` the image itself under a Gaussian (11 px, sigma 5, as in
+            RISE's insertion): fine detail goes, large shapes stay. Or a tensor in the inputs' space that broadcasts to
+            them, e.g. ``masking.blur(inputs, 20)``, or ``masking.black(mean, std)`` where the model does not carry its
+            mean and standard deviation.
         score: ``"softmax"``, ``"sigmoid"``, or a function from the outputs ``(N, K)`` to scores of the same shape.
         ties: What happens to equal values at the limit: ``"threshold"`` keeps them all, ``"random"`` and
             ``"stable"`` keep exactly the fraction, in a random order of each image or in raster order.
@@ -202,8 +204,8 @@ def masked_confidence(
     args = forward_args(additional_forward_args)
 
     with frozen(model) as bare, torch.no_grad():
-        hidden = hidden_colour(bare, masking, inputs)
-        after = run_in_chunks(bare, blend(inputs, shown, hidden), args, chunk_size)
+        masked_inputs = blend(inputs, shown, hidden(bare, masking, inputs))
+        after = run_in_chunks(bare, masked_inputs, args, chunk_size)
         before = run_in_chunks(bare, inputs, args, chunk_size) if clean is None else after
     resolved = TargetQuery(target).resolve(before)
     masked = select_scores(resolved, after, score)

@@ -5,18 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import unwrap
 from attrib_zoo.errors import OptionError
 from attrib_zoo.masking import upsample
 from attrib_zoo.metrics._maps import Seed, finite_rows, ranks, read_maps
-from attrib_zoo.metrics._scores import Score, check_inputs, hidden_colour, score_copies
-
-BASELINES = ("standardized", "raw", "blur")
-
-Baseline = str | Tensor
+from attrib_zoo.metrics._scores import Masking, Score, check_inputs, check_masking, hidden, score_copies
 
 
 def insertion(model: nn.Module, inputs: Tensor, attributions: Tensor, target: Any = None, **options: Any) -> Tensor:
@@ -54,7 +49,7 @@ def insertion_curve(
     target: Any = None,
     *,
     steps: int | None = None,
-    baseline: Baseline = "blur",
+    baseline: Masking = "blur",
     score: Score = "softmax",
     ties: str = "random",
     seed: Seed = 0,
@@ -71,7 +66,8 @@ def insertion_curve(
         target: In any of Captum's forms; ``None`` is the model's own decision on the whole image.
         steps: Number of equal steps. ``None`` is the height of the image: RISE's 224 steps of 224 pixels at 224 px.
         baseline: What stands where the image is not shown: ``"blur"`` the image under a Gaussian (11 px, sigma 5),
-            ``"standardized"`` the mean colour (0), ``"raw"`` black, or a tensor that broadcasts to the inputs.
+            ``"standardized"`` the mean colour (0), ``"raw"`` black, ``"auto"``, or a tensor that broadcasts to the
+            inputs; the words are those of ``masking`` in :func:`~attrib_zoo.metrics.masked_confidence`.
         score: ``"softmax"``, ``"sigmoid"``, or a function from the outputs ``(N, K)`` to scores of the same shape.
         ties: Which of equal values goes first: ``"random"`` and ``"stable"`` change exactly ``k/steps`` of the
             pixels, in a random order of each image or in raster order; with ``"threshold"`` they go together.
@@ -105,7 +101,7 @@ def deletion_curve(
     target: Any = None,
     *,
     steps: int | None = None,
-    baseline: Baseline = "standardized",
+    baseline: Masking = "standardized",
     score: Score = "softmax",
     ties: str = "random",
     seed: Seed = 0,
@@ -142,12 +138,13 @@ def _curve(
     target: Any,
     inserting: bool,
     steps: int | None,
-    baseline: Baseline,
+    baseline: Masking,
     ties: str,
     seed: Seed,
     **asking: Any,
 ) -> Tensor:
     check_inputs(inputs)
+    check_masking(baseline, "baseline")
     size = inputs.shape[-2] * inputs.shape[-1]
     steps = inputs.shape[-2] if steps is None else steps
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= size:
@@ -155,37 +152,15 @@ def _curve(
     maps = read_maps(attributions, len(inputs)).to(inputs.device)
     order = ranks(upsample(maps.nan_to_num(), inputs.shape[-2:]), ties, seed)
     counts = torch.tensor([round(k * size / steps) for k in range(steps + 1)], device=inputs.device)
-    other = _replacement(model, baseline, inputs.detach())
+    images = inputs.detach()
+    other = torch.as_tensor(hidden(unwrap(model), baseline, images)).to(images).expand_as(images)
 
     def make(rows: Tensor, places: Tensor) -> Tensor:
         first = order[rows] < counts[places].view(-1, 1, 1, 1)
-        return torch.where(first == inserting, inputs.detach()[rows], other[rows])
+        return torch.where(first == inserting, images[rows], other[rows])
 
     curve = score_copies(model, inputs, steps + 1, make, target, **asking)
     return curve.masked_fill(~finite_rows(maps)[:, None], torch.nan)
-
-
-def _replacement(model: nn.Module, baseline: Baseline, inputs: Tensor) -> Tensor:
-    if not isinstance(baseline, Tensor) and baseline not in BASELINES:
-        raise OptionError(f"baseline: must be one of {', '.join(BASELINES)} or a tensor, got {baseline!r}")
-    if isinstance(baseline, str) and baseline == "blur":
-        return blur(inputs)
-    colour = hidden_colour(unwrap(model), baseline, inputs)
-    return torch.as_tensor(colour, dtype=inputs.dtype, device=inputs.device).expand_as(inputs)
-
-
-def blur(images: Tensor, kernel: int = 11, sigma: float = 5.0) -> Tensor:
-    """Images ``(N, C, H, W)`` under a Gaussian of ``kernel`` pixels; at the border over the pixels that there are."""
-    offsets = torch.arange(kernel, device=images.device, dtype=torch.float64) - kernel // 2
-    weights = (-(offsets**2) / (2 * sigma**2)).exp().to(images)
-    out = images
-    for axis in (-2, -1):
-        shape, padding = ((kernel, 1), (kernel // 2, 0)) if axis == -2 else ((1, kernel), (0, kernel // 2))
-        line = weights.view(1, 1, *shape)
-        flat = out.flatten(0, 1)[:, None]
-        there = F.conv2d(torch.ones_like(flat[:1]), line, padding=padding)
-        out = (F.conv2d(flat, line, padding=padding) / there)[:, 0].view_as(images)
-    return out
 
 
 def _area(curve: Tensor) -> Tensor:

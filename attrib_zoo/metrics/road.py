@@ -12,7 +12,7 @@ from attrib_zoo.backbone.capture import unwrap
 from attrib_zoo.errors import OptionError
 from attrib_zoo.masking import channel_stats, upsample
 from attrib_zoo.metrics._maps import Seed, finite_rows, normal, ranks, read_maps
-from attrib_zoo.metrics._scores import Score, check_inputs, score_copies
+from attrib_zoo.metrics._scores import Masking, Score, check_inputs, check_masking, hidden, score_copies
 from attrib_zoo.metrics.imputation import linear_imputation
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -47,6 +47,7 @@ def road_curve(
     *,
     order: str = "morf",
     fractions: Sequence[float] = FRACTIONS,
+    hiding: Masking = "imputation",
     noise: float = 0.01,
     noise_space: str = "raw",
     tolerance: float = 1e-4,
@@ -57,9 +58,10 @@ def road_curve(
     chunk_size: int | None = None,
     additional_forward_args: Any = None,
 ) -> Tensor:
-    """The score with each fraction of the pixels removed by noisy linear imputation.
+    """The score with each fraction of the pixels removed by noisy linear imputation, or plainly hidden.
 
-    Removed pixels are filled in by :func:`linear_imputation`, and Gaussian noise is added to them alone.
+    Removed pixels are filled in by :func:`linear_imputation`, and Gaussian noise is added to them alone; that is ROAD.
+    With ``hiding`` they become black, the mean colour or blurred instead, without noise: plain MoRF and LeRF curves.
 
     Args:
         model: A classifier. It runs in eval mode and is left as it was.
@@ -69,6 +71,10 @@ def road_curve(
         target: In any of Captum's forms; ``None`` is the model's own decision on the whole image.
         order: ``"morf"`` removes the most relevant pixels first, ``"lerf"`` the least relevant.
         fractions: Shares of the pixels that are removed, each from 0 to 1.
+        hiding: ``"imputation"`` (ROAD), or what stands in the place of removed pixels, as ``masking`` in
+            :func:`~attrib_zoo.metrics.masked_confidence`: ``"raw"`` black, ``"standardized"`` the mean colour,
+            ``"auto"`` one of the two, ``"blur"``, or a tensor. ``noise``, ``noise_space`` and ``tolerance`` then do not
+            count.
         noise: Standard deviation of the noise, 0.01 in the paper.
         noise_space: What that is measured in: ``"raw"`` images in [0, 1], so that it is divided by the standard
             deviations the inputs were standardised with, or ``"standardized"`` inputs as they are.
@@ -96,15 +102,22 @@ def road_curve(
     """
     check_inputs(inputs)
     _check(order, fractions, noise, noise_space)
+    check_masking(hiding, "hiding", ("imputation",))
     images, size = inputs.detach(), inputs.shape[-2] * inputs.shape[-1]
     maps = read_maps(attributions, len(images)).to(images.device)
     relevance = upsample(maps.nan_to_num(), images.shape[-2:])
     places = ranks(relevance if order == "morf" else -relevance, ties, seed)
     counts = torch.tensor([round(fraction * size) for fraction in fractions], device=images.device)
-    grain = _grain(model, images, noise, noise_space, seed)
+    imputed = isinstance(hiding, str) and hiding == "imputation"
+    if imputed:
+        grain = _grain(model, images, noise, noise_space, seed)
+    else:
+        other = torch.as_tensor(hidden(unwrap(model), hiding, images)).to(images).expand_as(images)
 
     def make(rows: Tensor, which: Tensor) -> Tensor:
         removed = places[rows] < counts[which].view(-1, 1, 1, 1)
+        if not imputed:
+            return torch.where(removed, other[rows], images[rows])
         filled = linear_imputation(images[rows], removed, tolerance=tolerance)
         return torch.where(removed, filled + grain[rows], filled)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrib_zoo.errors import UnsupportedModelError
+from attrib_zoo.masking import min_max
 from attrib_zoo.testing.benches import MODELS, BenchModel
 from attrib_zoo.testing.suite import Case, Inapplicable, check, expect, raises, same
 
@@ -134,6 +135,40 @@ def layer_resolution(case: Case) -> None:
     expect(small.shape[2] < 32 and small.shape[3] < 48, f"expected a layer's resolution, got {tuple(small.shape[2:])}")
     large = F.interpolate(small, size=sized.inputs.shape[-2:], mode="bilinear", align_corners=False)
     same(large.expand_as(sized.inputs), sized.maps, "enlarged against the default map", 1e-5)
+
+
+def _cells(case: Case, **options: Any) -> Tensor:
+    """The maps at their own resolution, ``(N, 1, h, w)``; of methods that read several layers those of one."""
+    if "upsample" in case.parameters():
+        options["upsample"] = False
+        taps = getattr(case.explainer, "taps", None)
+        if callable(taps) and len(taps(case.inputs)) > 1:
+            options["layers"] = case.model.explained
+    return case.ready(case.model, **options).attribute(case.inputs, target=case.targets)[:, :1]  # type: ignore[no-any-return]
+
+
+@check("cnn", "vit")
+def smoothing(case: Case) -> None:
+    """``smooth=k`` takes the mean over k x k cells, at the borders over those that there are, before any scaling."""
+    case.needs("smooth", "upsample")
+    plain = _cells(case)
+    same(_cells(case, smooth=1), plain, "smooth=1 against the default", 0)
+    wanted = F.avg_pool2d(plain, 3, 1, 1) / F.avg_pool2d(torch.ones_like(plain[:1]), 3, 1, 1)
+    same(min_max(_cells(case, smooth=3)), min_max(wanted), "smooth=3 against means of the default map", 1e-4)
+    raises(functools.partial(case.build, case.model, smooth=4), "smooth", "odd", what="smooth=4")
+
+
+@check("cnn", "vit")
+def scaling(case: Case) -> None:
+    """``scale="rank"`` replaces the values of a map by their ranks, equal ones by the mean rank; "min-max" scales."""
+    case.needs("scale")
+    plain = _cells(case)
+    same(_cells(case, scale="min-max"), min_max(plain), 'scale="min-max" against the default map scaled', 1e-4)
+    values = plain.flatten(1)
+    below = torch.stack([(row[:, None] > row).sum(1) + ((row[:, None] == row).sum(1) - 1) / 2 for row in values])
+    wanted = (below / max(values.shape[1] - 1, 1)).view_as(plain)
+    same(_cells(case, scale="rank"), wanted, 'scale="rank" against the ranks of the default map', 1e-4)
+    raises(functools.partial(case.build, case.model, scale="ranks"), "scale", "rank", what='scale="ranks"')
 
 
 @check(*_ALL)

@@ -9,6 +9,7 @@ import pytest
 import strategies as zoo
 import torch
 from benchmark_cases import CHEAP, IMAGES, Batches, Counted, Linear, assert_same, brightness
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from attrib_zoo import RISE, TTAME, AblationCAM, GradCAM, ScoreCAM, metrics, synthetic
@@ -70,6 +71,59 @@ def test_a_tables_numbers_are_those_of_the_metrics(model):
     clean = model(IMAGES).softmax(1).amax(1).tolist()
     assert [rows["cam", i].target for i in range(7)] == target.tolist()
     assert [rows["cam", i].clean for i in range(7)] == pytest.approx(clean, rel=1e-5)
+
+
+@pytest.mark.parametrize("masking", ["blur", "standardized"])
+def test_gains_are_those_of_the_metrics(model, masking):
+    table = run(model, {"cam": brightness}, wanted="srg,srg-hidden,srg-insertion,hiding", masking=masking, seed=5)
+    asked = (model, IMAGES, brightness(IMAGES, None), model(IMAGES).argmax(1))
+    options = {"seed": list(range(5, 12))}
+    removal = {"fractions": TENTHS, **options}
+    wanted = {
+        "SRG": metrics.symmetric_relevance_gain(*asked, **removal),
+        "hidden SRG": metrics.symmetric_relevance_gain(*asked, hiding=masking, **removal),
+        "ins - del": metrics.symmetric_relevance_gain(*asked, form="insertion", steps=32, **options),
+        "hidden MoRF": metrics.road(*asked, order="morf", hiding=masking, **removal),
+        "hidden LeRF": metrics.road(*asked, order="lerf", hiding=masking, **removal),
+    }
+    assert [m.name for m in table.measures] == list(wanted)
+    for name, values in wanted.items():
+        torch.testing.assert_close(table.values("cam", name), 100 * values.double(), rtol=1e-4, atol=1e-3, msg=name)
+
+
+def test_the_grid_pointing_game_is_played_among_a_batch():
+    """A method that marks the cell whose colour is that of the asked class has 1; the true region is not known."""
+
+    class Colours(nn.Module):
+        """Logit c is high where channel c is bright."""
+
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(20.0))
+
+        def forward(self, x):
+            return self.gain * x.mean((2, 3))
+
+    images = torch.zeros(6, 5, 8, 8)
+    classes = torch.tensor([0, 1, 2, 3, 3, 4])
+    images[torch.arange(6), classes] = 1
+    images[5] = 0.1  # the model is not sure of this one
+    seen = {"right": 0}
+
+    def right(inputs, target):
+        seen["right"] += len(inputs)
+        return inputs[torch.arange(len(inputs)), target][:, None]
+
+    def blind(inputs, target):
+        return torch.ones_like(inputs[:, :1]) + inputs.sum(1, keepdim=True)
+
+    batch = {"image": images, "target": classes, "masks": torch.ones(6, 8, 8)}
+    methods = {"right": right, "blind": blind}
+    table = run(Colours(), methods, [batch], "grid", controls=True)
+    assert table.values("right", "grid pointing")[:5].tolist() == pytest.approx([100] * 5)
+    assert table.values("chance", "grid pointing").tolist() == pytest.approx([25] * 6)
+    assert table.values("right", "grid pointing").isnan().tolist() == [False] * 5 + [True]
+    assert table.values("perfect map", "grid pointing").isnan().all()
 
 
 def test_maps_of_zeros_are_ranked_as_the_metrics_rank_them(model):

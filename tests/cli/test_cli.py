@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import attrib_zoo
-from attrib_zoo import TTAME, GradCAM, HiResCAM, models
+from attrib_zoo import TTAME, Contrast, GradCAM, HiResCAM, models
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli import demo, main
 from attrib_zoo.models.photos import Photos
@@ -58,7 +59,7 @@ def written(path: Path) -> np.ndarray:
         return np.asarray(file)
 
 
-def expected(loaded: models.LoadedModel, path: Path, method: Attribution, target: int | None = None) -> np.ndarray:
+def expected(loaded: models.LoadedModel, path: Path, method: Attribution, target: Any = None) -> np.ndarray:
     """The overlay, made with the library's own calls."""
     with Image.open(path) as image:
         map = method.attribute(loaded.transform(image)[None], target)[0]
@@ -211,6 +212,24 @@ def test_explain_reads_the_layers_that_are_named(files, usual, loaded, tmp_path,
     assert "no layer 'layer9'" in failure(
         capsys, ["explain", str(photo), *usual, "--layers", "layer9", "--output", str(tmp_path)]
     )
+
+
+def test_explain_smooths_scales_and_contrasts(files, usual, loaded, explainer, tmp_path, capsys) -> None:
+    photo, asked = files / "photos/p1.png", ["--smooth", "3", "--scale", "rank", "--contrast", "2"]
+    words = ["explain", str(photo), *usual, "--output", str(tmp_path)]
+    assert main([*words, "--method", "gradcam,ttame", "--explainer", str(explainer), *asked]) == 0
+    for name, method in (
+        ("gradcam", GradCAM(loaded.model, smooth=3, scale="rank")),
+        ("ttame", TTAME.load(explainer, loaded.model)),
+    ):
+        method.smooth, method.scale = 3, "rank"
+        assert close(written(tmp_path / f"p1-{name}.png"), expected(loaded, photo, method, Contrast(2)))
+    capsys.readouterr()
+    assert "smooth: rise makes its map at the resolution of the image" in failure(
+        capsys, [*words, "--method", "rise", "--smooth", "3"]
+    )
+    assert "smooth: must be an odd number" in failure(capsys, [*words, "--smooth", "4"])
+    assert "scale: must be one of" in failure(capsys, [*words, "--scale", "ranks"])
 
 
 def test_photos_of_one_name_keep_their_own_pictures(usual, loaded, tmp_path) -> None:

@@ -25,7 +25,7 @@ from attrib_zoo.metrics import (
     insertion,
     insertion_curve,
 )
-from attrib_zoo.metrics.insertion_deletion import blur
+from attrib_zoo.metrics._scores import blur
 
 
 class Linear(nn.Module):

@@ -756,6 +756,18 @@ class IgnoresUpsample(SmallCAM):
         )
 
 
+@caught_by(smoothing="smooth=3 against")
+class CountsTheOutside(SmallCAM):
+    def smoothed(self, heat):
+        return F.avg_pool2d(heat, self.smooth or 1, 1, (self.smooth or 1) // 2)
+
+
+@caught_by(scaling="the ranks of the default map")
+class EqualValuesInOrder(SmallCAM):
+    def ranks(self, values):
+        return values.argsort(1, stable=True).argsort(1).to(values.dtype) / (values.shape[1] - 1)
+
+
 @caught_by(flips="mirrored")
 class RowsAndColumnsSwapped(SmallCAM):
     def cam(self, activation, gradient):

@@ -40,16 +40,9 @@ def explainer():
     model = zoo.small_cnn()
     with torch.no_grad():
         model.head.bias[2] -= 1e4
-    made = TTAME(
-        model,
-        ["stages.2", "stages.0"],
-        skip=False,
-        lambda_tv=1.5,
-        mean=(0.1, 0.2, 0.3),
-        std=(1, 2, 3),
-        upsample=False,
-        recipe="paper",
-    )
+    shown = {"upsample": False, "smooth": 3, "scale": "rank"}
+    statistics = {"mean": (0.1, 0.2, 0.3), "std": (1, 2, 3)}
+    made = TTAME(model, ["stages.2", "stages.0"], recipe="paper", skip=False, lambda_tv=1.5, **statistics, **shown)
     return zoo.fit(made, IMAGES.split(3), epochs=2, val_loader=[IMAGES])
 
 
