@@ -8,17 +8,21 @@ the graph from the first named layer up, so that gradients cost nothing below it
 from __future__ import annotations
 
 import copy
+import logging
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Tap
-from attrib_zoo.backbone.module import find, is_quantised, unwrap
+from attrib_zoo.backbone.mirror import Unmirrored, mirror
+from attrib_zoo.backbone.module import find, is_quantised, running, unwrap
 from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs
 
@@ -26,6 +30,7 @@ __all__ = [
     "call_model",
     "check_gradient",
     "check_weights",
+    "evaluating",
     "forward",
     "frozen",
     "run",
@@ -35,39 +40,133 @@ __all__ = [
     "unwrap",
 ]
 
+_log = logging.getLogger("attrib_zoo")
+
+_lock = threading.RLock()  # of the three below
+_switched: WeakKeyDictionary[nn.Module, _Switched] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_stance: list[AbstractContextManager[Any] | None] = []  # torch's setting, and an entry for each thread that needs it
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Every module in eval mode and all compiled code eager (it fires no hooks), for the length of the block.
+    """A model of one's own for the length of the block: every module in eval mode, all compiled code eager.
 
-    The training flags are restored module by module, also after an error. Modules in training mode that have a
-    ``train`` of their own are called on it before: it may drop what they cached in eval mode (LeViT's biases).
+    What is yielded, and what :func:`unwrap` returns for the model in this thread meanwhile, is the model's
+    :func:`~attrib_zoo.backbone.mirror.mirror`: the same weights in other modules. Hooks and modes of these are nobody
+    else's, so that any number of threads can explain, predict with and train one model at the same time, and the
+    user's modules are not touched at all.
+
+    A model that has no mirror is switched in place, as by :func:`evaluating`; then other threads wait for it: those
+    that explain, and those that call the model.
     """
     bare = unwrap(model)
-    modules = list(bare.modules())
-    settings: list[tuple[nn.Module, str, Any]] = [(module, "training", False) for module in modules]
-    settings += [(m, "_compiled_call_impl", None) for m in modules if m._compiled_call_impl is not None]
-    settings += [(m, "forward", unwrap(m).__call__) for m in modules if "_orig_mod" in m._modules]
-    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
-    caching = [m for m in modules if m.training and type(m).train is not nn.Module.train]
-    try:
-        with _eager():
-            for module, name, value in settings:
-                setattr(module, name, value)
+    if id(bare) in running.originals:  # inside of another such block
+        yield bare
+        return
+    with _eager(), ExitStack() as stack:
+        try:
+            own = mirror(bare)
+        except Unmirrored as reason:
+            _log.info("%s is explained in place, one thread at a time: %s", type(bare).__name__, reason)
+            own = stack.enter_context(_alone(bare))
+        running.instead[id(bare)], running.originals[id(own)] = own, bare
+        try:
+            yield own
+        finally:
+            del running.instead[id(bare)], running.originals[id(own)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module of the user's own model in eval mode, eager, for code that is not ours and runs the model itself.
+
+    The flags are restored module by module, also after an error; where several threads are in such blocks, by the last
+    to leave. Modules in training mode that have a ``train`` of their own are called on it before: it may drop what
+    they cached in eval mode (LeViT's biases).
+    """
+    bare = unwrap(model)
+    with _eager():
+        with _lock:
+            switched = _switched.get(bare)
+            if switched is None:
+                switched = _switched[bare] = _Switched(bare)
+            switched.inside += 1
+        try:
             yield bare
-    finally:
-        for module in caching:
+        finally:
+            with _lock:
+                switched.inside -= 1
+                if not switched.inside:
+                    del _switched[bare]
+                    switched.back()
+
+
+class _Switched:
+    """A model's own modules in eval mode, and how they were before."""
+
+    def __init__(self, bare: nn.Module) -> None:
+        self.inside = 0
+        modules = list(bare.modules())
+        settings: list[tuple[nn.Module, str, Any]] = [(module, "training", False) for module in modules]
+        settings += [(m, "_compiled_call_impl", None) for m in modules if m._compiled_call_impl is not None]
+        settings += [(m, "forward", unwrap(m).__call__) for m in modules if "_orig_mod" in m._modules]
+        self._before = [(module, name, getattr(module, name)) for module, name, _ in settings]
+        self._caching = [m for m in modules if m.training and type(m).train is not nn.Module.train]
+        for module, name, value in settings:
+            setattr(module, name, value)
+
+    def back(self) -> None:
+        for module in self._caching:
             module.train()
-        for module, name, value in before:
+        for module, name, value in self._before:
             setattr(module, name, value)
 
 
-def _eager() -> AbstractContextManager[Any]:
-    """Functions that are compiled on their own run eagerly too, where torch can say so (2.6 and later)."""
+@contextmanager
+def _alone(bare: nn.Module) -> Iterator[nn.Module]:
+    """The model itself in eval mode, for one thread at a time; calls of it in other threads wait at its first hook."""
+    with _lock:
+        turn = _turns.setdefault(bare, threading.RLock())
+    mine = threading.get_ident()
+
+    def wait(_: nn.Module, __: Any) -> None:
+        if threading.get_ident() != mine:
+            with turn:
+                pass
+
+    with turn:
+        handle = bare.register_forward_pre_hook(wait, prepend=True)
+        try:
+            with evaluating(bare):
+                yield bare
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Functions that are compiled on their own run eagerly too, where torch can say so (2.6 and later).
+
+    It can say so for all threads only; so the first to come says it, and the last to leave takes it back.
+    """
     set_stance: Callable[[str], AbstractContextManager[Any]] | None = getattr(torch.compiler, "set_stance", None)
     if set_stance is None or "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return set_stance("force_eager")
+        yield
+        return
+    with _lock:
+        if not _stance:
+            _stance.append(set_stance("force_eager"))
+        _stance.append(None)
+    try:
+        yield
+    finally:
+        with _lock:
+            _stance.pop()
+            if len(_stance) == 1:
+                stance = _stance.pop()
+                if stance is not None:
+                    stance.__exit__(None, None, None)
 
 
 def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,7 +28,7 @@ from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.backbone.layers.layouts import MOST_PREFIX_TOKENS, fits
 from attrib_zoo.backbone.layers.lookup import nearest
 from attrib_zoo.backbone.layers.trace import Trace
-from attrib_zoo.backbone.module import find, unwrap
+from attrib_zoo.backbone.module import find, original
 from attrib_zoo.errors import LayerError
 
 __all__ = ["Verdict", "check_grids", "probe", "unchecked"]
@@ -52,6 +53,7 @@ _IMAGES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 _log = logging.getLogger("attrib_zoo")
 _checking: ContextVar[bool] = ContextVar("attrib_zoo_grid_checks", default=True)
 _passed: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -152,8 +154,9 @@ def check_grids(
     """
     if not _checking.get():
         return
-    bare = unwrap(model)
-    done = _passed.setdefault(bare, set())
+    bare = original(model)
+    with _lock:
+        done = _passed.setdefault(bare, set())
     size = tuple(inputs.shape[1:])
     open_taps = [tap for tap in taps if (size, tap) not in done]
     if not everything and traced is not None:
