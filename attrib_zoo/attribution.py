@@ -15,7 +15,7 @@ from attrib_zoo.backbone import layers as layer_rules
 from attrib_zoo.backbone.capture import frozen, unwrap
 from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.errors import InputError
+from attrib_zoo.errors import InputError, ModelChangedError
 from attrib_zoo.masking import upsample
 from attrib_zoo.targets import TargetQuery
 
@@ -183,7 +183,15 @@ class Attribution(_CaptumAttribution, ABC):
         """Maps ``(N, T, H, W)``, or ``(N, T, h, w)`` with ``upsample=False``."""
         self._check_ready()
         args = forward_args(extra)
-        with frozen(self.model), torch.inference_mode(False), torch.no_grad():
+        try:
+            return self._explain_with("shared", images, query, args, show_progress)
+        except ModelChangedError:  # another thread trains the model: then of the weights as they are now
+            return self._explain_with("copied", images, query, args, show_progress)
+
+    def _explain_with(
+        self, weights: str, images: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
+    ) -> Tensor:
+        with frozen(self.model, weights), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
             maps = self._maps(clean, query, args, show_progress).detach()
             return upsample(maps, images.shape[-2:]) if self.upsample else maps
@@ -198,7 +206,7 @@ class Attribution(_CaptumAttribution, ABC):
 
     @property
     def model(self) -> nn.Module:
-        """The eager module that is explained, without wrappers."""
+        """The eager module that is explained, without wrappers; during a call, its mirror that runs in its place."""
         return unwrap(self.forward_func)  # type: ignore[arg-type]  # checked in the constructor
 
     def taps(self, inputs: Tensor, args: Sequence[Any] = ()) -> tuple[Tap, ...]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, is_quantised, running, unwrap
-from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
+from attrib_zoo.errors import InputError, LayerError, ModelChangedError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs
 
 __all__ = [
@@ -49,7 +49,7 @@ _stance: list[AbstractContextManager[Any] | None] = []  # torch's setting, and a
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
+def frozen(model: nn.Module, weights: str = "shared") -> Iterator[nn.Module]:
     """A model of one's own for the length of the block: every module in eval mode, all compiled code eager.
 
     What is yielded, and what :func:`unwrap` returns for the model in this thread meanwhile, is the model's
@@ -59,6 +59,10 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
     A model that has no mirror is switched in place, as by :func:`evaluating`; then other threads wait for it: those
     that explain, and those that call the model.
+
+    Args:
+        model: the model; wrappers are looked through.
+        weights: see :func:`~attrib_zoo.backbone.mirror.mirror`.
     """
     bare = unwrap(model)
     if id(bare) in running.originals:  # inside of another such block
@@ -66,7 +70,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         return
     with _eager(), ExitStack() as stack:
         try:
-            own = mirror(bare)
+            own = mirror(bare, weights)
         except Unmirrored as reason:
             _log.info("%s is explained in place, one thread at a time: %s", type(bare).__name__, reason)
             own = stack.enter_context(_alone(bare))
@@ -177,7 +181,7 @@ def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tenso
 def call_model(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Any:
     """One pass of the bare model, whatever it puts out."""
     try:
-        return model(_ordinary(inputs), *map(_ordinary, args))
+        return unwrap(model)(_ordinary(inputs), *map(_ordinary, args))
     except RuntimeError as error:
         expected = _channels(model)
         if expected is not None and expected != inputs.shape[1]:
@@ -229,17 +233,26 @@ def run(
     return outputs, [maps[position] for position in range(len(taps))]
 
 
-def check_weights(bare: nn.Module) -> None:
-    """Raise where the weights can be part of no graph."""
-    if any(tensor.is_inference() for tensor in (*bare.parameters(), *bare.buffers())):
-        raise UnsupportedModelError(
-            "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
-            "build or load the model outside inference_mode"
-        )
+def check_weights(bare: nn.Module) -> int:
+    """Raise where the weights can be part of no graph; else how often they have been written to."""
+    written = 0
+    for parameter in bare.parameters():
+        if parameter.is_inference():
+            raise UnsupportedModelError(_INFERENCE)
+        written += parameter._version
+    if any(buffer.is_inference() for buffer in bare.buffers()):
+        raise UnsupportedModelError(_INFERENCE)
     quantised = {name: type(m).__module__ for name, m in bare.named_modules() if is_quantised(m)}
     if quantised:
         fixed = [name for name, kind in quantised.items() if ".dynamic" not in kind]
         raise UnsupportedModelError(_quantised(fixed[0]) if fixed else _without_gradient(next(iter(quantised))))
+    return written
+
+
+_INFERENCE = (
+    "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
+    "build or load the model outside inference_mode"
+)
 
 
 def check_gradient(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> None:
@@ -252,17 +265,38 @@ def check_gradient(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -
         LayerError: the outputs have no graph at all.
     """
     rows = torch.zeros(1, dtype=torch.long, device=inputs.device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with run_from_inputs(model, inputs[:1], select_args(args, rows, len(inputs)), ()) as (outputs, images, _):
-            gradient = torch.autograd.grad(outputs.float().sum(), images, allow_unused=True)[0]
-    unknown = [str(w.message).split(": an autograd kernel")[0] for w in caught if "autograd kernel" in str(w.message)]
+    unknown: list[str] = []
+    with run_from_inputs(model, inputs[:1], select_args(args, rows, len(inputs)), ()) as (outputs, images, _):
+        score = outputs.float().sum()
+        if _has_unknown(score):
+            # torch tells the operator's name in a warning only, and warnings are filtered for all threads at once:
+            # so this is not done for a model that is sound
+            with _lock, warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                gradient = torch.autograd.grad(score, images, allow_unused=True)[0]
+            said = [str(warning.message) for warning in caught]
+            unknown = [text.split(": an autograd kernel")[0] for text in said if "autograd kernel" in text]
+        else:
+            gradient = torch.autograd.grad(score, images, allow_unused=True)[0]
     if gradient is None or unknown:
         what = f"the operator {unknown[0]} has none" if unknown else "it ends on the way (a detach()?)"
         raise UnsupportedModelError(
             f"model: the gradient of its outputs must reach the images, but {what}; pass a model of ordinary "
             "floating-point layers, or use a method that needs no gradient"
         )
+
+
+def _has_unknown(score: Tensor) -> bool:
+    """Whether the graph holds an operator that has no gradient."""
+    waiting, seen = [score.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if "NotImplemented" in node.name():
+                return True
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return False
 
 
 def _quantised(name: str) -> str:
@@ -293,7 +327,7 @@ def run_with_graph(
         LayerError: a layer never ran, or the outputs do not depend on it.
     """
     bare = unwrap(model)
-    check_weights(bare)
+    written = check_weights(bare)
     maps: dict[int, Tensor] = {}
 
     def keep(position: int, activation: Tensor) -> Tensor:
@@ -315,7 +349,7 @@ def run_with_graph(
                 "block or reentrant checkpointing lies behind the layer, or the outputs do not use it: "
                 "name another layer"
             )
-        with torch.enable_grad(), _plain_checkpointing(bare):
+        with torch.enable_grad(), _explained(bare, written):
             yield outputs, [maps[position] for position in range(len(taps))]
 
 
@@ -334,7 +368,7 @@ def run_from_inputs(
         LayerError: the outputs do not depend on the images.
     """
     bare = unwrap(model)
-    check_weights(bare)
+    written = check_weights(bare)
     seen: list[tuple[str, Tensor]] = []
 
     def keep_as(name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
@@ -355,21 +389,28 @@ def run_from_inputs(
                 f"model: no gradient path from the images to the outputs of {type(bare).__name__}; a no_grad block "
                 "lies between: take it out, or use a method that needs no gradient"
             )
-        with _plain_checkpointing(bare):
+        with _explained(bare, written):
             yield outputs, images, seen
 
 
 @contextmanager
-def _plain_checkpointing(model: nn.Module) -> Iterator[None]:
+def _explained(model: nn.Module, written: int) -> Iterator[None]:
+    """What can go wrong in a backward pass, in the user's words."""
     try:
         yield
     except RuntimeError as error:
-        if "heckpoint" not in str(error):
-            raise
-        raise UnsupportedModelError(
-            f"model: {type(model).__name__} uses reentrant checkpointing, which cannot give the gradient of a layer; "
-            "switch checkpointing off, or use checkpoint(..., use_reentrant=False)"
-        ) from error
+        if "heckpoint" in str(error):
+            raise UnsupportedModelError(
+                f"model: {type(model).__name__} uses reentrant checkpointing, which cannot give the gradient of a "
+                "layer; switch checkpointing off, or use checkpoint(..., use_reentrant=False)"
+            ) from error
+        if "modified by an inplace operation" in str(error) and check_weights(model) != written:
+            raise ModelChangedError(
+                f"model: its weights must stay as they are during a call, but another thread has changed those of the "
+                f"{type(model).__name__} (an optimiser step?); explain it between two steps, or explain "
+                "copy.deepcopy(model)"
+            ) from error
+        raise
 
 
 def _names(taps: Sequence[Tap]) -> str:

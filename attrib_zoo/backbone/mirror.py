@@ -72,13 +72,43 @@ class Unmirrored(Exception):  # an answer, not an error: the caller does somethi
     """The model has no mirror; the text says which part of it leads back to the model itself."""
 
 
-def mirror(model: nn.Module) -> nn.Module:
-    """The model's modules copied, in eval mode, compiled ones eager; the weights are the model's own.
+def mirror(model: nn.Module, weights: str = "shared") -> nn.Module:
+    """The model's modules copied, in eval mode, compiled ones eager.
+
+    Args:
+        model: the model.
+        weights: ``"shared"``: the parameters and buffers are the model's own; ``"fixed"``: they share its memory, but
+            its ordinary parameters have no gradient; ``"copied"``: they are copies.
 
     Raises:
         Unmirrored: something in it refers to its modules in a way that cannot be redirected.
     """
-    return _Mirror(model).root
+    root = _Mirror(model).root
+    if weights != "shared":
+        _detach(root, copied=weights == "copied")
+    return root
+
+
+def _detach(root: nn.Module, *, copied: bool) -> None:
+    """Give the mirror tensors of its own, over the same memory or over a copy; what is tied stays tied."""
+    done: dict[int, Tensor] = {}
+
+    def own(tensor: Tensor | None, *, copied: bool) -> Tensor | None:
+        if tensor is None or (type(tensor) not in (Tensor, nn.Parameter) and not copied):
+            return tensor  # some other kind of parameter, which may hold more than its values
+        if id(tensor) not in done:
+            alone = tensor.detach().clone() if copied else tensor.detach()
+            if isinstance(tensor, nn.Parameter):
+                alone = nn.Parameter(alone, requires_grad=copied and tensor.requires_grad)
+            done[id(tensor)] = alone
+        return done[id(tensor)]
+
+    for module in root.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, tensors in (("_parameters", module._parameters), ("_buffers", module._buffers)):
+            if copied or name == "_parameters":
+                module.__dict__[name] = {key: own(value, copied=copied) for key, value in tensors.copy().items()}
 
 
 class _Mirror:

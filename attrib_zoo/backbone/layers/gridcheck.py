@@ -29,6 +29,7 @@ from attrib_zoo.backbone.layers.layouts import MOST_PREFIX_TOKENS, fits
 from attrib_zoo.backbone.layers.lookup import nearest
 from attrib_zoo.backbone.layers.trace import Trace
 from attrib_zoo.backbone.module import find, original
+from attrib_zoo.backbone.randomness import draws_taken_back
 from attrib_zoo.errors import LayerError
 
 __all__ = ["Verdict", "check_grids", "probe", "unchecked"]
@@ -209,7 +210,6 @@ def _moved(
 ) -> tuple[list[Tensor], Tensor]:
     """For each layer the squared change ``(Q, ...)`` of its output by each place, and where these are ``(Q, 4)``."""
     rows = torch.zeros(1 + len(places), dtype=torch.long, device=inputs.device)
-    devices = [inputs.device] if inputs.is_cuda else []
     outputs: dict[int, Tensor] = {}
 
     def keep(position: int, activation: Tensor) -> None:
@@ -217,7 +217,7 @@ def _moved(
         output = activation.detach().to(torch.float64)
         outputs[position] = (output[1:] - output[:1]).square()
 
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices), frozen(model) as bare:
+    with torch.inference_mode(False), torch.no_grad(), draws_taken_back(inputs.device), frozen(model) as bare:
         images, boxes = _changed(inputs.detach()[rows], places, finest)
         with listening(bare, taps, keep):
             call_model(bare, images, select_args(args, rows, len(inputs)))

@@ -23,6 +23,7 @@ from attrib_zoo.backbone.capture import call_model, frozen, select_args
 from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.backbone.module import original, refuse_shards
 from attrib_zoo.backbone.nested import tensors
+from attrib_zoo.backbone.randomness import draws_taken_back
 from attrib_zoo.errors import InputError
 
 BATCH = 2  # with one image the batch axis could not be told from others of size one
@@ -122,8 +123,7 @@ def trace(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
         raise InputError(f"inputs: must be images (N, C, H, W) with N > 0, got shape {tuple(inputs.shape)}")
     own = original(model)
     rows = torch.arange(BATCH, device=inputs.device) % len(inputs)
-    devices = [inputs.device] if inputs.is_cuda else []
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices), frozen(model) as bare:
+    with torch.inference_mode(False), torch.no_grad(), draws_taken_back(inputs.device), frozen(model) as bare:
         refuse_shards(bare)
         images = inputs.detach()[rows]
         flow = Flow(images)

@@ -21,6 +21,7 @@ from attrib_zoo.backbone.capture import frozen, pick, run, select_args
 from attrib_zoo.backbone.layers.stages import is_norm
 from attrib_zoo.backbone.layers.trace import Call, Trace
 from attrib_zoo.backbone.module import find
+from attrib_zoo.backbone.randomness import draws_taken_back
 from attrib_zoo.backbone.vit.attention import Attentions
 from attrib_zoo.backbone.vit.heads import close
 from attrib_zoo.errors import UnsupportedModelError
@@ -178,8 +179,7 @@ class _Seen:
             self._values[key] = (self._values[key][0], kept)
 
         row = torch.zeros(1, dtype=torch.long, device=inputs.device)
-        devices = [inputs.device] if inputs.is_cuda else []
-        with torch.random.fork_rng(devices=devices), frozen(trace.model) as model, ExitStack() as stack:
+        with draws_taken_back(inputs.device), frozen(trace.model) as model, ExitStack() as stack:
             names.update({find(model, call.name): call.name for call in trace.root.inside()})
             for module in names:
                 stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
