@@ -50,8 +50,8 @@ class Attribution(_CaptumAttribution, ABC):
 
     Args:
         model: a classifier that takes ``(N, C, H, W)`` images, standardised as it was trained with, and returns
-            ``(N, K)`` logits (or one value per image). It is never changed. DataParallel, DistributedDataParallel
-            and ``torch.compile`` wrappers are looked through.
+            ``(N, K)`` logits (or one value per image). It is never changed, and other threads may use it meanwhile.
+            DataParallel, DistributedDataParallel and ``torch.compile`` wrappers are looked through.
         layers: which layers to read: ``None`` for the method's default on this kind of model, a dotted name, a
             module of the model, a negative index into the model's stages or blocks (``-1`` the last), a pair
             ``(layer, Grid(...))`` where the layout must be said, or a list of these.

@@ -1,6 +1,6 @@
 """Explanations from many threads on one model: wrong maps, what other threads notice, and what it costs.
 
-Usage: OMP_NUM_THREADS=1 python benchmarks/threads.py [--calls 64] [--output threads.json]
+Usage: python benchmarks/threads.py [--parts wrong others cost throughput] [--calls 64] [--output threads.json]
 
 For each number of threads, the maps of concurrent calls are compared bit by bit with those of serial ones, for a model
 in eval mode and in training mode as torchvision makes it. Then: predictions and training of another thread meanwhile,
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,15 @@ THREADS = (1, 2, 4, 8, 16)
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=64)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    sys.setswitchinterval(1e-4)  # more chances to go wrong
-    found = {
-        "setting": f"{os.cpu_count()} cores, one compute thread per call; torch {torch.__version__}",
-        "wrong": wrong_maps(options.calls),
-        "others": others(),
-        "cost": cost(),
-        "throughput": throughput(),
+    found: dict[str, Any] = {
+        "setting": f"{os.cpu_count()} cores, one compute thread per call; torch {torch.__version__}"
     }
+    for part in options.parts:
+        found[part] = PARTS[part](options.calls)
     print(json.dumps(found, indent=1))
     if options.output:
         options.output.write_text(json.dumps(found, indent=1) + "\n")
@@ -84,7 +83,9 @@ def wrong_maps(calls: int) -> dict[str, Any]:
                 modes = [module.training for module in model.modules()]
                 explainer, counts = make(model), {"raised": 0, "wrong": 0}
 
-                def call(number: int, explainer: Any = explainer, wanted: list[Tensor] = wanted, counts: Any = counts):
+                def call(
+                    number: int, explainer: Any = explainer, wanted: list[Tensor] = wanted, counts: Any = counts
+                ) -> None:
                     i = number % len(wanted)
                     try:
                         counts["wrong"] += not torch.equal(explainer.attribute(batch[i : i + 1], target=1), wanted[i])
@@ -103,7 +104,7 @@ def wrong_maps(calls: int) -> dict[str, Any]:
     return found
 
 
-def others() -> dict[str, Any]:
+def others(_: int) -> dict[str, Any]:
     """What a second thread's predictions and training notice of explanations in the first."""
     found: dict[str, Any] = {}
     for mode in ("eval", "training"):
@@ -123,11 +124,8 @@ def others() -> dict[str, Any]:
         thread.start()
         started.wait()
         for _ in range(30):
-            try:
-                with torch.no_grad():
-                    counts["wrong"] += not torch.equal(model(batch), twin(batch))
-            except Exception:
-                counts["raised"] += 1
+            same = _same(model, twin, batch)
+            counts["raised" if same is None else "wrong"] += not same
         stop.set()
         thread.join()
         counts["batches counted, of 30"] = int(model.bn1.num_batches_tracked)
@@ -135,7 +133,16 @@ def others() -> dict[str, Any]:
     return found
 
 
-def cost() -> dict[str, float]:
+def _same(model: nn.Module, twin: nn.Module, batch: Tensor) -> bool | None:
+    """Whether two models put out the same; None where one raises."""
+    try:
+        with torch.no_grad():
+            return torch.equal(model(batch), twin(batch))
+    except Exception:
+        return None
+
+
+def cost(_: int) -> dict[str, float]:
     """CPU time of GradCAM on one 224-pixel image as a multiple of a plain forward pass, taken alternately."""
     model, image = network().eval(), images(1, 224)
     explainer = GradCAM(model)
@@ -155,26 +162,36 @@ def cost() -> dict[str, float]:
     return {"GradCAM / forward": middle["GradCAM"] / middle["plain"], "forward, ms": 1e3 * middle["plain"]}
 
 
-def throughput() -> dict[str, float]:
-    """Calls of GradCAM per second on one 224-pixel image each, from several threads."""
+def throughput(calls: int) -> dict[str, float]:
+    """Calls of GradCAM per second on one 224-pixel image each, from several threads; and with a lock around each."""
     model, image = network().eval(), images(1, 224)
     explainer, found = GradCAM(model), {}
     explainer.attribute(image, target=1)
-    for threads in (1, 2, 4, 8):
-        with ThreadPoolExecutor(threads) as pool:
-            start = time.perf_counter()
-            done = list(pool.map(lambda _: _works(explainer, image), range(64)))
-            found[f"{threads} threads"] = sum(done) / (time.perf_counter() - start)
+    lock = threading.Lock()
+    for name, guard in (("threads", nullcontext), ("threads, one lock", lambda: lock)):
+        for threads in (1, 2, 4, 8):
+            with ThreadPoolExecutor(threads) as pool:
+                start = time.perf_counter()
+                done = list(pool.map(lambda _, guard=guard: _works(explainer, image, guard()), range(calls)))
+                found[f"{threads} {name}"] = sum(done) / (time.perf_counter() - start)
     return found
 
 
-def _works(explainer: Any, image: Tensor) -> bool:
+def _works(explainer: Any, image: Tensor, guard: Any) -> bool:
     try:
-        explainer.attribute(image, target=1)
+        with guard:
+            explainer.attribute(image, target=1)
     except Exception:
         return False
     return True
 
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "wrong": wrong_maps,
+    "others": others,
+    "cost": cost,
+    "throughput": throughput,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -235,18 +235,20 @@ def run(
 
 def check_weights(bare: nn.Module) -> int:
     """Raise where the weights can be part of no graph; else how often they have been written to."""
-    written = 0
-    for parameter in bare.parameters():
-        if parameter.is_inference():
-            raise UnsupportedModelError(_INFERENCE)
-        written += parameter._version
-    if any(buffer.is_inference() for buffer in bare.buffers()):
-        raise UnsupportedModelError(_INFERENCE)
+    written, quantised_too = 0, False
+    for module in bare.modules():  # one walk: four of torch's own cost more than the mirror
+        quantised_too = quantised_too or is_quantised(module)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                if tensor.is_inference():
+                    raise UnsupportedModelError(_INFERENCE)
+                if isinstance(tensor, nn.Parameter):
+                    written += tensor._version
+    if not quantised_too:
+        return written
     quantised = {name: type(m).__module__ for name, m in bare.named_modules() if is_quantised(m)}
-    if quantised:
-        fixed = [name for name, kind in quantised.items() if ".dynamic" not in kind]
-        raise UnsupportedModelError(_quantised(fixed[0]) if fixed else _without_gradient(next(iter(quantised))))
-    return written
+    fixed = [name for name, kind in quantised.items() if ".dynamic" not in kind]
+    raise UnsupportedModelError(_quantised(fixed[0]) if fixed else _without_gradient(next(iter(quantised))))
 
 
 _INFERENCE = (
