@@ -15,7 +15,7 @@ from attrib_zoo.backbone import layers as layer_rules
 from attrib_zoo.backbone.capture import forward_args, frozen, unwrap
 from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.errors import InputError, OptionError, check_choice
+from attrib_zoo.errors import InputError, ModelChangedError, OptionError, check_choice
 from attrib_zoo.masking import mean_filter, min_max, rank_scale, upsample
 from attrib_zoo.targets import TargetQuery
 
@@ -60,8 +60,8 @@ class Attribution(_CaptumAttribution, ABC):
 
     Args:
         model: a classifier that takes ``(N, C, H, W)`` images, standardised as it was trained with, and returns
-            ``(N, K)`` logits (or one value per image). It is never changed. DataParallel, DistributedDataParallel
-            and ``torch.compile`` wrappers are looked through.
+            ``(N, K)`` logits (or one value per image). It is never changed, and other threads may use it meanwhile.
+            DataParallel, DistributedDataParallel and ``torch.compile`` wrappers are looked through.
         layers: which layers to read: ``None`` for the method's default on this kind of model, a dotted name, a
             module of the model, a negative index into the model's stages or blocks (``-1`` the last), a pair
             ``(layer, Grid(...))`` where the layout must be said, or a list of these.
@@ -227,7 +227,15 @@ class Attribution(_CaptumAttribution, ABC):
         """Maps ``(N, T, H, W)``, or ``(N, T, h, w)`` with ``upsample=False``."""
         self.check_ready()
         args = forward_args(extra)
-        with frozen(self.model), torch.inference_mode(False), torch.no_grad():
+        try:
+            return self._explain_with("shared", images, query, args, show_progress)
+        except ModelChangedError:  # another thread trains the model: then of the weights as they are now
+            return self._explain_with("copied", images, query, args, show_progress)
+
+    def _explain_with(
+        self, weights: str, images: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
+    ) -> Tensor:
+        with frozen(self.model, weights), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
             maps = self._as_asked(self.compute_maps(clean, query, args, show_progress), images.shape[-2:])
             return upsample(maps, images.shape[-2:]) if self.upsample else maps
@@ -257,7 +265,7 @@ class Attribution(_CaptumAttribution, ABC):
 
     @property
     def model(self) -> nn.Module:
-        """The eager module that is explained, without wrappers."""
+        """The eager module that is explained, without wrappers; during a call, its mirror that runs in its place."""
         return unwrap(self.forward_func)  # type: ignore[arg-type]  # checked in the constructor
 
     def taps(self, inputs: Tensor, args: Sequence[Any] = ()) -> tuple[Tap, ...]:

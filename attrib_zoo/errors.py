@@ -7,6 +7,7 @@
     * LayerNotFoundError (LookupError): no layer of that name
     * LayerError (ValueError): the layer cannot be explained (not spatial, no gradient path, never ran)
     * UnsupportedModelError (ValueError): the model or its output is of a kind that the method cannot use
+    * ModelChangedError (RuntimeError): another thread changed the model's weights during a call
     * NotFittedError (RuntimeError): a trainable method asked for a map before ``fit`` or ``load``
     * TrainingError (RuntimeError): ``fit`` cannot go on
     * DataError (ValueError): a loader, folder or file that cannot be used
@@ -53,6 +54,10 @@ class LayerError(AttribZooError, ValueError):
 
 class UnsupportedModelError(AttribZooError, ValueError):
     """The model, or what it returns, is of a kind that the method cannot use."""
+
+
+class ModelChangedError(AttribZooError, RuntimeError):
+    """The model's weights changed during a call, as by another thread's optimiser step."""
 
 
 class NotFittedError(AttribZooError, RuntimeError):

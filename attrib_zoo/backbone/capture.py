@@ -7,25 +7,30 @@ the graph from the first named layer up, so that gradients cost nothing below it
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Tap
-from attrib_zoo.backbone.module import find, is_quantised, unwrap
+from attrib_zoo.backbone.mirror import Unmirrored, mirror
+from attrib_zoo.backbone.module import find, is_quantised, running, unwrap
 from attrib_zoo.backbone.nested import pick, put
-from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
+from attrib_zoo.errors import InputError, LayerError, ModelChangedError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs
 
 __all__ = [
     "call_model",
     "check_gradient",
     "check_weights",
+    "evaluating",
     "forward",
     "frozen",
     "run",
@@ -35,39 +40,137 @@ __all__ = [
     "unwrap",
 ]
 
+_log = logging.getLogger("attrib_zoo")
+
+_lock = threading.RLock()  # of the three below
+_switched: WeakKeyDictionary[nn.Module, _Switched] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_stance: list[AbstractContextManager[Any] | None] = []  # torch's setting, and an entry for each thread that needs it
+
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Every module in eval mode and all compiled code eager (it fires no hooks), for the length of the block.
+def frozen(model: nn.Module, weights: str = "shared") -> Iterator[nn.Module]:
+    """A model of one's own for the length of the block: every module in eval mode, all compiled code eager.
 
-    The training flags are restored module by module, also after an error. Modules in training mode that have a
-    ``train`` of their own are called on it before: it may drop what they cached in eval mode (LeViT's biases).
+    What is yielded, and what :func:`unwrap` returns for the model in this thread meanwhile, is the model's
+    :func:`~attrib_zoo.backbone.mirror.mirror`: the same weights in other modules. Hooks and modes of these are nobody
+    else's, so that any number of threads can explain, predict with and train one model at the same time, and the
+    user's modules are not touched at all.
+
+    A model that has no mirror is switched in place, as by :func:`evaluating`; then other threads wait for it: those
+    that explain, and those that call the model.
+
+    Args:
+        model: the model; wrappers are looked through.
+        weights: see :func:`~attrib_zoo.backbone.mirror.mirror`.
     """
     bare = unwrap(model)
-    modules = list(bare.modules())
-    settings: list[tuple[nn.Module, str, Any]] = [(module, "training", False) for module in modules]
-    settings += [(m, "_compiled_call_impl", None) for m in modules if m._compiled_call_impl is not None]
-    settings += [(m, "forward", unwrap(m).__call__) for m in modules if "_orig_mod" in m._modules]
-    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
-    caching = [m for m in modules if m.training and type(m).train is not nn.Module.train]
-    try:
-        with _eager():
-            for module, name, value in settings:
-                setattr(module, name, value)
+    if id(bare) in running.originals:  # inside of another such block
+        yield bare
+        return
+    with _eager(), ExitStack() as stack:
+        try:
+            own = mirror(bare, weights)
+        except Unmirrored as reason:
+            _log.info("%s is explained in place, one thread at a time: %s", type(bare).__name__, reason)
+            own = stack.enter_context(_alone(bare))
+        running.instead[id(bare)], running.originals[id(own)] = own, bare
+        try:
+            yield own
+        finally:
+            del running.instead[id(bare)], running.originals[id(own)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module of the user's own model in eval mode, eager, for code that is not ours and runs the model itself.
+
+    The flags are restored module by module, also after an error; where several threads are in such blocks, by the last
+    to leave. Modules in training mode that have a ``train`` of their own are called on it before: it may drop what
+    they cached in eval mode (LeViT's biases).
+    """
+    bare = unwrap(model)
+    with _eager():
+        with _lock:
+            switched = _switched.get(bare)
+            if switched is None:
+                switched = _switched[bare] = _Switched(bare)
+            switched.inside += 1
+        try:
             yield bare
-    finally:
-        for module in caching:
+        finally:
+            with _lock:
+                switched.inside -= 1
+                if not switched.inside:
+                    del _switched[bare]
+                    switched.back()
+
+
+class _Switched:
+    """A model's own modules in eval mode, and how they were before."""
+
+    def __init__(self, bare: nn.Module) -> None:
+        self.inside = 0
+        modules = list(bare.modules())
+        settings: list[tuple[nn.Module, str, Any]] = [(module, "training", False) for module in modules]
+        settings += [(m, "_compiled_call_impl", None) for m in modules if m._compiled_call_impl is not None]
+        settings += [(m, "forward", unwrap(m).__call__) for m in modules if "_orig_mod" in m._modules]
+        self._before = [(module, name, getattr(module, name)) for module, name, _ in settings]
+        self._caching = [m for m in modules if m.training and type(m).train is not nn.Module.train]
+        for module, name, value in settings:
+            setattr(module, name, value)
+
+    def back(self) -> None:
+        for module in self._caching:
             module.train()
-        for module, name, value in before:
+        for module, name, value in self._before:
             setattr(module, name, value)
 
 
-def _eager() -> AbstractContextManager[Any]:
-    """Functions that are compiled on their own run eagerly too, where torch can say so (2.6 and later)."""
+@contextmanager
+def _alone(bare: nn.Module) -> Iterator[nn.Module]:
+    """The model itself in eval mode, for one thread at a time; calls of it in other threads wait at its first hook."""
+    with _lock:
+        turn = _turns.setdefault(bare, threading.RLock())
+    mine = threading.get_ident()
+
+    def wait(_: nn.Module, __: Any) -> None:
+        if threading.get_ident() != mine:
+            with turn:
+                pass
+
+    with turn:
+        handle = bare.register_forward_pre_hook(wait, prepend=True)
+        try:
+            with evaluating(bare):
+                yield bare
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Functions that are compiled on their own run eagerly too, where torch can say so (2.6 and later).
+
+    It can say so for all threads only; so the first to come says it, and the last to leave takes it back.
+    """
     set_stance: Callable[[str], AbstractContextManager[Any]] | None = getattr(torch.compiler, "set_stance", None)
     if set_stance is None or "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return set_stance("force_eager")
+        yield
+        return
+    with _lock:
+        if not _stance:
+            _stance.append(set_stance("force_eager"))
+        _stance.append(None)
+    try:
+        yield
+    finally:
+        with _lock:
+            _stance.pop()
+            if len(_stance) == 1:
+                stance = _stance.pop()
+                if stance is not None:
+                    stance.__exit__(None, None, None)
 
 
 def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tensor:
@@ -78,7 +181,7 @@ def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tenso
 def call_model(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Any:
     """One pass of the bare model, whatever it puts out."""
     try:
-        return model(_ordinary(inputs), *map(_ordinary, args))
+        return unwrap(model)(_ordinary(inputs), *map(_ordinary, args))
     except RuntimeError as error:
         expected = _channels(model)
         if expected is not None and expected != inputs.shape[1]:
@@ -137,17 +240,28 @@ def run(
     return outputs, [maps[position] for position in range(len(taps))]
 
 
-def check_weights(bare: nn.Module) -> None:
-    """Raise where the weights can be part of no graph."""
-    if any(tensor.is_inference() for tensor in (*bare.parameters(), *bare.buffers())):
-        raise UnsupportedModelError(
-            "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
-            "build or load the model outside inference_mode"
-        )
+def check_weights(bare: nn.Module) -> int:
+    """Raise where the weights can be part of no graph; else how often they have been written to."""
+    written, quantised_too = 0, False
+    for module in bare.modules():  # one walk: four of torch's own cost more than the mirror
+        quantised_too = quantised_too or is_quantised(module)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                if tensor.is_inference():
+                    raise UnsupportedModelError(_INFERENCE)
+                if isinstance(tensor, nn.Parameter):
+                    written += tensor._version
+    if not quantised_too:
+        return written
     quantised = {name: type(m).__module__ for name, m in bare.named_modules() if is_quantised(m)}
-    if quantised:
-        fixed = [name for name, kind in quantised.items() if ".dynamic" not in kind]
-        raise UnsupportedModelError(_quantised(fixed[0]) if fixed else _without_gradient(next(iter(quantised))))
+    fixed = [name for name, kind in quantised.items() if ".dynamic" not in kind]
+    raise UnsupportedModelError(_quantised(fixed[0]) if fixed else _without_gradient(next(iter(quantised))))
+
+
+_INFERENCE = (
+    "model: its weights were created under torch.inference_mode, where gradients cannot exist; "
+    "build or load the model outside inference_mode"
+)
 
 
 def check_gradient(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> None:
@@ -160,17 +274,38 @@ def check_gradient(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -
         LayerError: the outputs have no graph at all.
     """
     rows = torch.zeros(1, dtype=torch.long, device=inputs.device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with run_from_inputs(model, inputs[:1], select_args(args, rows, len(inputs)), ()) as (outputs, images, _):
-            gradient = torch.autograd.grad(outputs.float().sum(), images, allow_unused=True)[0]
-    unknown = [str(w.message).split(": an autograd kernel")[0] for w in caught if "autograd kernel" in str(w.message)]
+    unknown: list[str] = []
+    with run_from_inputs(model, inputs[:1], select_args(args, rows, len(inputs)), ()) as (outputs, images, _):
+        score = outputs.float().sum()
+        if _has_unknown(score):
+            # torch tells the operator's name in a warning only, and warnings are filtered for all threads at once:
+            # so this is not done for a model that is sound
+            with _lock, warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                gradient = torch.autograd.grad(score, images, allow_unused=True)[0]
+            said = [str(warning.message) for warning in caught]
+            unknown = [text.split(": an autograd kernel")[0] for text in said if "autograd kernel" in text]
+        else:
+            gradient = torch.autograd.grad(score, images, allow_unused=True)[0]
     if gradient is None or unknown:
         what = f"the operator {unknown[0]} has none" if unknown else "it ends on the way (a detach()?)"
         raise UnsupportedModelError(
             f"model: the gradient of its outputs must reach the images, but {what}; pass a model of ordinary "
             "floating-point layers, or use a method that needs no gradient"
         )
+
+
+def _has_unknown(score: Tensor) -> bool:
+    """Whether the graph holds an operator that has no gradient."""
+    waiting, seen = [score.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if "NotImplemented" in node.name():
+                return True
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return False
 
 
 def _quantised(name: str) -> str:
@@ -201,7 +336,7 @@ def run_with_graph(
         LayerError: a layer never ran, or the outputs do not depend on it.
     """
     bare = unwrap(model)
-    check_weights(bare)
+    written = check_weights(bare)
     maps: dict[int, Tensor] = {}
 
     def keep(position: int, activation: Tensor) -> Tensor:
@@ -223,7 +358,7 @@ def run_with_graph(
                 "block or reentrant checkpointing lies behind the layer, or the outputs do not use it: "
                 "name another layer"
             )
-        with torch.enable_grad(), _plain_checkpointing(bare):
+        with torch.enable_grad(), _explained(bare, written):
             yield outputs, [maps[position] for position in range(len(taps))]
 
 
@@ -242,7 +377,7 @@ def run_from_inputs(
         LayerError: the outputs do not depend on the images.
     """
     bare = unwrap(model)
-    check_weights(bare)
+    written = check_weights(bare)
     seen: list[tuple[str, Tensor]] = []
 
     def keep_as(name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
@@ -263,21 +398,28 @@ def run_from_inputs(
                 f"model: no gradient path from the images to the outputs of {type(bare).__name__}; a no_grad block "
                 "lies between: take it out, or use a method that needs no gradient"
             )
-        with _plain_checkpointing(bare):
+        with _explained(bare, written):
             yield outputs, images, seen
 
 
 @contextmanager
-def _plain_checkpointing(model: nn.Module) -> Iterator[None]:
+def _explained(model: nn.Module, written: int) -> Iterator[None]:
+    """What can go wrong in a backward pass, in the user's words."""
     try:
         yield
     except RuntimeError as error:
-        if "heckpoint" not in str(error):
-            raise
-        raise UnsupportedModelError(
-            f"model: {type(model).__name__} uses reentrant checkpointing, which cannot give the gradient of a layer; "
-            "switch checkpointing off, or use checkpoint(..., use_reentrant=False)"
-        ) from error
+        if "heckpoint" in str(error):
+            raise UnsupportedModelError(
+                f"model: {type(model).__name__} uses reentrant checkpointing, which cannot give the gradient of a "
+                "layer; switch checkpointing off, or use checkpoint(..., use_reentrant=False)"
+            ) from error
+        if "modified by an inplace operation" in str(error) and check_weights(model) != written:
+            raise ModelChangedError(
+                f"model: its weights must stay as they are during a call, but another thread has changed those of the "
+                f"{type(model).__name__} (an optimiser step?); explain it between two steps, or explain "
+                "copy.deepcopy(model)"
+            ) from error
+        raise
 
 
 def _names(taps: Sequence[Tap]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 
 import torch
 from torch import nn
@@ -13,8 +14,26 @@ from attrib_zoo.errors import LayerNotFoundError, UnsupportedModelError
 _NO_LAYERS = re.compile("Float|PackedParams")
 
 
+class Running(threading.local):
+    """The models that this thread runs at the moment, in the form in which it runs them.
+
+    Attributes:
+        instead: by the id of a model, what runs in its place: its mirror, or where it has none the model itself.
+        originals: by the id of what runs, the model.
+    """
+
+    def __init__(self) -> None:
+        self.instead: dict[int, nn.Module] = {}
+        self.originals: dict[int, nn.Module] = {}
+
+
+running = Running()
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The eager module inside DataParallel, DistributedDataParallel and ``torch.compile``.
+
+    Inside :func:`attrib_zoo.backbone.capture.frozen`, and in the thread that is there, the mirror of that module.
 
     Raises:
         UnsupportedModelError: for anything that is no module, and for scripted and traced models, which run no
@@ -36,7 +55,13 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif "_orig_mod" in model._modules:
             model = model._orig_mod  # type: ignore[assignment]  # torch.compile's wrapper
         else:
-            return model
+            return running.instead.get(id(model), model)
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The user's own module, unwrapped, also where its mirror runs: what caches and identities go by."""
+    bare = unwrap(model)
+    return running.originals.get(id(bare), bare)
 
 
 def find(model: nn.Module, name: str) -> nn.Module:

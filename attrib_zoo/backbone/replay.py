@@ -128,8 +128,8 @@ class Replay:
 def replay(model: nn.Module, inputs: Tensor, args: Sequence[Any], tap: Tap) -> Iterator[Replay]:
     """Record one clean pass without a graph and yield what runs it again from the tapped layer.
 
-    Call it, and what it yields, inside :func:`attrib_zoo.backbone.capture.frozen`, and in one thread per model. The
-    records, about the size of all module outputs before the layer, are freed when the block ends.
+    Call it, and what it yields, inside :func:`attrib_zoo.backbone.capture.frozen`. The records, about the size of all
+    module outputs before the layer, are freed when the block ends.
 
     Raises:
         LayerError: the layer never ran, or its output has not one row per image.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import frozen
+from attrib_zoo.backbone.capture import evaluating
 from attrib_zoo.benchmark.runner import as_function
 from attrib_zoo.benchmark.table import Table
 from attrib_zoo.errors import DataError, OptionError
@@ -171,7 +171,7 @@ def _card(
         row = table.records.rows[name, table.images[place]]
         picture = image(row.image)[None]
         inputs = picture.to(next(model.parameters(), picture))
-        with frozen(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             found = as_function(name, method)(inputs, torch.tensor([row.target], device=inputs.device)).detach()
         plain = overlay(inputs[0].cpu(), torch.zeros(2, 2), mean=mean, std=std)
         heat = found[0].float().cpu().nan_to_num(0.0, 0.0, 0.0).clamp(min=0)  # what speaks for the class

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import forward, frozen, unwrap
+from attrib_zoo.backbone.capture import evaluating, forward, frozen, unwrap
 from attrib_zoo.benchmark.controls import beside, constant, perfect
 from attrib_zoo.benchmark.cost import Cost, clock, measured, peak_bytes
 from attrib_zoo.benchmark.measures import TRUTH, Explain, Measure, Question, Wanted, chosen
@@ -151,7 +151,7 @@ class _Run:
         self, name: str, explain: Explain, inputs: Tensor, target: Tensor, plain: float
     ) -> tuple[Tensor, Cost]:
         """A method's maps and what they cost, beside a plain pass."""
-        with frozen(self.model) as bare, torch.enable_grad():  # Captum's gradient methods want both
+        with evaluating(self.model) as bare, torch.enable_grad():  # Captum's gradient methods want both
             peak = self._rehearse(name, partial(explain, inputs[:1], target[:1]), inputs.device)
             maps, cost = measured(partial(explain, inputs, target), bare, len(inputs))
         cost.plain, cost.peak = plain, peak if cost.peak is None else cost.peak

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,8 +158,6 @@ def randomization_order(model: nn.Module, inputs: Tensor, *, additional_forward_
 
 def _order_and_target(model: nn.Module, inputs: Tensor, target: Any, args: tuple[Any, ...]) -> tuple[list[str], Any]:
     """The cascade, and the target as it will stay; one pass of the model."""
-    bare = unwrap(model)
-    names = {module: name for name, module in bare.named_modules()}
     started: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, _: Any) -> None:
@@ -166,13 +165,11 @@ def _order_and_target(model: nn.Module, inputs: Tensor, target: Any, args: tuple
         calls.append(module)
 
     calls: list[nn.Module] = []
-    handles = [module.register_forward_pre_hook(note) for module in names]
-    try:
-        with frozen(bare), torch.no_grad():
-            outputs = forward(bare, inputs, args)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with frozen(model) as bare, torch.no_grad(), ExitStack() as stack:
+        names = {module: name for name, module in bare.named_modules()}
+        for module in names:
+            stack.callback(module.register_forward_pre_hook(note).remove)
+        outputs = forward(bare, inputs, args)
     if target is None:
         index = TargetQuery(None).resolve(outputs).index[:, 0]
         target = index[:, 0] if index.shape[1] == 1 else None

@@ -99,23 +99,22 @@ def ground(model: nn.Module) -> Iterator[Tensor]:
     Yields:
         An empty tensor of the model's device and floating-point type.
     """
-    parameters = list(model.parameters())
-    flags = [parameter.requires_grad for parameter in parameters]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    first = next((p for p in parameters if p.is_floating_point()), torch.zeros(0))
-    try:
-        with (
-            frozen(model),
-            torch.random.fork_rng(devices),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
-            for parameter in parameters:
+    with (
+        frozen(model, "fixed") as own,
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        first = next((p for p in own.parameters() if p.is_floating_point()), torch.zeros(0))
+        trainable = [parameter for parameter in own.parameters() if parameter.requires_grad]  # of unusual types
+        try:
+            for parameter in trainable:
                 parameter.requires_grad = False
             yield first.new_zeros(0)
-    finally:
-        for parameter, flag in zip(parameters, flags, strict=True):
-            parameter.requires_grad = flag
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad = True
 
 
 def begin(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from attrib_zoo.backbone.capture import forward, frozen, run, run_with_graph, select_args, unwrap
+from attrib_zoo.backbone.capture import evaluating, forward, frozen, run, run_with_graph, select_args, unwrap
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
 
@@ -408,13 +408,16 @@ class TestFrozen:
         model.layer2.eval()
         model.layer4[1].bn1.eval()
         with untouched(model), frozen(model) as bare:
+            assert not any(module.training for module in bare.modules())
+        with untouched(model), evaluating(model) as bare:
             assert bare is model
             assert not any(module.training for module in model.modules())
 
     def test_after_an_error(self):
         model = cases.resnet().train()
-        with untouched(model), pytest.raises(KeyError), frozen(model):
-            raise KeyError
+        for block in (frozen, evaluating):
+            with untouched(model), pytest.raises(KeyError), block(model):
+                raise KeyError
 
     def test_batch_statistics_stay(self):
         model, inputs = cases.resnet().train(), cases.images(2)
@@ -447,7 +450,10 @@ class TestFrozen:
         for value in (1.0, 2.0):
             with torch.no_grad():
                 model[0].bias.fill_(value)
-            with frozen(model):
+            with frozen(model) as bare:
+                assert bare(torch.zeros(1)) == value
+            assert not model[0].cache
+            with evaluating(model):
                 assert model(torch.zeros(1)) == value
         assert [m.training for m in model.modules()] == [True, True, False]
 

@@ -255,12 +255,12 @@ class TestUserCode:
 
     def test_out_of_memory_is_the_callers_business(self):
         model = toy()
-        with frozen(model), replay(model, doubles(), (), tap("layer")) as again:
+        with frozen(model) as bare, replay(model, doubles(), (), tap("layer")) as again:
 
             def burst(_: Any, __: Any) -> None:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-            handle = model.head.register_forward_pre_hook(burst)
+            handle = bare.head.register_forward_pre_hook(burst)
             with pytest.raises(torch.cuda.OutOfMemoryError):
                 again(again.maps, torch.arange(2))
             handle.remove()
@@ -642,9 +642,9 @@ class TestCost:
 
     def test_records_end_with_the_block(self):
         model, rows = toy(), torch.arange(2)
-        with frozen(model), replay(model, doubles(), (), tap("layer")) as again:
+        with frozen(model) as bare, replay(model, doubles(), (), tap("layer")) as again:
             pass
-        runs = counted(model.stem)
+        runs = counted(bare.stem)
         torch.testing.assert_close(again(again.maps, rows), again.outputs, rtol=0, atol=ATOL)
         assert runs == [2], "nothing is kept, so all of it runs"
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,7 +28,8 @@ from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.backbone.layers.layouts import MOST_PREFIX_TOKENS, fits
 from attrib_zoo.backbone.layers.lookup import nearest
 from attrib_zoo.backbone.layers.trace import Trace
-from attrib_zoo.backbone.module import find, unwrap
+from attrib_zoo.backbone.module import find, original
+from attrib_zoo.backbone.randomness import draws_taken_back
 from attrib_zoo.errors import LayerError
 
 __all__ = ["Verdict", "check_grids", "probe", "unchecked"]
@@ -52,6 +54,7 @@ _IMAGES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 _log = logging.getLogger("attrib_zoo")
 _checking: ContextVar[bool] = ContextVar("attrib_zoo_grid_checks", default=True)
 _passed: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -152,8 +155,9 @@ def check_grids(
     """
     if not _checking.get():
         return
-    bare = unwrap(model)
-    done = _passed.setdefault(bare, set())
+    bare = original(model)
+    with _lock:
+        done = _passed.setdefault(bare, set())
     size = tuple(inputs.shape[1:])
     open_taps = [tap for tap in taps if (size, tap) not in done]
     if not everything and traced is not None:
@@ -206,7 +210,6 @@ def _moved(
 ) -> tuple[list[Tensor], Tensor]:
     """For each layer the squared change ``(Q, ...)`` of its output by each place, and where these are ``(Q, 4)``."""
     rows = torch.zeros(1 + len(places), dtype=torch.long, device=inputs.device)
-    devices = [inputs.device] if inputs.is_cuda else []
     outputs: dict[int, Tensor] = {}
 
     def keep(position: int, activation: Tensor) -> None:
@@ -214,7 +217,7 @@ def _moved(
         output = activation.detach().to(torch.float64)
         outputs[position] = (output[1:] - output[:1]).square()
 
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices), frozen(model) as bare:
+    with torch.inference_mode(False), torch.no_grad(), draws_taken_back(inputs.device), frozen(model) as bare:
         images, boxes = _changed(inputs.detach()[rows], places, finest)
         with listening(bare, taps, keep):
             call_model(bare, images, select_args(args, rows, len(inputs)))

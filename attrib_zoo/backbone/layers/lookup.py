@@ -15,7 +15,7 @@ from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.backbone.layers.layouts import fits
 from attrib_zoo.backbone.layers.stages import Item, Stages, spatial
 from attrib_zoo.backbone.layers.trace import Call, Output, Trace, layer_names
-from attrib_zoo.backbone.module import find, unwrap
+from attrib_zoo.backbone.module import find, original
 from attrib_zoo.errors import LayerError, LayerNotFoundError, OptionError
 
 Layer: TypeAlias = str | nn.Module | int | Tap | tuple[str | nn.Module, Grid]
@@ -74,7 +74,7 @@ def _name(model: nn.Module, layer: str | nn.Module) -> str:
     """The dotted path of a layer in the unwrapped model."""
     names = layer_names(model)
     if isinstance(layer, nn.Module):
-        bare = unwrap(layer)
+        bare = original(layer)
         for name, module in names.items():
             if module is bare:
                 return name

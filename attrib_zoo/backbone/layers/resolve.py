@@ -22,6 +22,7 @@ from attrib_zoo.backbone.layers.lookup import Layer, find_layer
 from attrib_zoo.backbone.layers.stages import Item, Stages
 from attrib_zoo.backbone.layers.trace import Trace, trace
 from attrib_zoo.backbone.module import find
+from attrib_zoo.backbone.randomness import draws_taken_back
 from attrib_zoo.errors import AttribZooError, OptionError, UnsupportedModelError, aligned
 
 __all__ = ["Description", "Grid", "Layer", "Layers", "Tap", "Trace", "describe", "is_attention", "look", "resolve"]
@@ -152,8 +153,7 @@ def _reached(traced: Trace, items: Sequence[Item], inputs: Tensor, args: Sequenc
     """Whether the outputs have a gradient to each map, on the first image."""
     taps = [item.tap(traced) for item in items]
     rows = torch.zeros(1, dtype=torch.long, device=inputs.device)
-    devices = [inputs.device] if inputs.is_cuda else []
-    with torch.random.fork_rng(devices=devices), frozen(traced.model) as bare:
+    with draws_taken_back(inputs.device), frozen(traced.model) as bare:
         extra = select_args(args, rows, len(inputs))
         with run_with_graph(bare, inputs[:1], extra, taps) as (outputs, maps):
             scores = outputs.flatten()

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attrib_zoo.backbone.capture import call_model, frozen, select_args
 from attrib_zoo.backbone.grid import Grid
-from attrib_zoo.backbone.module import refuse_shards
+from attrib_zoo.backbone.module import original, refuse_shards
 from attrib_zoo.backbone.nested import elements, items, replaced, tensors
+from attrib_zoo.backbone.randomness import draws_taken_back
 from attrib_zoo.errors import InputError
 
 BATCH = 2  # with one image the batch axis could not be told from others of size one
@@ -87,7 +88,7 @@ class Trace:
     """What one forward pass showed.
 
     Attributes:
-        model: the unwrapped model.
+        model: the user's own model, unwrapped. The pass ran on its mirror; the calls name the user's own modules.
         size: (H, W) of the input.
         root: the call of the model itself.
         sizes: ``(clock, (h, w))``: the spatial sizes that the pass went through.
@@ -119,13 +120,13 @@ def trace(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
     """
     if inputs.ndim != 4 or not len(inputs):
         raise InputError(f"inputs: must be images (N, C, H, W) with N > 0, got shape {tuple(inputs.shape)}")
+    own = original(model)
     rows = torch.arange(BATCH, device=inputs.device) % len(inputs)
-    devices = [inputs.device] if inputs.is_cuda else []
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices), frozen(model) as bare:
+    with torch.inference_mode(False), torch.no_grad(), draws_taken_back(inputs.device), frozen(model) as bare:
         refuse_shards(bare)
         images = inputs.detach()[rows]
         flow = Flow(images)
-        recorder = _Recorder(flow)
+        recorder = _Recorder(flow, dict(_layers(own)))
         with ExitStack() as stack:
             for name, module in _layers(bare):
                 recorder.names[module] = name
@@ -134,7 +135,7 @@ def trace(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
             stack.enter_context(flow)
             outputs = call_model(bare, images, select_args(args, rows, len(inputs)))
         _mark_paths(recorder.root, flow, outputs)
-    return Trace(bare, (inputs.shape[2], inputs.shape[3]), recorder.root, flow.sizes)
+    return Trace(own, (inputs.shape[2], inputs.shape[3]), recorder.root, flow.sizes)
 
 
 def layer_names(model: nn.Module) -> dict[str, nn.Module]:
@@ -151,9 +152,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class _Recorder:
     """The hooks that build the tree of calls."""
 
-    def __init__(self, flow: Flow) -> None:
-        self.names: dict[nn.Module, str] = {}
+    def __init__(self, flow: Flow, modules: dict[str, nn.Module]) -> None:
+        self.names: dict[nn.Module, str] = {}  # of what runs
         self.root: Call
+        self._modules = modules
         self._flow = flow
         self._running: list[Call] = []
         self._given: list[set[int | None]] = []
@@ -163,7 +165,8 @@ class _Recorder:
         number = self._runs[module] = self._runs.get(module, -1) + 1
         parent = self._running[-1] if self._running else None
         self._flow.clock += 1
-        call = Call(self.names[module], module, number, self._flow.clock, parent)
+        name = self.names[module]
+        call = Call(name, self._modules[name], number, self._flow.clock, parent)
         if parent is None:
             self.root = call
         self._running.append(call)
@@ -171,7 +174,7 @@ class _Recorder:
         self._flow.sizes.extend((call.begin, pair) for pair in _pairs((args, kwargs)))
 
     def end(self, module: nn.Module, _: Any, output: Any) -> Any:
-        while self._running[-1].module is not module:  # a call that raised inside the model's own try
+        while self._running[-1].name != self.names[module]:  # a call that raised inside the model's own try
             self._running.pop()
             self._given.pop()
         call, given = self._running.pop(), self._given.pop()

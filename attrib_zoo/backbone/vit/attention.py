@@ -28,6 +28,7 @@ from attrib_zoo.backbone.layers.resolve import look
 from attrib_zoo.backbone.layers.trace import Call, Trace
 from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.backbone.nested import put
+from attrib_zoo.backbone.randomness import draws_taken_back
 from attrib_zoo.backbone.vit.heads import Heads, check, heads_of, precise, refuse
 from attrib_zoo.errors import UnsupportedModelError
 
@@ -119,8 +120,7 @@ def find_attention(
     h, w = grids[0].hw or (0, 0)
     everything = Grid("tokens", hw=(1, grids[0].prefix + h * w))
     taps = tuple(Tap(c.name, everything, c.outputs[0].shape[-1], c.outputs[0].element) for c in calls)
-    devices = [inputs.device] if inputs.is_cuda else []
-    with torch.random.fork_rng(devices=devices), frozen(trace.model) as bare:
+    with draws_taken_back(inputs.device), frozen(trace.model) as bare:
         one = inputs[:1], select_args(args, torch.zeros(1, dtype=torch.long, device=inputs.device), len(inputs))
         found = Attentions(taps, grids[0], _read(bare, taps[-1], grids[0].prefix, *one))
         for _ in read_attention(bare, found, *one).matrices():

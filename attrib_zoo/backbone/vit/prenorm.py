@@ -22,6 +22,7 @@ from attrib_zoo.backbone.layers.stages import is_norm
 from attrib_zoo.backbone.layers.trace import Call, Trace
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.nested import pick
+from attrib_zoo.backbone.randomness import draws_taken_back
 from attrib_zoo.backbone.vit.attention import Attentions
 from attrib_zoo.backbone.vit.heads import close
 from attrib_zoo.errors import UnsupportedModelError
@@ -164,33 +165,33 @@ class _Seen:
     """Inputs and outputs of every call in a pass over one image."""
 
     def __init__(self, trace: Trace, inputs: Tensor, args: Sequence[Any]) -> None:
-        self._values: dict[tuple[nn.Module, int], tuple[Tensor | None, Any]] = {}
+        self._values: dict[tuple[str, int], tuple[Tensor | None, Any]] = {}
+        names: dict[nn.Module, str] = {}
         counts: dict[nn.Module, int] = {}
 
         def begin(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             number = counts[module] = counts.get(module, -1) + 1
             value = next((v for v in (*given, *named.values()) if isinstance(v, Tensor)), None)
-            self._values[module, number] = (None if value is None else value.clone(), None)
+            self._values[names[module], number] = (None if value is None else value.clone(), None)
 
         def end(module: nn.Module, _: Any, output: Any) -> None:
-            key = module, counts[module]
+            key = names[module], counts[module]
             kept = output.clone() if isinstance(output, Tensor) else output
             self._values[key] = (self._values[key][0], kept)
 
         row = torch.zeros(1, dtype=torch.long, device=inputs.device)
-        devices = [inputs.device] if inputs.is_cuda else []
-        modules = {call.module for call in trace.root.inside()}
-        with torch.random.fork_rng(devices=devices), frozen(trace.model) as model, ExitStack() as stack:
-            for module in modules:
+        with draws_taken_back(inputs.device), frozen(trace.model) as model, ExitStack() as stack:
+            names.update({find(model, call.name): call.name for call in trace.root.inside()})
+            for module in names:
                 stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(end).remove)
             run(model, inputs[:1], select_args(args, row, len(inputs)))
 
     def input(self, call: Call) -> Any:
-        return self._values[call.module, call.number][0]
+        return self._values[call.name, call.number][0]
 
     def output(self, call: Call) -> Any:
-        return self._values[call.module, call.number][1]
+        return self._values[call.name, call.number][1]
 
     @staticmethod
     def same(one: Any, other: Any) -> bool:

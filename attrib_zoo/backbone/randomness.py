@@ -1,0 +1,55 @@
+"""Torch's global generators, which all threads share, as they were before a pass that draws from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@contextmanager
+def draws_taken_back(device: torch.device) -> Iterator[None]:
+    """The global generators of the CPU and of this device are set back, if this thread has drawn from them.
+
+    ``torch.random.fork_rng`` sets them back in any case, and so takes back what other threads have drawn meanwhile:
+    these would draw the same numbers again. A model in eval mode hardly ever draws.
+    """
+    watch = _Draws(device)
+    try:
+        with watch:
+            yield
+    finally:
+        watch.take_back()
+
+
+class _Draws(TorchDispatchMode):
+    """Notes the generators' states before this thread's first draw; other threads' operations do not come here."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device if device.type == "cuda" else None
+        self._before: tuple[Tensor, ...] | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._before is not None or torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        before = self._states()
+        result = func(*args, **(kwargs or {}))
+        # attention has the tag for its dropout, which draws nothing in eval mode
+        if not all(map(torch.equal, before, self._states())):
+            self._before = before
+        return result
+
+    def _states(self) -> tuple[Tensor, ...]:
+        here = (torch.get_rng_state(),)
+        return here if self._device is None else (*here, torch.cuda.get_rng_state(self._device))
+
+    def take_back(self) -> None:
+        if self._before is not None:
+            torch.set_rng_state(self._before[0])
+            if self._device is not None:
+                torch.cuda.set_rng_state(self._before[1], self._device)
