@@ -259,7 +259,7 @@ def measure(name: str, case: Case, folder: Path, batch: int, most: int | None) -
     try:
         explainer = made(name, case, folder)
         loader = DataLoader(case.images, batch_size=batch)
-        first = name == FIRST[0]
+        first = name == COLD  # on fewer images, as the controls cost a map each
         evaluate(case.model, {name: explainer}, loader, case.measures, controls=first, max_images=most, path=path)
     except UnsupportedModelError as error:
         path.with_suffix(".refused").write_text(str(error), encoding="utf-8")
