@@ -41,30 +41,55 @@ class TTAME(TrainableAttribution):
     .. math:: A_i = \mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}_{1\times1}(L_i)) + L_i), \qquad
               \mathcal{E} = \sigma(\mathrm{conv}_{1\times1}([\mathrm{up}(A_1); \dots; \mathrm{up}(A_s)]))
 
-    :meth:`fit` shows the frozen model the image through the map of its own decision y, and asks it to decide alike
-    while the map stays small (Eq. 11, 15-17):
+    **The default recipe, "rows"**, starts from what the classifier knows. The row of class c in the fusing convolution
+    is the gradient of its score with respect to the layer, averaged over places and images, less the mean row of all
+    classes,
+
+    .. math:: w_c = \mathbb{E}_x \frac{1}{hw} \sum_{i,j} \frac{\partial S_c}{\partial L_{i,j}}, \qquad
+              e_c = \sum_i (w_{c,i} - \bar w_i) L_i / s_i, \qquad
+              \mathcal{E}_c = e_c - \frac{0.6}{3} \sum_{j \in R} e_j
+
+    with s_i the layer's mean spread over space, R the three other classes with the largest logits, and a 3x3 mean
+    filter on the result. Where the model ends in pooling and a linear layer that is CAM, exactly; in a transformer it
+    is the sum over the last three blocks that the class token still reads. So after :meth:`fit` with ``max_steps=0``
+    *every* class has its map. The steps of :meth:`fit` then train one correction that all classes share,
+    :math:`w_c \leftarrow w_c + w_c M + g`, so that what one class teaches serves those that never come up: each image
+    shows the frozen model the first cells of its map or all but these, at a share q drawn from 0.05 to 0.9, and the
+    decision y must stand or fall,
+
+    .. math:: m = \sigma\left(\frac{\mathcal{E}_y - Q_{1-q}(\mathcal{E}_y)}{\frac12 \mathrm{std}\,\mathcal{E}_y}
+              \right), \qquad \mathrm{CE}(f(m \odot x), y) \ \text{ or } \ -\log(1 - p_y((1 - m) \odot x))
+
+    where what is hidden is black, the mean colour or a blur. The correction is folded into the convolution at the end.
+
+    **recipe="paper"** is the method of the paper, from random weights: :meth:`fit` shows the frozen model the image
+    through the map of its own decision y, and asks it to decide alike while the map stays small (Eq. 11, 15-17):
 
     .. math:: \lambda_1 \, \mathrm{CE}(f(\mathcal{E}_y \odot x), y) + \lambda_2 (E + \lambda_3 V), \quad
               E = \frac1S \sum \mathcal{E}_{n,j,k}^{\lambda_4}, \quad V = \frac{1}{2S} \sum (\Delta_j \mathcal{E})^2
               + (\Delta_k \mathcal{E})^2
 
     over Ψ, y's map and B - 1 maps of other classes drawn at random for each image (Eq. 12), with S the number of
-    values in Ψ. CNNs see the raw image masked and then standardised (Eq. 13), vision transformers the standardised
-    image masked (Eq. 14). For explaining, the sigmoid gives way to min-max scaling over space, before upsampling:
-    the map lies in [0, 1].
+    values in Ψ. A class that never was the model's decision during ``fit`` has an untrained row there, and
+    :meth:`attribute` warns once. CNNs see the raw image masked and then standardised (Eq. 13), vision transformers the
+    standardised image masked (Eq. 14).
 
-    Only the wanted classes are computed, each layer at its own resolution: the 1x1 fusion and the bilinear upsampling
-    commute. A class that never was the model's decision during ``fit`` has an untrained row: ``class_counts_`` has
-    the counts, and :meth:`attribute` warns once.
+    For explaining, the sigmoid gives way to min-max scaling over space, before upsampling: the map lies in [0, 1]. Only
+    the wanted classes are computed, each layer at its own resolution: the 1x1 fusion and the bilinear upsampling
+    commute. ``class_counts_`` has how many images of each class ``fit`` saw.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`; must return ``(N, K)`` logits or one value per image.
-        layers: see :class:`~attrib_zoo.attribution.Attribution`; ``None`` for the paper's: the last three max-pools
-            (VGG-16), the last three stages (ResNet-50), the last three blocks (ViT-B-16), and the same rule elsewhere.
-        recipe: ``"paper"``: the equations above; ``"released"``: what the authors' code does where it differs, i.e.
-            the defaults of the next options marked †, ``norm1`` of the last blocks of vision transformers, and the
-            long schedule unless ``fit`` is given ``schedule="short"``. The released variation grows with the number
-            of maps, so there the batch size changes the trade-off; scale ``lambda_variation`` by 32/B to keep it.
+        layers: see :class:`~attrib_zoo.attribution.Attribution`; ``None`` for the recipe's: ``"rows"`` reads the last
+            stage of a CNN and the last three blocks of a transformer that have a gradient; the paper's are the last
+            three max-pools (VGG-16), stages (ResNet-50) or blocks (ViT-B-16), and the same rule elsewhere.
+        recipe: ``"rows"``, ``"paper"``, or ``"released"``: what the authors' code does where it differs from their
+            equations, i.e. the defaults of the next options marked †, ``norm1`` of the last blocks of vision
+            transformers, and the long schedule unless ``fit`` is given ``schedule="short"``; or a
+            :class:`~attrib_zoo.training.recipe.Recipe` of your own, such as ``RECIPES["rows"].but(contrast=0)``. The
+            released variation grows with the number of maps, so there the batch size changes the trade-off; scale
+            ``lambda_variation`` by 32/B to keep it. The next options, down to ``branch_activation``, change fields of
+            the recipe; ``None`` leaves them.
         lambda_ce: λ1, weight of the cross-entropy.
         lambda_tv: λ2, weight of area and variation.
         lambda_variation: λ3, weight of the variation V inside.
@@ -83,30 +108,32 @@ class TTAME(TrainableAttribution):
         mean: of the standardisation, per channel; ``None`` for the model's own configuration, else ImageNet's.
         std: as ``mean``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
-        smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for ``"min-max"``.
+        smooth: see :class:`~attrib_zoo.attribution.Attribution`; ``None`` for the recipe's.
+        scale: see :class:`~attrib_zoo.attribution.Attribution`; ``None`` for the recipe's.
 
     Example:
         >>> import torch
         >>> from torchvision.models import squeezenet1_1
         >>> from attrib_zoo import TTAME
         >>> model = squeezenet1_1(weights=None)
-        >>> loader = [torch.randn(4, 3, 64, 64) for _ in range(30)]
-        >>> explainer = TTAME(model).fit(loader, max_steps=30, show_progress=False)
+        >>> loader = [torch.randn(4, 3, 64, 64) for _ in range(5)]
+        >>> explainer = TTAME(model).fit(loader, max_steps=5, show_progress=False)
         >>> explainer.maps(loader[0]).shape
-        torch.Size([4, 1000, 15, 15])
+        torch.Size([4, 1000, 3, 3])
 
     References:
         M. V. Ntrougkas, N. Gkalelis, V. Mezaris: T-TAME: Trainable Attention Mechanism for Explaining Convolutional
         Networks and Vision Transformers. IEEE Access, 2024.
 
     Deviations:
-        The schedule: the paper's needs hundreds of thousands of steps; below 20 000 ``fit`` uses one that trains in
-        few (Adam; the fusing convolution starts at zero, as a common row plus a row per class), and with few images
-        per class it leaves the other classes out of Ψ. The random classes of Ψ are distinct. Dropout and batch
-        normalisation of the frozen model always run in eval mode. Where the paper is silent (momentum, weight decay,
-        initial weights) the released values are used. The published numbers are not promised: see the method's page
-        for every known difference.
+        The default recipe is this library's: start, contrast, filter, layers and loss are not the paper's, and it reads
+        the features without branches (they would be identities at the start, and a step can move the shared matrix M
+        as well). With ``recipe="paper"`` what differs is the schedule: the paper's needs hundreds of thousands of
+        steps; below 20 000 ``fit`` uses one that trains in few (Adam; the fusing convolution starts at zero, as a
+        common row plus a row per class), and with few images per class it leaves the other classes out of Ψ. The random
+        classes of Ψ are distinct. Dropout and batch normalisation of the frozen model always run in eval mode. Where
+        the paper is silent (momentum, weight decay, initial weights) the released values are used. The published
+        numbers are not promised: see the method's page for every known difference.
     """
 
     family: ClassVar[str] = "trained"
