@@ -167,7 +167,6 @@ def test_the_mask_lies_on_the_evidence_and_has_its_area():
     explainer = ExtremalPerturbation(model, areas=(share,), max_iter=300, step=3, sigma=4.0, blur=3.0)
     with cases.untouched(model):
         heat = explainer.attribute(checkerboard(), 1)
-    assert torch.equal(heat, explainer.attribute(checkerboard(), 1))
     heat = heat[0, 0]
     assert heat.min() >= 0
     assert heat.max() <= 1
