@@ -1,21 +1,37 @@
-"""What all tests share: one thread, repeatable examples, and the real data where there is some."""
+"""What all tests share: workers of one thread each, repeatable examples, and the real data where there is some."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+# Before torch is imported. Workers share the cores already, and one thread rounds alike on every machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """No workers for a single file: to start them takes longer than most files do. Else xdist counts the cores."""
+    files = {argument.partition("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    import torch  # not at the top: the process that only hands out tests does without
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded(_one_thread):
+    import torch
+
     torch.manual_seed(0)
 
 

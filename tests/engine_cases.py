@@ -71,6 +71,22 @@ class ResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
+class SmallVGG(nn.Module):
+    """VGG-16's sequence of layers at a hundredth of its width."""
+
+    def __init__(self) -> None:
+        from torchvision.models.vgg import cfgs, make_layers
+
+        super().__init__()
+        widths = [w if w == "M" else 2 + w // 128 for w in cfgs["D"]]
+        self.features = make_layers(widths)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+
 def resnet() -> nn.Module:
     return lively(ResNet())
 
@@ -107,6 +123,13 @@ def swin() -> nn.Module:
             img_size=16, patch_size=2, window_size=4, embed_dim=12, depths=(2, 1), num_heads=(2, 3), num_classes=CLASSES
         )
     )
+
+
+def swin_of(size: tuple[int, int]) -> nn.Module:
+    from timm.models.swin_transformer import SwinTransformer
+
+    shape = {"patch_size": 4, "embed_dim": 8, "depths": (1, 1, 1), "num_heads": (1, 2, 4), "window_size": 2}
+    return lively(SwinTransformer(img_size=size, num_classes=5, **shape))
 
 
 def densenet() -> nn.Module:

@@ -74,28 +74,30 @@ TURNED = tuple(torch.arange(24).view(4, 6).t().flatten().tolist())
 MIXED = tuple(torch.randperm(24, generator=torch.Generator().manual_seed(3)).tolist())
 
 
-@pytest.mark.parametrize(
-    "grid",
-    [
-        Grid("tokens", 1, (6, 4)),
-        Grid("tokens", 1, (3, 8)),
-        Grid("tokens", 1, (2, 12)),
-        Grid("tokens", 0, (5, 5)),
-        Grid("tokens", 5, (4, 5)),
-        Grid("tokens", 1, (4, 6), TURNED),
-        Grid("tokens", 1, (4, 6), MIXED),
-        Grid("channel_tokens", 0, (4, 6)),  # 24 channels look like 24 cells
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("layer", ["blocks.0", "blocks.2"])
-def test_a_wrong_hint_is_answered_with_the_right_one(grid, layer):
+WRONG = [
+    Grid("tokens", 1, (6, 4)),
+    Grid("tokens", 1, (3, 8)),
+    Grid("tokens", 1, (2, 12)),
+    Grid("tokens", 0, (5, 5)),
+    Grid("tokens", 5, (4, 5)),
+    Grid("tokens", 1, (4, 6), TURNED),
+    Grid("tokens", 1, (4, 6), MIXED),
+    Grid("channel_tokens", 0, (4, 6)),  # 24 channels look like 24 cells
+]
+
+
+@pytest.mark.parametrize("grid", WRONG, ids=str)
+def test_a_wrong_hint_is_answered_with_the_right_one(grid):
     model, inputs = wide_vit(), images(WIDE)
-    found = verdict(model, layer, inputs, grid)
+    found = verdict(model, "blocks.0", inputs, grid)
     assert found.said == "wrong"
     assert "Grid('tokens', prefix=1, hw=(4, 6))" in map(str, found.better)
+
+
+@pytest.mark.parametrize("grid", WRONG, ids=str)
+def test_a_call_with_a_wrong_hint_names_the_right_one(grid):
     with pytest.raises(LayerError, match=r"must change where the image does.*as Grid\('tokens', prefix=1, hw=\(4, 6"):
-        GradCAM(model, (layer, grid)).attribute(inputs, 0)
+        GradCAM(wide_vit(), ("blocks.2", grid)).attribute(images(WIDE), 0)
 
 
 def test_the_refusal_says_everything():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_cases import lively, resnet, swin, untouched, vit
+from engine_cases import lively, resnet, swin, swin_of, untouched, vit
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import run
@@ -246,13 +246,6 @@ def test_nhwc_is_told_from_nchw_by_the_sizes_of_the_pass():
     own = model.layers[0](model.patch_embed(inputs))
     assert own.shape == (1, 8, 16, 8)  # eight channels in eight rows: NCHW would fit a square image
     assert torch.equal(maps[0], own.permute(0, 3, 1, 2))
-
-
-def swin_of(size: tuple[int, int]) -> nn.Module:
-    from timm.models.swin_transformer import SwinTransformer
-
-    shape = {"patch_size": 4, "embed_dim": 8, "depths": (1, 1, 1), "num_heads": (1, 2, 4), "window_size": 2}
-    return lively(SwinTransformer(img_size=size, num_classes=5, **shape))
 
 
 class Several(nn.Module):

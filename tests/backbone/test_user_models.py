@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import lively, resnet, vit
-from test_layers import swin_of
+from engine_cases import lively, resnet, swin_of, vit
 from torch import Tensor, nn
 
 from attrib_zoo import TTAME, GradCAM, LayerCAM, ScoreCAM

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import engine_cases as cases
+import perturbation_cases as passes
 import pytest
 import strategies as zoo
 import torch
 from captum.attr import LayerFeatureAblation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from perturbation_cases import close
 from torch import nn
 
 from attrib_zoo import AblationCAM
 from attrib_zoo.errors import OptionError
-
-
-def close(found, wanted, tolerance=1e-10):
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1e-30, float(wanted.abs().max())))
 
 
 def features(model, layer, images):
@@ -187,13 +185,7 @@ def test_an_error_inside_a_pass_leaves_the_model_alone():
 def test_the_order_of_the_maps_says_nothing(order):
     model, images = zoo.small_cnn().double(), zoo.batch(2, dtype=torch.float64)
     wanted = AblationCAM(model).attribute(images, [0, 3])
-    with torch.no_grad():
-        for parameter in (*model.stages[2][0].parameters(), *model.stages[2][1].parameters()):
-            parameter.copy_(parameter[order])
-        norm = model.stages[2][1]
-        norm.running_mean.copy_(norm.running_mean[order])
-        norm.running_var.copy_(norm.running_var[order])
-        model.head.weight.copy_(model.head.weight[:, order])
+    passes.reorder_last_stage(model, order)
     close(AblationCAM(model).attribute(images, [0, 3]), wanted, 1e-8)
 
 

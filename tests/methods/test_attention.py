@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import attention_cases as written_out
 import engine_cases as cases
 import pytest
 import torch
-from oracles import explicit_vit
+from attention_cases import ARCHITECTURES, TARGETS, assert_close, read_out, sized_images, vit
 from torch import Tensor, nn
 
 from attrib_zoo import IIA, AttentionRollout, GenericAttention, TransformerLRP
@@ -13,65 +14,29 @@ from attrib_zoo.backbone.capture import frozen
 from attrib_zoo.backbone.vit.attention import find_attention, read_attention
 from attrib_zoo.errors import OptionError, UnsupportedModelError
 
-TARGETS = [3, 1]
+
+def attention_rollout(model: nn.Module, image: Tensor) -> Tensor:
+    _, matrices = written_out.run(model, image)
+    return written_out.rollout([sum(heads) / len(heads) for heads in matrices]).detach()
 
 
-def vit(**options):
-    return cases.vit(**{"global_pool": "token", "depth": 3, **options})
+def gradient_rollout(model: nn.Module, image: Tensor, target: int) -> Tensor:
+    matrices, gradients = written_out.with_gradients(model, image, target)
+    return written_out.rollout([written_out.positive_mean(a, g) for a, g in zip(matrices, gradients, strict=True)])
 
 
-def distilled():
-    from timm.models.deit import VisionTransformerDistilled
-
-    return cases.lively(
-        VisionTransformerDistilled(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=5)
-    )
-
-
-def torchvision_vit():
-    from torchvision.models.vision_transformer import VisionTransformer
-
-    return cases.lively(VisionTransformer(32, 8, 3, 2, 24, 48, num_classes=5))
-
-
-ARCHITECTURES = {
-    "class token": (vit, 1, [0]),
-    "registers": (lambda: vit(reg_tokens=4), 5, [0]),
-    "distilled": (distilled, 2, [0, 1]),
-    "q and k norms, layer scale": (lambda: vit(qk_norm=True, init_values=0.7), 1, [0]),
-    "no bias": (lambda: vit(qkv_bias=False), 1, [0]),
-    "not square": (lambda: vit(img_size=(32, 56)), 1, [0]),
-    "mean of the patches": (lambda: vit(global_pool="avg"), 1, list(range(1, 17))),
-    "no class token": (lambda: vit(global_pool="avg", class_token=False), 0, list(range(16))),
-    "torchvision": (torchvision_vit, 1, [0]),
-}
-
-
-def sized_images(name: str) -> Tensor:
-    width = 56 if name == "not square" else 32
-    return torch.randn(2, 3, 32, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def read_out(relations: Tensor, prefix: int, read: list[int], images: Tensor) -> Tensor:
-    """The mean of the rows, patch by patch."""
-    h, w = images.shape[2] // 8, images.shape[3] // 8
-    found = torch.zeros(h, w, dtype=relations.dtype)
-    for i in range(h):
-        for j in range(w):
-            found[i, j] = sum(relations[row, prefix + i * w + j] for row in read) / len(read)
-    return found
-
-
-def assert_close(found: Tensor, wanted: Tensor, relative: float = 1e-9) -> None:
-    assert found.shape == wanted.shape
-    assert float(wanted.std()) > 0
-    assert float((found - wanted).abs().max()) <= relative * float(wanted.abs().max())
+def gae(model: nn.Module, image: Tensor, target: int) -> Tensor:
+    matrices, gradients = written_out.with_gradients(model, image, target)
+    relevance = torch.eye(len(matrices[0][0]), dtype=image.dtype)
+    for a, g in zip(matrices, gradients, strict=True):
+        relevance = relevance + written_out.positive_mean(a, g) @ relevance
+    return relevance
 
 
 ORACLES = {
-    "rollout": (AttentionRollout, {}, lambda model, image, _: explicit_vit.attention_rollout(model, image)),
-    "gradient rollout": (AttentionRollout, {"gradient": True}, explicit_vit.gradient_rollout),
-    "gae": (GenericAttention, {}, explicit_vit.gae),
+    "rollout": (AttentionRollout, {}, lambda model, image, _: attention_rollout(model, image)),
+    "gradient rollout": (AttentionRollout, {"gradient": True}, gradient_rollout),
+    "gae": (GenericAttention, {}, gae),
 }
 
 
@@ -99,7 +64,7 @@ def test_matrices_and_gradients_are_those_of_autograd(architecture):
         seen = list(read_attention(model, found, images, (), lambda outputs: outputs[:, [3, 1]]).matrices())[::-1]
     for n in range(2):
         for score, target in enumerate((3, 1)):
-            matrices, gradients = explicit_vit.with_gradients(model, images[n], target)
+            matrices, gradients = written_out.with_gradients(model, images[n], target)
             for block, a, g in zip(seen, matrices, gradients, strict=True):
                 assert_close(block.values[n], torch.stack(a))
                 assert_close(block.gradients()[score, n], torch.stack(g))
@@ -118,7 +83,7 @@ def test_a_held_matrix_is_a_constant():
         def hold(number: int, head: int, matrix: Tensor, n: int = n) -> Tensor:
             return matrix if number < 2 else factors[n] * matrix.detach()
 
-        matrices, gradients = explicit_vit.with_gradients(model, images[n], 3, hold)
+        matrices, gradients = written_out.with_gradients(model, images[n], 3, hold)
         for block, a, g in zip(seen, matrices, gradients, strict=True):
             assert_close(block.values[n], torch.stack(a))
             assert_close(block.gradients()[0, n], torch.stack(g))

@@ -12,7 +12,6 @@ import strategies as zoo
 import torch
 import torch.nn.functional as F
 from cam_cases import close
-from test_zoomcam import SmallVGG
 from torch import nn
 
 from attrib_zoo import LCAMFm, LCAMImg
@@ -216,7 +215,7 @@ def test_feature_masks_cost_the_trunk_once_and_no_gradient_there():
 
 @pytest.mark.parametrize("cls", [LCAMFm, LCAMImg])
 def test_the_layers_of_the_paper(cls):
-    vgg, resnet, images = cases.lively(SmallVGG()), cases.resnet(), cases.images(2, 64)
+    vgg, resnet, images = cases.lively(cases.SmallVGG()), cases.resnet(), cases.images(2, 64)
     assert [tap.name for tap in cls(vgg).taps(images)] == ["features.29"]
     assert [tap.name for tap in cls(vgg, after_pool=True).taps(images)] == ["features.30"]
     assert [tap.name for tap in cls(resnet).taps(images)] == ["layer4"]

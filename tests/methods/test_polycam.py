@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import numpy as np
+import perturbation_cases as passes
 import pytest
 import strategies as zoo
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import masked, published
-from torch import nn
+from perturbation_cases import LAYERS, Counted, close
 
 from attrib_zoo import PolyCAM
 from attrib_zoo.errors import OptionError, UnsupportedModelError
 
-LAYERS = ["stages.0", "stages.1", "stages.2"]
 
+def polycam_map_by_map(
+    model, layers, image, target, variant="pm", lnorm=True, perc=0.1, full_range=False, upsampled=True
+):
+    """From the deepest layer to the first of ``layers``; the denominators of the published formula."""
+    size, previous, base = image.shape[1:], None, passes.score_of(model, image, target)
 
-def close(found, wanted, tolerance=1e-9):
-    wanted = torch.as_tensor(wanted)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1e-30, float(wanted.abs().max())))
+    def normed(grid):
+        low, high = np.percentile(grid, [perc, 100 - perc])
+        return np.clip((grid - low) / max(high - low if full_range else high, 1e-12), 0, 1)
+
+    for layer in layers[::-1]:
+        maps = passes.features(model, layer, image)
+        heat = np.zeros(maps.shape[1:])
+        for grid in maps:
+            mask = passes.enlarge(normed(grid), size)
+            weight = 0.0
+            if "p" in variant:
+                weight += passes.score_of(model, passes.show(image, mask), target)
+            if "m" in variant:
+                weight += base - passes.score_of(model, passes.show(image, 1 - mask), target)
+            heat += max(weight, 0) * grid
+        heat = np.maximum(heat, 0)
+        if previous is not None:
+            if lnorm:
+                heat = heat / np.maximum(passes.enlarge(passes.enlarge(heat, previous.shape), heat.shape), 1e-12)
+            heat = heat * passes.enlarge(previous, heat.shape)
+        previous = np.maximum(heat, 0)
+    return passes.enlarge(normed(previous), size) if upsampled else normed(previous)
 
 
 @pytest.mark.parametrize(
@@ -38,34 +62,24 @@ def test_against_a_transcription(options):
     found = PolyCAM(model, LAYERS, **options).attribute(images)
     small = PolyCAM(model, LAYERS[1:], upsample=False, **options).attribute(images)
     for n, target in enumerate(model(images).argmax(1).tolist()):
-        wanted = masked.poly_cam(model, LAYERS, images[n], target, **options)
+        wanted = polycam_map_by_map(model, LAYERS, images[n], target, **options)
         assert wanted.std() > 0
         close(found[n, 0], wanted)
-        close(small[n, 0], masked.poly_cam(model, LAYERS[1:], images[n], target, upsampled=False, **options))
+        close(small[n, 0], polycam_map_by_map(model, LAYERS[1:], images[n], target, upsampled=False, **options))
     assert found.max() <= 1
 
 
 @pytest.mark.parametrize(
     ("build", "names", "count"),
     [
-        (published.resnet50, "relu layer1 layer2 layer3 layer4", 3904),
-        (published.vgg16, "features.3 features.8 features.15 features.22 features.29", 1472),
+        (passes.resnet50, "relu layer1 layer2 layer3 layer4", 3904),
+        (passes.vgg16, "features.3 features.8 features.15 features.22 features.29", 1472),
     ],
 )
 def test_the_feature_maps_that_the_paper_counts(build, names, count):
-    taps = PolyCAM(build()).taps(torch.randn(1, 3, published.SIZE, published.SIZE))
+    taps = PolyCAM(build()).taps(torch.randn(1, 3, passes.SIZE, passes.SIZE))
     assert [tap.name for tap in taps] == names.split()
     assert sum(tap.channels for tap in taps) == count
-
-
-class Counted(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.images = model, 0
-
-    def forward(self, x):
-        self.images += len(x)
-        return self.model(x)
 
 
 @pytest.mark.parametrize(("variant", "times"), [("p", 1), ("m", 1), ("pm", 2)])
@@ -77,7 +91,7 @@ def test_a_pass_for_each_map_whatever_the_number_of_targets(variant, times):
     counted.images = 0
     explainer.attribute_many(images, [0, 1, 2])
     alive = sum(
-        (abs(masked.features(model, layer, image)).max((1, 2)) > 0).sum() for layer in LAYERS for image in images
+        (abs(passes.features(model, layer, image)).max((1, 2)) > 0).sum() for layer in LAYERS for image in images
     )
     assert counted.images == 2 + times * alive
     assert alive > 2 * 4
@@ -88,13 +102,7 @@ def test_a_pass_for_each_map_whatever_the_number_of_targets(variant, times):
 def test_order_chunks_and_company_say_nothing(order, chunk):
     model, images = zoo.small_cnn().double(), zoo.batch(3, dtype=torch.float64)
     wanted = [PolyCAM(model, LAYERS).attribute(images[n : n + 1], n)[0] for n in range(3)]
-    with torch.no_grad():
-        for parameter in (*model.stages[2][0].parameters(), *model.stages[2][1].parameters()):
-            parameter.copy_(parameter[order])
-        norm = model.stages[2][1]
-        norm.running_mean.copy_(norm.running_mean[order])
-        norm.running_var.copy_(norm.running_var[order])
-        model.head.weight.copy_(model.head.weight[:, order])
+    passes.reorder_last_stage(model, order)
     close(PolyCAM(model, LAYERS, chunk_size=chunk).attribute(images, [0, 1, 2]), torch.stack(wanted))
 
 

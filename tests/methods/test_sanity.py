@@ -92,17 +92,22 @@ def report(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_maps_point_at_the_object_of_the_class(kind, capsys):
+def test_maps_are_about_the_class_and_about_the_model(kind, capsys):
+    """Both in one test, since the maps that they share take minutes, and two workers would make them twice."""
     with capsys.disabled():
         sys.stdout.write(report(kind))
+    check_maps_point_at_the_object_of_the_class(kind)
+    check_maps_change_with_the_head_of_the_model(kind)
+
+
+def check_maps_point_at_the_object_of_the_class(kind):
     agnostic = {cls.__name__ for cls in methods().values() if cls.class_agnostic}
     off = {n for n, f in found(kind).items() if not f.energy > f.chance}
     undecided = {n for n, f in found(kind).items() if not f.discrimination > 0.5} - agnostic
     assert off | undecided == OFF_TARGET[kind]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_maps_change_with_the_head_of_the_model(kind):
+def check_maps_change_with_the_head_of_the_model(kind):
     """Adebayo's check: the last layer gets random weights, and fitted methods are fitted for that model.
 
     The limit is 0.5. Another machine may round, and so fit, a little differently.

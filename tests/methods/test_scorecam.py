@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import engine_cases as cases
 import numpy as np
+import perturbation_cases as passes
 import pytest
 import strategies as zoo
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import masked, published
-from torch import nn
+from perturbation_cases import Counted, close
 
 from attrib_zoo import ScoreCAM
 from attrib_zoo.errors import OptionError
@@ -19,9 +19,23 @@ from attrib_zoo.masking import black, blur, channel_stats
 LAYER = "stages.2"
 
 
-def close(found, wanted, tolerance=1e-10):
-    wanted = torch.as_tensor(wanted)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1e-30, float(wanted.abs().max())))
+def scorecam_at_full_resolution(
+    model, layer, image, target, score="softmax", hidden=0.0, channel_softmax=False, base=False, mask=None
+):
+    """The map at full resolution; features must not be negative."""
+    size, maps = image.shape[1:], passes.features(model, layer, image)
+    mask = mask or (lambda grid: passes.stretch(passes.enlarge(grid, size)))
+    weights, total = {}, np.zeros(size)
+    for k, grid in enumerate(maps):
+        if grid.min() < grid.max():
+            weights[k] = passes.score_of(model, passes.show(image, mask(grid), hidden), target, score)
+    if base:
+        weights = {k: weight - passes.score_of(model, image, target, score) for k, weight in weights.items()}
+    if channel_softmax:
+        weights = dict(zip(weights, passes.softmax(np.array(list(weights.values()))), strict=True))
+    for k, weight in weights.items():
+        total += weight * passes.enlarge(maps[k], size)
+    return np.maximum(total, 0)
 
 
 @pytest.fixture
@@ -32,18 +46,6 @@ def model():
 @pytest.fixture
 def images():
     return zoo.batch(3, dtype=torch.float64)
-
-
-class Counted(nn.Module):
-    """Counts the images and the largest batch."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.images, self.most = model, 0, 0
-
-    def forward(self, x):
-        self.images, self.most = self.images + len(x), max(self.most, len(x))
-        return self.model(x)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_against_a_loop_at_full_resolution(model, images, options, told):
         model.stages[2][1].weight[3], model.stages[2][1].bias[3] = 0, 0.4
     found = ScoreCAM(model, LAYER, **options).attribute(images, [1, 4, 0])
     for n, target in enumerate([1, 4, 0]):
-        close(found[n, 0], masked.score_cam(model, LAYER, images[n], target, **told))
+        close(found[n, 0], scorecam_at_full_resolution(model, LAYER, images[n], target, **told))
     assert found.std() > 0 or "subtract_base" in options
 
 
@@ -78,20 +80,23 @@ def test_what_is_seen_where_a_mask_is_zero(model, images):
     for baseline, hidden in (("black", dark), ("blur", dull), (each, each), (one, one)):
         found = ScoreCAM(model, LAYER, baseline=baseline).attribute(images, 2)
         for n in range(3):
-            close(found[n, 0], masked.score_cam(model, LAYER, images[n], 2, hidden=hidden[min(n, len(hidden) - 1)]))
+            close(
+                found[n, 0],
+                scorecam_at_full_resolution(model, LAYER, images[n], 2, hidden=hidden[min(n, len(hidden) - 1)]),
+            )
 
 
 def test_torchcams_variant_scales_before_it_enlarges(model, images):
     found = ScoreCAM(model, LAYER, variant="torchcam").attribute(images, 1)
     for n in range(3):
-        wanted = masked.score_cam(
+        wanted = scorecam_at_full_resolution(
             model,
             LAYER,
             images[n],
             1,
             score="logit",
             channel_softmax=True,
-            mask=lambda grid: masked.enlarge(masked.stretch(grid), (16, 16)),
+            mask=lambda grid: passes.enlarge(passes.stretch(grid), (16, 16)),
         )
         close(found[n, 0], wanted)
 
@@ -114,7 +119,7 @@ def test_pytorch_grad_cam_itself(model, images):
     theirs = library.ScoreCAM(model, [model.get_submodule(LAYER)])
     targets = [ClassifierOutputTarget(c) for c in (1, 2, 3)]
     with torch.no_grad():
-        maps = torch.stack([torch.tensor(masked.features(model, LAYER, image)) for image in images])
+        maps = torch.stack([torch.tensor(passes.features(model, LAYER, image)) for image in images])
         weights = theirs.get_cam_weights(images, None, targets, maps.numpy(), None)
     wanted = np.einsum("nd,ndhw->nhw", np.asarray(weights), maps.numpy()).clip(0)
     close(found[:, 0], wanted, 1e-4)
@@ -124,10 +129,10 @@ def test_tokens_are_maps(images):
     model = zoo.small_vit().double()
     found = ScoreCAM(model, "blocks.2.norm1", upsample=False).attribute(images, 2)
     for n in range(3):
-        tokens = masked.features(model, "blocks.2.norm1", images[n])  # (1 + 64, D): the class token, then 8x8 patches
+        tokens = passes.features(model, "blocks.2.norm1", images[n])  # (1 + 64, D): the class token, then 8x8 patches
         maps = tokens[1:].T.reshape(-1, 8, 8)
         scores = [
-            masked.score_of(model, masked.show(images[n], masked.stretch(masked.enlarge(grid, (16, 16)))), 2)
+            passes.score_of(model, passes.show(images[n], passes.stretch(passes.enlarge(grid, (16, 16)))), 2)
             for grid in maps
         ]
         close(found[n, 0], np.maximum(np.tensordot(scores, maps, 1), 0))
@@ -146,14 +151,14 @@ def test_several_layers_give_the_mean(model, images):
 @pytest.mark.parametrize(
     ("build", "layer", "width"),
     [
-        (published.vgg16, "features.29", 512),
-        (published.resnet50, "layer4", 2048),
-        (published.vit_b, "encoder.layers.encoder_layer_1.ln_1", 768),
+        (passes.vgg16, "features.29", 512),
+        (passes.resnet50, "layer4", 2048),
+        (passes.vit_b, "encoder.layers.encoder_layer_1.ln_1", 768),
     ],
 )
 def test_as_many_masks_as_the_papers_count(build, layer, width):
     """512, 2048 and 768: the feature maps of the default layers."""
-    (tap,) = ScoreCAM(build()).taps(torch.randn(1, 3, published.SIZE, published.SIZE))
+    (tap,) = ScoreCAM(build()).taps(torch.randn(1, 3, passes.SIZE, passes.SIZE))
     assert (tap.name, tap.channels) == (layer, width)
 
 
@@ -163,7 +168,7 @@ def test_ten_targets_take_the_passes_of_one(model, images, targets):
     explainer = ScoreCAM(counted, "model.stages.2", chunk_size=5)
     explainer.attribute(images, 0)
     counted.images = 0
-    alive = sum((masked.features(model, LAYER, image).std((1, 2)) > 0).sum() for image in images)
+    alive = sum((passes.features(model, LAYER, image).std((1, 2)) > 0).sum() for image in images)
     explainer.attribute_many(images, targets)
     assert counted.images == 3 + alive
     assert counted.most == 5
@@ -199,13 +204,7 @@ def test_dead_maps_do_not_shift_the_softmax(model, images):
 def test_the_order_of_the_maps_and_the_chunks_say_nothing(order, chunk):
     model, images = zoo.small_cnn().double(), zoo.batch(2, dtype=torch.float64)
     wanted = ScoreCAM(model).attribute(images, [0, 3])
-    with torch.no_grad():
-        for parameter in (*model.stages[2][0].parameters(), *model.stages[2][1].parameters()):
-            parameter.copy_(parameter[order])
-        norm = model.stages[2][1]
-        norm.running_mean.copy_(norm.running_mean[order])
-        norm.running_var.copy_(norm.running_var[order])
-        model.head.weight.copy_(model.head.weight[:, order])
+    passes.reorder_last_stage(model, order)
     close(ScoreCAM(model, chunk_size=chunk).attribute(images, [0, 3]), wanted)
 
 

@@ -3,24 +3,99 @@
 from __future__ import annotations
 
 import engine_cases as cases
+import numpy as np
+import perturbation_cases as passes
 import pytest
 import strategies as zoo
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import masked, published
+from perturbation_cases import LAYERS, Counted, close
 from torch import nn
 
 from attrib_zoo import SISE, AdaSISE
 from attrib_zoo.errors import OptionError, UnsupportedModelError
 from attrib_zoo.methods.bases.blockwise import otsu
 
-LAYERS = ["stages.0", "stages.1", "stages.2"]
+# ---------------------------------------------------------------------- the reference
 
 
-def close(found, wanted, tolerance=1e-9):
-    wanted = torch.as_tensor(wanted)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1e-30, float(wanted.abs().max())))
+def gradients(model, layers, image, target, probability=True):
+    """Of one score at some layers: ``{layer: (D, h, w)}``, by one plain backward pass through an out-of-place copy."""
+    twin, kept = cases.out_of_place(model), {}
+
+    def keep(name):
+        def hook(_, __, out):
+            out.retain_grad()
+            kept[name] = out
+            return out.clone()
+
+        return hook
+
+    for name in layers:
+        twin.get_submodule(name).register_forward_hook(keep(name))
+    out = twin(image[None].clone().requires_grad_())[0]
+    (out.softmax(0) if probability else out)[target].backward()
+    return {name: out.grad[0].numpy() for name, out in kept.items()}
+
+
+def best_split(levels, best):
+    """The first of the splits of 256 levels whose variance between the two sides is largest, and above ``best``."""
+    split = None
+    for j in range(1, 256):
+        below, above = levels[levels < j], levels[levels >= j]
+        if len(below) and len(above):
+            between = len(below) * len(above) * (below.mean() - above.mean()) ** 2
+            if between > best * (1 + 1e-12):
+                best, split = between, j
+    return split
+
+
+def otsu_of_all_splits(values, scale=1.0):
+    """Of a map in [0, 1], rounded to levels; raised by ``scale`` where a tenth of the pixels stays below."""
+    levels = np.minimum(np.round(np.asarray(values).ravel() * 256), 255)
+    split = best_split(levels, -1.0)
+    if split is None:
+        return None
+    raised = split * scale
+    return (raised if (levels >= np.round(raised)).sum() < 0.1 * len(levels) else split) / 256
+
+
+def otsu_of_ratios(ratios):
+    """The same for numbers in (0, 1]: 256 bins, each its lower edge."""
+    return (best_split(np.minimum(np.floor(np.asarray(ratios) * 256), 255), 0.0) or 1) / 256
+
+
+def sise_at_full_resolution(
+    model, layers, image, target, chosen, *, kind="hard", scale=1.0, temperature=100.0, hidden=0.0, counted=None
+):
+    """``chosen(ratios)`` gives the maps that are masks; every mask is made and kept."""
+    size, total = image.shape[1:], None
+    slopes = gradients(model, layers, image, target)
+    for layer in layers:
+        alpha, maps = slopes[layer].mean((1, 2)), passes.features(model, layer, image)
+        if alpha.max() <= 0:
+            continue
+        visible = np.zeros(size)
+        for k in np.flatnonzero(chosen(alpha / alpha.max())):
+            mask = passes.stretch(passes.enlarge(maps[k], size))
+            if mask.sum() > 0:
+                visible += passes.score_of(model, passes.show(image, mask, hidden), target) * mask / mask.sum()
+                if counted is not None:
+                    counted.append((layer, k))
+        visible = passes.stretch(visible)
+        if total is None:
+            total = visible
+            continue
+        if kind == "simple":
+            total = (total + visible) * visible
+        else:
+            limit = otsu_of_all_splits(visible, scale)
+            if kind == "hard":
+                total = (total + visible) * (visible > limit)
+            else:
+                total = (total + visible) / (1 + np.exp(-temperature * (visible - limit)))
+    return total
 
 
 def above(limit):
@@ -28,7 +103,7 @@ def above(limit):
 
 
 def adaptive(ratios):
-    return ratios > masked.otsu_of_ratios(ratios[ratios > 0])
+    return ratios > otsu_of_ratios(ratios[ratios > 0])
 
 
 @pytest.fixture
@@ -41,28 +116,18 @@ def images():
     return zoo.batch(3, dtype=torch.float64)
 
 
-class Counted(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.images = model, 0
-
-    def forward(self, x):
-        self.images += len(x)
-        return self.model(x)
-
-
 # ---------------------------------------------------------------------- the papers' numbers
 
 
 @pytest.mark.parametrize(
     ("build", "names", "count"),
     [
-        (published.resnet50, "relu layer1 layer2 layer3 layer4", 3904),
-        (published.vgg16, "features.4 features.9 features.16 features.23 features.30", 1472),
+        (passes.resnet50, "relu layer1 layer2 layer3 layer4", 3904),
+        (passes.vgg16, "features.4 features.9 features.16 features.23 features.30", 1472),
     ],
 )
 def test_the_feature_maps_that_the_paper_counts(build, names, count):
-    taps = SISE(build()).taps(torch.randn(1, 3, published.SIZE, published.SIZE))
+    taps = SISE(build()).taps(torch.randn(1, 3, passes.SIZE, passes.SIZE))
     assert [tap.name for tap in taps] == names.split()
     assert sum(tap.channels for tap in taps) == count
 
@@ -89,23 +154,23 @@ def test_sise_against_a_transcription(model, images, options, told):
     found = SISE(model, LAYERS, **options).attribute(images, [1, 4, 0])
     assert found.std() > 0
     for n, target in enumerate([1, 4, 0]):
-        wanted = masked.sise(model, LAYERS, images[n], target, **{"chosen": above(0), **told})
+        wanted = sise_at_full_resolution(model, LAYERS, images[n], target, **{"chosen": above(0), **told})
         close(found[n, 0], wanted)
 
 
 def test_ada_sise_against_a_transcription(model, images):
     found = AdaSISE(model, LAYERS).attribute(images, [1, 4, 0])
-    passes = []
+    counted = []
     for n, target in enumerate([1, 4, 0]):
-        close(found[n, 0], masked.sise(model, LAYERS, images[n], target, adaptive, passes=passes))
-    assert {layer for layer, _ in passes} == set(LAYERS)
+        close(found[n, 0], sise_at_full_resolution(model, LAYERS, images[n], target, adaptive, counted=counted))
+    assert {layer for layer, _ in counted} == set(LAYERS)
 
 
 def test_real_blocks():
     model, images = cases.resnet().double(), zoo.normal(1, 3, 64, 48)
     names = ["relu", "layer1", "layer2", "layer4"]
     found = SISE(model, names).attribute(images, 2)
-    close(found[0, 0], masked.sise(model, names, images[0], 2, above(0)), 1e-8)
+    close(found[0, 0], sise_at_full_resolution(model, names, images[0], 2, above(0)), 1e-8)
 
 
 # ---------------------------------------------------------------------- Otsu
@@ -118,7 +183,7 @@ def test_otsu_tries_all_splits(count, length, scale, seed):
     maps = (maps - maps.amin(1, keepdim=True)) / (maps.amax(1, keepdim=True) - maps.amin(1, keepdim=True))
     found = otsu(maps, scale)
     for value, row in zip(found.tolist(), maps.numpy(), strict=True):
-        assert value == masked.otsu(row, scale)
+        assert value == otsu_of_all_splits(row, scale)
 
 
 @given(st.floats(0, 0.48), st.floats(0.52, 1))
@@ -139,11 +204,11 @@ def test_passes_are_the_selected_maps(model, images):
     ):
         explainer = cls(counted, [f"model.{layer}" for layer in LAYERS], chunk_size=5, **options)
         explainer.attribute(images, 4)
-        counted.images, passes = 0, []
+        counted.images, selected = 0, []
         explainer.attribute(images, 4)
         for image in images:
-            masked.sise(model, LAYERS, image, 4, chosen, passes=passes)
-        assert counted.images == 3 + len(passes)
+            sise_at_full_resolution(model, LAYERS, image, 4, chosen, counted=selected)
+        assert counted.images == 3 + len(selected)
 
 
 def test_several_targets_share_the_passes(model, images):
@@ -224,13 +289,7 @@ def test_a_layer_without_a_positive_gradient_is_left_out():
 def test_order_chunks_and_company_say_nothing(order, chunk):
     model, images = zoo.small_cnn().double(), zoo.batch(3, dtype=torch.float64)
     wanted = [SISE(model, LAYERS).attribute(images[n : n + 1], n)[0] for n in range(3)]
-    with torch.no_grad():
-        for parameter in (*model.stages[2][0].parameters(), *model.stages[2][1].parameters()):
-            parameter.copy_(parameter[order])
-        norm = model.stages[2][1]
-        norm.running_mean.copy_(norm.running_mean[order])
-        norm.running_var.copy_(norm.running_var[order])
-        model.head.weight.copy_(model.head.weight[:, order])
+    passes.reorder_last_stage(model, order)
     close(SISE(model, LAYERS, chunk_size=chunk).attribute(images, [0, 1, 2]), torch.stack(wanted))
 
 
@@ -252,7 +311,7 @@ def test_transformers_are_refused_unless_layers_are_named():
 def test_a_raised_threshold_above_one_is_told():
     """Levels .7 and .95 of the specification: nothing is left above 1.055."""
     maps = torch.tensor([[0.0] * 30 + [0.7] * 50 + [0.95] * 5 + [1.0]], dtype=torch.float64)
-    assert otsu(maps, 1.5)[0] == masked.otsu(maps.numpy(), 1.5)
+    assert otsu(maps, 1.5)[0] == otsu_of_all_splits(maps.numpy(), 1.5)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 import strategies as zoo
 import torch
 import torch.nn.functional as F
+from head_cases import close, dense_branch, dense_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from training.test_head import close, dense_branch, dense_head
 
 from attrib_zoo import TTAME, synthetic
 from attrib_zoo.errors import LayerError, OptionError, TargetError, UnsupportedModelError

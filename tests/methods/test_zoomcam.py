@@ -10,30 +10,13 @@ import strategies as zoo
 import torch
 import torch.nn.functional as F
 from cam_cases import close
-from torch import nn
 
 from attrib_zoo import HiResCAM, ZoomCAM
 from attrib_zoo.errors import UnsupportedModelError
 
 
-class SmallVGG(nn.Module):
-    """VGG-16's sequence of layers at a hundredth of its width."""
-
-    def __init__(self):
-        from torchvision.models.vgg import cfgs, make_layers
-
-        super().__init__()
-        widths = [w if w == "M" else 2 + w // 128 for w in cfgs["D"]]
-        self.features = make_layers(widths)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 5))
-
-    def forward(self, x):
-        return self.classifier(self.avgpool(self.features(x)).flatten(1))
-
-
 def vgg():
-    return cases.lively(SmallVGG()).double()
+    return cases.lively(cases.SmallVGG()).double()
 
 
 def resnet():

@@ -1,4 +1,4 @@
-"""Vision transformers whose attention is written out head by head, with the weights of a timm or torchvision model.
+"""What the tests of the attention methods share: small transformers, and their attention written out head by head.
 
 Every matrix is an ordinary tensor in the graph, so that autograd says its gradient; images go through one by one.
 Written from the formulas of the papers, without a line of the library.
@@ -8,8 +8,66 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import engine_cases as cases
 import torch
 from torch import Tensor, nn
+
+TARGETS = [3, 1]
+
+
+def vit(**options):
+    return cases.vit(**{"global_pool": "token", "depth": 3, **options})
+
+
+def distilled():
+    from timm.models.deit import VisionTransformerDistilled
+
+    return cases.lively(
+        VisionTransformerDistilled(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=5)
+    )
+
+
+def torchvision_vit():
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    return cases.lively(VisionTransformer(32, 8, 3, 2, 24, 48, num_classes=5))
+
+
+ARCHITECTURES = {
+    "class token": (vit, 1, [0]),
+    "registers": (lambda: vit(reg_tokens=4), 5, [0]),
+    "distilled": (distilled, 2, [0, 1]),
+    "q and k norms, layer scale": (lambda: vit(qk_norm=True, init_values=0.7), 1, [0]),
+    "no bias": (lambda: vit(qkv_bias=False), 1, [0]),
+    "not square": (lambda: vit(img_size=(32, 56)), 1, [0]),
+    "mean of the patches": (lambda: vit(global_pool="avg"), 1, list(range(1, 17))),
+    "no class token": (lambda: vit(global_pool="avg", class_token=False), 0, list(range(16))),
+    "torchvision": (torchvision_vit, 1, [0]),
+}
+
+
+def sized_images(name: str) -> Tensor:
+    width = 56 if name == "not square" else 32
+    return torch.randn(2, 3, 32, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def read_out(relations: Tensor, prefix: int, read: list[int], images: Tensor) -> Tensor:
+    """The mean of the rows, patch by patch."""
+    h, w = images.shape[2] // 8, images.shape[3] // 8
+    found = torch.zeros(h, w, dtype=relations.dtype)
+    for i in range(h):
+        for j in range(w):
+            found[i, j] = sum(relations[row, prefix + i * w + j] for row in read) / len(read)
+    return found
+
+
+def assert_close(found: Tensor, wanted: Tensor, relative: float = 1e-9) -> None:
+    assert found.shape == wanted.shape
+    assert float(wanted.std()) > 0
+    assert float((found - wanted).abs().max()) <= relative * float(wanted.abs().max())
+
+
+# ---------------------------------------------------------------------- attention written out
 
 Change = Callable[[int, int, Tensor], Tensor]
 
@@ -100,21 +158,3 @@ def rollout(steps: list[Tensor]) -> Tensor:
         kept = step + eye
         total = (kept / kept.sum(1)[:, None]) @ total
     return total
-
-
-def attention_rollout(model: nn.Module, image: Tensor) -> Tensor:
-    _, matrices = run(model, image)
-    return rollout([sum(heads) / len(heads) for heads in matrices]).detach()
-
-
-def gradient_rollout(model: nn.Module, image: Tensor, target: int) -> Tensor:
-    matrices, gradients = with_gradients(model, image, target)
-    return rollout([positive_mean(a, g) for a, g in zip(matrices, gradients, strict=True)])
-
-
-def gae(model: nn.Module, image: Tensor, target: int) -> Tensor:
-    matrices, gradients = with_gradients(model, image, target)
-    relevance = torch.eye(len(matrices[0][0]), dtype=image.dtype)
-    for a, g in zip(matrices, gradients, strict=True):
-        relevance = relevance + positive_mean(a, g) @ relevance
-    return relevance
