@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import forward, run
+from attrib_zoo.backbone.capture import forward
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.errors import check_choice, listed
-from attrib_zoo.masking import at_least_float32, blend, blur, mean_filter, upsample
+from attrib_zoo.errors import check_choice
+from attrib_zoo.masking import blend, blur, mean_filter, upsample
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training.fit import Terms
@@ -19,13 +19,11 @@ from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import area, cross_entropy, gone, order_mask, two_logits, variation
 from attrib_zoo.training.recipe import Recipe, as_recipe
-from attrib_zoo.training.rows import class_rows, starting_rows
+from attrib_zoo.training.rows import ROW_IMAGES, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 from attrib_zoo.training.session import head_maps
 
 _BRANCH_LR = 1e-3
-_ROWS_LR = 0.012  # over the root of the channels, so that a step turns a row of any length equally far
-_ROW_IMAGES = 32
 _MOST_STEPS = 200  # of a fit that is told neither epochs nor steps, where it starts from rows
 _SHARES = (0.05, 0.9)  # of the cells that the order loss shows or hides
 _BLUR = 10 / 224  # deviation of the blur that hides, as a share of the image's width
@@ -225,7 +223,7 @@ class TTAME(TrainableAttribution):
 
     @property
     def _start_images(self) -> int:
-        return _ROW_IMAGES if self.recipe.start == "rows" else 0
+        return ROW_IMAGES if self.recipe.start == "rows" else 0
 
     @property
     def _most_steps(self) -> int | None:
@@ -234,31 +232,14 @@ class TTAME(TrainableAttribution):
     def _start(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
     ) -> tuple[dict[str, Any], list[str]]:
-        head: Any = network
-        rows = class_rows(self.model, images, args, taps, show_progress=show_progress)
-        outputs, features = run(self.model, images, args, taps)
-        features = [at_least_float32(f) for f in features]
-        started, silent = starting_rows(rows, features, two_logits(outputs).argmax(1))
-        if not any(bool(weight.any()) for weight in started):
-            return {}, [
-                "fit: no class has a gradient at the layers that are read (a head of zeros, or layers that the outputs "
-                "do not use), so there are no rows to start from: the maps start at zero, and only training makes them"
-            ]
-        head.start_from(started, head.reach(features))
-        told = []
-        if silent:
-            told.append(
-                f"fit: class {listed(silent, 5)} has no gradient on the {rows.images} images that the rows were taken "
-                "from, so its map starts as the mean of all classes'; fit on images of it, or on more images"
-            )
-        return {"rows": rows.described()}, told
+        return start_from_rows(self.model, network, images, args, taps, show_progress=show_progress)
 
     def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         head: Any = network
         if is_long(asked, steps, self.recipe.name) and self.recipe.start == "random":
             return Schedule(self.recipe.name, "sgd", 1e-3, weight_decay=5e-4)
         if len(head.mixing):
-            return Schedule("rows", "adam", _ROWS_LR / max(head.channels) ** 0.5)
+            return rows_schedule(head.channels)
         head.share_rows(head.reach(features))
         return Schedule("short", "adam", LOGIT_STEP, branch_lr=_BRANCH_LR)
 
