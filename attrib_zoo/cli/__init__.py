@@ -208,7 +208,7 @@ def _fit() -> ArgumentParser:
     add(
         "--recipe",
         metavar="NAME",
-        help="rows (T-TAME's default): start from the classifier's rows; paper: the equations; released: the authors' code",
+        help="rows (T-TAME's default): from the classifier's rows; paper: the equations; released: the authors' code",
     )
     _layers(parser)
     add("--epochs", type=PositiveInt, metavar="N", help="passes over the images (default: the paper's number)")

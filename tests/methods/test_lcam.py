@@ -194,19 +194,12 @@ def test_explaining_is_the_scaled_map_enlarged(cls):
 def test_feature_masks_cost_the_trunk_once_and_no_gradient_there():
     model, images = model_and_images()
     explainer = fitted(LCAMFm, model, images)
-    seen, graphs = [], []
-    with (
-        model.features[0].register_forward_hook(lambda *_: seen.append(1)),
-        model.features[2].register_forward_hook(lambda _, __, out: graphs.append(out.requires_grad)),
-        ground(model),
-    ):
-        ran = []
-        for module in (model.features[0], model.features[2]):
-            plain = module._conv_forward
-            module._conv_forward = lambda *a, plain=plain: (ran.append(1), plain(*a))[1]
+    ran, graphs = [], []
+    for module in (model.features[0], model.features[2]):
+        plain = module._conv_forward
+        module._conv_forward = lambda *a, plain=plain: (ran.append(1), plain(*a))[1]
+    with model.features[2].register_forward_hook(lambda _, __, out: graphs.append(out.requires_grad)), ground(model):
         explainer.loss_terms(explainer.network_, images, (), torch.Generator())
-        for module in (model.features[0], model.features[2]):
-            del module._conv_forward
     assert len(ran) == 2
     assert not any(graphs)
 
