@@ -101,6 +101,9 @@ class TrainableAttribution(Attribution):
         """
         return {}, []
 
+    def _settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
+        """Decide, before anything else of a fit, what depends on its size; ``images`` are the first batch."""
+
     @property
     def _start_images(self) -> int:
         """How many images :meth:`_start` wants; 0 where the network starts from its drawn weights."""
@@ -199,6 +202,7 @@ class TrainableAttribution(Attribution):
             if saved is not None:
                 batches.restore(saved.tensors, saved.facts["state"]["order"])
             args = forward_args(additional_forward_args)
+            twin._settle(batches.peek(), args, steps, saved)
             state, twin._fitted = session.begin(
                 twin, batches, args, plan, custom, precision == "fp16-mixed", saved, show_progress
             )
