@@ -50,8 +50,8 @@ class Attribution(_CaptumAttribution, ABC):
 
     Args:
         model: a classifier that takes ``(N, C, H, W)`` images, standardised as it was trained with, and returns
-            ``(N, K)`` logits (or one value per image). It is never changed. DataParallel, DistributedDataParallel
-            and ``torch.compile`` wrappers are looked through.
+            ``(N, K)`` logits (or one logit per image, whose sign decides between the classes 0 and 1). It is never
+            changed. DataParallel, DistributedDataParallel and ``torch.compile`` wrappers are looked through.
         layers: which layers to read: ``None`` for the method's default on this kind of model, a dotted name, a
             module of the model, a negative index into the model's stages or blocks (``-1`` the last), a pair
             ``(layer, Grid(...))`` where the layout must be said, or a list of these.
@@ -126,8 +126,9 @@ class Attribution(_CaptumAttribution, ABC):
                 such a tensor.
             target: the class to explain: an int for all images, a list or tensor of N ints, a tuple of ints for
                 outputs with more axes, a list of N tuples, or ``None`` for the model's own decision (argmax) on
-                each image; a model with one value per image is explained by that value. With Captum's NoiseTunnel
-                and metrics give the target: each noisy copy would get its own decision.
+                each image. A model with one logit per image has the targets 1, the logit, and 0, the negated logit,
+                and ``None`` follows its sign; of a regression pass 1. With Captum's NoiseTunnel and metrics give the
+                target: each noisy copy would get its own decision.
             additional_forward_args: passed to the model after the inputs; tensors are per image.
             show_progress: show a progress bar where a method makes many passes.
 

@@ -179,7 +179,11 @@ def _explain() -> ArgumentParser:
     _model(parser)
     add("--method", metavar="NAME[,NAME]", help="one or more of attrib-zoo list (default: gradcam, or the explainer's)")
     add("--explainer", metavar="FILE[,FILE]", help="trained explainers, made by attrib-zoo fit for this model")
-    add("--target", metavar="CLASS", help="index or name of the class to explain (default: what the model decides)")
+    add(
+        "--target",
+        metavar="CLASS",
+        help="index (7, or #7) or name of the class to explain (default: the decided one)",
+    )
     _layers(parser)
     add("--output", default="explanations", metavar="FOLDER", help="where pictures go (default: explanations)")
     add("--batch-size", type=PositiveInt, default=8, metavar="N", help="photographs at once (default: 8)")
@@ -245,6 +249,7 @@ def _model(parser: ArgumentParser) -> None:
     add("--model", required=True, metavar="NAME", help="a model of torchvision or else of timm, such as resnet50")
     add("--weights", metavar="FILE", help="its weights: safetensors or a state dict (default: its pretrained ones)")
     add("--classes", metavar="FILE", help="class names: JSON list, JSON index to name, or a line each")
+    add("--score", default="softmax", metavar="NAME", help="softmax (default), or sigmoid: a multi-label model")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto, cuda if there is one)")
 
 

@@ -11,9 +11,12 @@ import torch
 
 import attrib_zoo
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.errors import CheckpointError, NotFittedError, OptionError, closest
+from attrib_zoo.errors import CheckpointError, NotFittedError, OptionError, check_choice, closest
 from attrib_zoo.models import LoadedModel, load, read_class_names
 from attrib_zoo.training import checkpoint
+
+SCORES = ("softmax", "sigmoid")
+"""What --score may be: the model decides for one of all classes, or for each class by itself."""
 
 
 def methods() -> dict[str, type[Attribution]]:
@@ -54,6 +57,7 @@ def explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:
             if cls is None:
                 raise CheckpointError(f"explainer: '{file}' is of the method {kind!r}, which is not installed")
             ready[kind.lower()] = cls.load(file.strip(), loaded.model)
+    settings = settings_of(loaded, options)
     for name in names or ([] if ready else ["gradcam"]):
         cls = method_of(name)
         if name not in ready and cls.needs_fit:
@@ -62,7 +66,7 @@ def explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:
                 f"method: {name} must be trained for the model before it explains; run attrib-zoo fit --method {name} "
                 f"--model {options.model}{weights} --data FOLDER --output FILE.safetensors, then add --explainer FILE"
             )
-        ready.setdefault(name, cls(loaded.model, layers_of(options.layers), **accepted(cls, statistics_of(loaded))))
+        ready.setdefault(name, cls(loaded.model, layers_of(options.layers), **accepted(cls, settings)))
     return {name: ready[name] for name in dict.fromkeys([*names, *ready])}
 
 
@@ -83,14 +87,19 @@ def method_of(name: str) -> type[Attribution]:
     return known[name.lower()]
 
 
-def statistics_of(loaded: LoadedModel) -> dict[str, Any]:
-    """What trained methods must know of the images' standardisation."""
-    return {"mean": loaded.mean, "std": loaded.std}
+def settings_of(loaded: LoadedModel, options: Any) -> dict[str, Any]:
+    """What methods must know of the images' standardisation, and of the sense in which the model decides."""
+    return {"mean": loaded.mean, "std": loaded.std, "score": check_choice("score", options.score, SCORES)}
 
 
 def accepted(cls: type[Attribution], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the method has."""
-    return {name: value for name, value in settings.items() if name in inspect.signature(cls.__init__).parameters}
+    """The settings that the method has; a score only where it reads probabilities anyway."""
+    known = inspect.signature(cls.__init__).parameters
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in known and (name != "score" or known[name].default in SCORES)
+    }
 
 
 def layers_of(text: str | None) -> list[str | int] | None:

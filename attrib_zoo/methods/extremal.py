@@ -14,7 +14,7 @@ from attrib_zoo.backbone.capture import check_weights, forward, select_args
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
 from attrib_zoo.masking import ChunkSize, blur
 from attrib_zoo.methods.bases.perturbation import _PerturbationAttribution, at_least_float32, progress
-from attrib_zoo.targets import SCORES, Target, TargetQuery
+from attrib_zoo.targets import SCORES, Target, TargetQuery, class_scores
 
 _LEVELS = 8  # of the blurred images, the last of them sharp
 _COLDNESS = 20.0
@@ -176,14 +176,12 @@ class ExtremalPerturbation(Attribution, _PerturbationAttribution):
             )
         if not self.contrastive:
             return found
-        if outputs.ndim != 2 or outputs.shape[1] == 1:
+        every = at_least_float32(class_scores(outputs, self.score))
+        if every.ndim != 2:
             raise UnsupportedModelError(
                 f"contrastive: needs several classes, outputs (N, K), got {tuple(outputs.shape)}; use contrastive=False"
             )
-        every = Target(torch.arange(outputs.shape[1], device=outputs.device).expand(len(outputs), -1).unsqueeze(2))
-        own = target.classes.to(outputs.device)
-        others = at_least_float32(every.select(outputs, self.score)).scatter(1, own, -torch.inf)
-        return found - others.amax(1)
+        return found - every.scatter(1, target.classes.to(every.device), -torch.inf).amax(1)
 
 
 class SmoothMask:

@@ -16,7 +16,7 @@ from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import ACTIVATIONS, AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
-from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
+from attrib_zoo.training.losses import FIT_SCORES, area, cross_entropy, two_logits, variation
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 from attrib_zoo.training.session import attend
 
@@ -76,6 +76,8 @@ class TTAME(TrainableAttribution):
         branch_activation: ``"relu"`` or ``"sigmoid"`` (Table 6).
         masking: ``"raw"`` (Eq. 13), ``"standardized"`` (Eq. 14), or ``"auto"``: standardised where the layers are
             tokens or lie in self-attention blocks (Table 7).
+        score: in which sense the model decides: ``"softmax"``, one class of all, or ``"sigmoid"`` for multi-label
+            heads: each class by itself. The cross-entropy of fit and the confidence of its validation follow.
         mean: of the standardisation, per channel; ``None`` for the model's own configuration, else ImageNet's.
         std: as ``mean``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
@@ -126,6 +128,7 @@ class TTAME(TrainableAttribution):
         batch_norm: bool = True,
         branch_activation: str = "relu",
         masking: str = "auto",
+        score: str = "softmax",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         upsample: bool = True,
@@ -153,6 +156,7 @@ class TTAME(TrainableAttribution):
         self.batch_norm = bool(batch_norm)
         self.branch_activation = check_choice("branch_activation", branch_activation, ACTIVATIONS)
         self.masking = check_choice("masking", masking, MASKINGS)
+        self.score = check_choice("score", score, FIT_SCORES)
         self.mean, self.std = check_statistics(mean, std)
 
     def _layer_rule(self) -> tuple[str, int]:
@@ -199,12 +203,12 @@ class TTAME(TrainableAttribution):
         mask = upsample(own_map, images.shape[-2:]).to(images.dtype)
         masked = forward(self.model, blend(images, mask, self._baseline(images)), args)
         parts = {
-            "ce": cross_entropy(masked, classes).mean(),
+            "ce": cross_entropy(masked, classes, self.score).mean(),
             "area": area(attention, self.area_power, self.area_offset).mean(),
             "variation": self._variation(attention.sigmoid()).mean(),
         }
         everything = self._loss(
-            cross_entropy(clean, classes).mean(),
+            cross_entropy(clean, classes, self.score).mean(),
             (1 + self.area_offset) ** self.area_power,
             self._variation(torch.ones_like(attention[:1])).mean(),
         )

@@ -6,6 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrib_zoo.targets import class_scores, one_logit
+
+FIT_SCORES = ("softmax", "sigmoid")
+"""In which sense a model decides, as far as a fit can follow."""
+
 
 def area(logits: Tensor, power: float, offset: float = 0.0) -> Tensor:
     """Mean of the masks' values to a power, ``E`` of Eq. 16 for each image.
@@ -46,15 +51,24 @@ def variation(masks: Tensor, *, total: bool = False, border: float = 0.0) -> Ten
     return found / (2 if total else 2 * masks[0].numel())
 
 
-def cross_entropy(outputs: Tensor, classes: Tensor) -> Tensor:
-    """Softmax cross-entropy of each image, ``(N,)``; a model with one value z per image has the logits (0, z)."""
+def cross_entropy(outputs: Tensor, classes: Tensor, score: str = "softmax") -> Tensor:
+    """Cross-entropy of each image's class, ``(N,)``; a model with one value z per image has the logits (0, z).
+
+    Args:
+        outputs: ``(N, K)`` logits, or one value per image.
+        classes: ``(N,)``.
+        score: ``"softmax"``, or ``"sigmoid"`` for the class's own binary cross-entropy.
+    """
+    if score == "sigmoid":
+        own = class_scores(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
+        return -F.logsigmoid(own.gather(1, classes.unsqueeze(1))[:, 0])
     return F.cross_entropy(two_logits(outputs), classes, reduction="none")
 
 
 def two_logits(outputs: Tensor) -> Tensor:
     """``(N, K)`` logits with K ≥ 2 in float32 or better: one value z per image becomes the two logits (0, z)."""
     outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    if outputs.ndim == 1 or outputs.shape[1] == 1:
+    if one_logit(outputs):
         z = outputs.reshape(-1)
         return torch.stack([torch.zeros_like(z), z], dim=1)
     return outputs

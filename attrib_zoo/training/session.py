@@ -18,6 +18,7 @@ from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.errors import BackboneMismatchError, CheckpointError, DataError, LayerError, UnsupportedModelError
 from attrib_zoo.masking import min_max
 from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
+from attrib_zoo.targets import class_scores
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read
 from attrib_zoo.training.data import Batches, images_of
 from attrib_zoo.training.fit import State, Terms, tell
@@ -230,18 +231,18 @@ def _measures(
     rows = terms.classes.to(images.device).unsqueeze(1)
     maps = min_max(attend(explainer._network_for(features), features, rows)).to(images.dtype)
     found = {"loss": terms.loss.expand(len(images))}
-    if outputs.ndim == 2 and outputs.shape[1] > 1:
-        hidden = explainer._baseline(images)
-        call: dict[str, Any] = {
-            "target": rows[:, 0],
-            "masking": hidden if isinstance(hidden, Tensor) else "standardized",
-            "clean": two_logits(outputs).softmax(1).gather(1, rows)[:, 0],
-            "additional_forward_args": args,
-        }
-        for percent in (100, 50, 15):
-            call["keep"] = percent / 100
-            found[f"AD({percent})"] = 100 * average_drop(explainer.model, images, maps, **call)
-            found[f"IC({percent})"] = 100 * increase_in_confidence(explainer.model, images, maps, **call)
+    hidden, score = explainer._baseline(images), getattr(explainer, "score", "softmax")
+    call: dict[str, Any] = {
+        "target": rows[:, 0],
+        "masking": hidden if isinstance(hidden, Tensor) else "standardized",
+        "score": score,
+        "clean": class_scores(outputs, score).gather(1, rows)[:, 0],
+        "additional_forward_args": args,
+    }
+    for percent in (100, 50, 15):
+        call["keep"] = percent / 100
+        found[f"AD({percent})"] = 100 * average_drop(explainer.model, images, maps, **call)
+        found[f"IC({percent})"] = 100 * increase_in_confidence(explainer.model, images, maps, **call)
     return found
 
 

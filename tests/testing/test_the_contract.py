@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import Attribution, LayerGradCam, PerturbationAttribution
-from contract_samples import SmallCAM, SmallMasks, SmallTrained, transparent
+from contract_samples import SmallCAM, SmallMasks, SmallTrained, both, transparent
 from torch import Tensor, nn
 
 from attrib_zoo.errors import UnsupportedModelError
@@ -318,6 +318,19 @@ class DecidesPerMask(SmallMasks):
 class ArgmaxOfOneValue(SmallCAM):
     def index(self, target, outputs):
         return super().index(outputs.argmax(1) if target is None else target, outputs)
+
+
+@caught_by(single_output="target=None against the sign of the logit")
+class OneValueIsAlwaysPositive(SmallCAM):
+    def index(self, target, outputs):
+        single = target is None and outputs[0].numel() == 1
+        return super().index(1 if single else target, outputs)
+
+
+@caught_by(single_output="class 0 of the one logit z against that of the logits -z and z")
+class OneValueIsNeverNegated(SmallCAM):
+    def scores(self, target, outputs):
+        return outputs.flatten() if outputs[0].numel() == 1 else super().scores(target, outputs)
 
 
 @caught_by(several_targets="at once against one after the other")
@@ -1189,18 +1202,17 @@ def test_a_method_that_reads_no_layer_is_not_asked_about_layers():
 
 
 class Probable(SmallCAM):
-    """The gradient of the probability; of one value that of the value."""
+    """The gradient of the probability."""
 
     def __init__(self, model, layers=None, *, score="softmax", upsample=True):
         super().__init__(model, layers, upsample=upsample)
         self.score = score
 
     def scores(self, target, outputs):
-        index = self.index(target, outputs)
-        if index is None or outputs.shape[1] == 1:
-            return outputs.flatten()
-        outputs = outputs.softmax(1) if self.score == "softmax" else outputs
-        return outputs.gather(1, index[:, None])[:, 0]
+        if self.score != "softmax":
+            return super().scores(target, outputs)
+        index, outputs = self.index(target, outputs), both(outputs)
+        return outputs.softmax(1).gather(1, index[:, None])[:, 0]
 
 
 class ProbableAlways(Probable):

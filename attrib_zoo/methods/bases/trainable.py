@@ -228,10 +228,8 @@ class TrainableAttribution(Attribution):
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs, features = self._features(inputs, args)
         target = query.resolve(outputs)
-        one_value = outputs.ndim == 1 or outputs.shape[1] == 1
-        rows = torch.ones_like(target.classes) if one_value else target.classes
-        self._warn_unseen(rows)
-        return min_max(session.attend(self._network_for(features), features, rows))
+        self._warn_unseen(target.classes)
+        return min_max(session.attend(self._network_for(features), features, target.classes))
 
     def maps(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """The maps of all classes from one forward pass, at the resolution of the layers.
