@@ -15,7 +15,7 @@ from attrib_zoo.backbone import layers as layer_rules
 from attrib_zoo.backbone.capture import frozen, unwrap
 from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.errors import InputError
+from attrib_zoo.errors import InputError, OptionError
 from attrib_zoo.masking import upsample
 from attrib_zoo.targets import TargetQuery
 
@@ -80,6 +80,15 @@ class Attribution(_CaptumAttribution, ABC):
     default_layers: ClassVar[tuple[str, int] | None] = ("outputs", 1)
     multiplies_by_inputs: ClassVar[bool] = False
     cheap_options: ClassVar[Mapping[str, Any]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Say what becomes of an argument that Captum's layer methods have."""
+        if "device_ids" in kwargs:
+            raise OptionError(
+                f"{cls.__name__}: device_ids must be left out: of a DataParallel model the module inside is explained, "
+                "on the device of its weights"
+            )
+        return super().__new__(cls)
 
     def __init__(self, model: nn.Module, layers: Any = None, *, upsample: bool = True) -> None:
         unwrap(model)  # says early what cannot be explained
@@ -227,9 +236,10 @@ class Attribution(_CaptumAttribution, ABC):
 
     # ------------------------------------------------------------------ Captum's other names
 
-    def get_name(self) -> str:
-        """The class name, as the papers write it."""
-        return type(self).__name__
+    @classmethod
+    def get_name(cls) -> str:
+        """The class name, as the papers write it; of the class and of its objects."""
+        return cls.__name__
 
     def has_convergence_delta(self) -> bool:
         """No: these maps do not sum to the score."""
@@ -284,6 +294,8 @@ def check_images(inputs: Any, who: str) -> Tensor:
         held = (
             f"{type(inputs).__name__} of {len(inputs)}" if isinstance(inputs, (tuple, list)) else type(inputs).__name__
         )
+        several = isinstance(inputs, (tuple, list)) and len(inputs) > 1
+        advice += "; what the model takes besides goes into additional_forward_args" if several else ""
         raise InputError(f"{who}: inputs must be a tensor (N, C, H, W) or a 1-tuple of one, got {held}; {advice}")
     if inputs.ndim != 4:
         raise InputError(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from attrib_zoo import __version__
 from attrib_zoo.errors import AttribZooError
@@ -203,6 +203,10 @@ def _fit() -> ArgumentParser:
     _layers(parser)
     add("--epochs", type=PositiveInt, metavar="N", help="passes over the images (default: the paper's number)")
     add("--max-steps", type=PositiveInt, metavar="N", help="training steps, instead of --epochs")
+    add("--schedule", default="auto", metavar="NAME", help="short, paper or auto (default): short below 20 000 steps")
+    add("--lr", type=PositiveFloat, metavar="X", help="largest learning rate (default: the schedule's)")
+    add("--precision", metavar="NAME", help="bf16-mixed or fp16-mixed, of the model's passes (default: its own)")
+    add("--psi", metavar="NAME", help="ttame: the other classes of a step: random, batch, own or auto (default)")
     add("--batch-size", type=PositiveInt, default=32, metavar="N", help="images per step (default: 32)")
     add("--val", metavar="FOLDER", help="images to measure the explainer on after each epoch")
     add("--seed", type=NonNegativeInt, default=0, metavar="N", help="same seed, same explainer (default: 0)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,8 @@ def find_photos(places: Iterable[str | os.PathLike[str]], *, leave_out: Path | N
                 raise DataError(f"no image in the folder '{place}' or below ({' '.join(SUFFIXES)}); give another one")
         elif place.exists():
             photos = [place]
+        elif re.match(r"[a-z][a-z0-9+.-]+:/", str(place), re.IGNORECASE):
+            raise DataError(f"'{place}' is an address; nothing is downloaded: save the photograph and name the file")
         else:
             raise DataError(f"no file or folder '{place}'; look at the path")
         for photo in photos:

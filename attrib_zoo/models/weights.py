@@ -6,6 +6,7 @@ import inspect
 import io
 import pickle
 import socket
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -37,12 +38,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
+            if _is_scripted(path):
+                raise DataError(
+                    f"weights: '{path}' is a TorchScript archive, which holds code; save its tensors alone: "
+                    "torch.save(torch.jit.load(path).state_dict(), other_path)"
+                )
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"weights: '{path}' is damaged, or holds Python objects, which are not loaded for safety; "
             "save the tensors alone: torch.save(model.state_dict(), path)"
         ) from error
+    except DataError:
+        raise
     except Exception as error:  # whatever the two readers say of a broken file
         raise DataError(f"weights: cannot read '{path}' ({reason(error)}); it is damaged or cut off") from error
     for key in ("state_dict", "model_state_dict", "model"):
@@ -57,6 +65,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return dict(state)
+
+
+def _is_scripted(path: Path) -> bool:
+    """Whether torch.jit.save wrote the file: an archive with code beside its tensors."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def _without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a file that is the model, where a trainer holds it under a name (Lightning: ``model.``)."""
+    if any(key in wanted for key in state):
+        return state
+    for prefix in dict.fromkeys(key.partition(".")[0] + "." for key in state):
+        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if any(key in wanted for key in part):
+            return part
+    return state
 
 
 def fit_into(build: Callable[..., nn.Module], path: Path, num_classes: int | None) -> tuple[nn.Module, int | None]:
@@ -76,6 +103,7 @@ def fit_into(build: Callable[..., nn.Module], path: Path, num_classes: int | Non
     """
     state = read_weights(path)
     model = build(num_classes)
+    state = _without_prefix(state, model.state_dict())
     if num_classes is None:
         num_classes = _classes_in(state, model.state_dict())
         model = model if num_classes is None else build(num_classes)

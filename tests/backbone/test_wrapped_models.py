@@ -78,6 +78,24 @@ def test_a_wrapper_changes_nothing(name):
     torch.testing.assert_close(wrapped(inputs), vit()(inputs))  # and it still works, hooks or not
 
 
+class GradSampleModule(nn.Module):
+    """What Opacus wraps a model in: the model under ``_module``, with hooks that record while it trains."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._module = module
+
+    def forward(self, *args):
+        return self._module(*args)
+
+
+def test_models_in_opacus_and_their_forward_methods():
+    inputs = images(2, 32)
+    expected = heat(vit(), inputs)
+    torch.testing.assert_close(heat(GradSampleModule(vit()), inputs), expected)
+    torch.testing.assert_close(heat(vit().forward, inputs), expected)
+
+
 def test_distributed_data_parallel(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")

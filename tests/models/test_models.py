@@ -302,6 +302,21 @@ def test_classes_are_found_by_index_or_name(loaded: LoadedModel) -> None:
     assert replace(loaded, class_names=None).class_index("999") == 999
 
 
+def test_a_trainer_s_name_before_all_weights_is_taken_off(tmp_path) -> None:
+    """Lightning holds the model under the name that the user gave it, beside losses and metrics."""
+    model = fresh(TIMM, num_classes=4)
+    state = {f"net.{key}": value for key, value in model.state_dict().items()} | {"loss.weight": torch.ones(4)}
+    torch.save({"epoch": 3, "state_dict": state, "optimizer_states": []}, tmp_path / "last.ckpt")
+    found = load(TIMM, weights=tmp_path / "last.ckpt").model.state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
+
+
+def test_torchscript_is_named(tmp_path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), str(tmp_path / "m.pt"))
+    with pytest.raises(DataError, match=r"is a TorchScript archive.*torch.jit.load\(path\).state_dict\(\)"):
+        load(TIMM, weights=tmp_path / "m.pt")
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "squeezenet1_1"])
 def test_models_of_grey_images_see_the_grey_of_photographs(tmp_path, name: str) -> None:
     source = _source(name)

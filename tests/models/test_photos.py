@@ -36,6 +36,13 @@ def test_folders_are_searched_to_the_bottom_in_order(tmp_path) -> None:
     assert find_photos([wanted[2], tmp_path / "link", tmp_path / "in" / "b"]) == [wanted[2], tmp_path / "link/d/e.bmp"]
 
 
+def test_addresses_are_not_downloaded() -> None:
+    with pytest.raises(
+        DataError, match=r"'https:/.*cat.jpg' is an address; nothing is downloaded: save the photograph"
+    ):
+        find_photos(["https://example.org/cat.jpg"])
+
+
 def test_places_without_photos_are_named(tmp_path) -> None:
     with pytest.raises(DataError, match=r"no file or folder '.*nowhere'"):
         find_photos([tmp_path / "nowhere"])

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
-from attrib_zoo import TTAME, trainable
+from attrib_zoo import TTAME
 from attrib_zoo.errors import CheckpointError, DataError, LayerError, OptionError, TrainingError
 from attrib_zoo.masking import IMAGENET_MEAN as MEAN
 from attrib_zoo.masking import IMAGENET_STD as STD
 from attrib_zoo.masking import black, min_max, upsample
+from attrib_zoo.methods.bases import trainable
 from attrib_zoo.metrics import average_drop
 from attrib_zoo.training.checkpoint import read
 from attrib_zoo.training.data import Batches, images_of, total_steps
