@@ -42,6 +42,18 @@ def _transparent(function: _F) -> _F:
     return call  # type: ignore[return-value]  # same signature by construction
 
 
+def _eager(function: _F) -> _F:
+    """A method that runs as it is also where the code around it is compiled: its hooks would not fire otherwise."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return torch._dynamo.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]  # same signature by construction
+
+
 class Attribution(_CaptumAttribution, ABC):
     """Base of all methods: an attribution map for each image, called as Captum's methods are.
 
@@ -189,6 +201,7 @@ class Attribution(_CaptumAttribution, ABC):
             result = result.expand(-1, -1, images.shape[1], -1, -1)
         return result.contiguous().detach()
 
+    @_eager
     def _explain(self, images: Tensor, query: TargetQuery, extra: Any, show_progress: bool) -> Tensor:
         """Maps ``(N, T, H, W)``, or ``(N, T, h, w)`` with ``upsample=False``."""
         self._check_ready()
