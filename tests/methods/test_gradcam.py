@@ -89,7 +89,6 @@ def test_none_is_the_decision_of_one_logit_too():
     close(cam.attribute(images, 1), towards)
     close(cam.attribute(images, 0), -towards)
     sign = single(images).detach().sign()
-    assert sign.unique().tolist() == [-1, 1]
     close(cam.attribute(images), towards * sign.view(-1, 1, 1, 1))
 
 
