@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import evaluating
+from attrib_zoo.benchmark.controls import PERFECT
 from attrib_zoo.benchmark.runner import as_function
 from attrib_zoo.benchmark.table import Table
 from attrib_zoo.errors import DataError, OptionError
@@ -105,7 +106,8 @@ def write_report(
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
-<p>Click a column's head to sort. Under each mean stands its 95 % bootstrap interval; the best mean is bold.</p>
+<p>Click a column's head to sort. Under each mean stands its 95 % bootstrap interval; the best mean is
+bold, with all that equal it as shown, unless a control that knows nothing is better.</p>
 <div class="scroll">{_table(table)}</div>
 <ul>{notes}</ul>
 <h2>Curves and cost</h2>
@@ -125,13 +127,15 @@ def write_report(
 def _table(table: Table) -> str:
     head, rows = table.cells()
     best = [_best(table, measure.name, measure.lower) for measure in table.measures]
+    shown = dict(zip(table.methods, rows, strict=True))
     lines = []
     for method, row in zip(table.methods, rows, strict=True):
         cells = [f'<td data-value="{escape(method)}">{escape(method)}</td>']
-        for measure, leader, text in zip(table.measures, best, row[1:], strict=False):
-            mean, _, interval = text.partition(" ")
+        for place, (measure, leader, text) in enumerate(zip(table.measures, best, row[1:], strict=False), start=1):
+            mean, interval = _mean(text), text.partition(" ")[2]
             value = "" if mean == "–" else table.estimate(method, measure.name).mean
-            mark = ' class="best"' if leader == method else ""
+            tied = leader is not None and method not in table.controls and mean == _mean(shown[leader][place])
+            mark = ' class="best"' if tied else ""
             cells.append(f'<td data-value="{value}"{mark}>{mean}<br><small>{escape(interval)}</small></td>')
         cells += [f'<td data-value="{"" if c == "–" else c}">{c}</td>' for c in row[1 + len(table.measures) :]]
         lines.append(f"<tr>{''.join(cells)}</tr>")
@@ -139,13 +143,17 @@ def _table(table: Table) -> str:
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
+def _mean(cell: str) -> str:
+    """The mean in a cell of the table, without its interval."""
+    return cell.partition(" ")[0]
+
+
 def _best(table: Table, measure: str, lower: bool) -> str | None:
-    contenders = [method for method in table.methods if method not in table.controls]
-    means = {method: table.estimate(method, measure).mean for method in contenders}
-    known = {method: mean for method, mean in means.items() if mean == mean}
-    if not known:
-        return None
-    return min(known, key=known.__getitem__) if lower else max(known, key=known.__getitem__)
+    """The method that leads; none where a control that knows nothing is better."""
+    means = {method: table.estimate(method, measure).mean for method in table.methods if method != PERFECT}
+    known = {method: -mean if lower else mean for method, mean in means.items() if mean == mean}
+    leader = max((method for method in known if method not in table.controls), key=known.__getitem__, default=None)
+    return None if leader is None or max(known.values()) > known[leader] else leader
 
 
 def _card(
