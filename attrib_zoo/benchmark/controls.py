@@ -75,7 +75,7 @@ def perfect(truth: Mapping[str, Any]) -> Explain:
 def untrained(methods: Mapping[str, Any], seed: int) -> dict[str, Explain]:
     """The twin of each trained explainer that nobody has trained."""
     trained = {name: method for name, method in methods.items() if isinstance(method, TrainableAttribution)}
-    twins = {f"{name}, untrained": method.untrained(seed) for name, method in trained.items()}
+    twins = {name + UNTRAINED: method.untrained(seed) for name, method in trained.items()}
     for twin in twins.values():
         twin.upsample = False  # as the trained ones are measured
     return {name: twin.attribute for name, twin in twins.items()}
@@ -83,6 +83,9 @@ def untrained(methods: Mapping[str, Any], seed: int) -> dict[str, Explain]:
 
 CONTROLS: dict[str, Callable[[int], Explain]] = {"random map": chance, "image edges": edges, "centre blob": blob}
 """Those that look at the image at most; name -> seed -> function."""
+
+UNTRAINED = ", untrained"
+"""Behind the name of an explainer: its twin that nobody has trained, which still reads the model."""
 
 PERFECT = "perfect map"
 """The row of the true region itself, which no method can beat where regions are measured."""

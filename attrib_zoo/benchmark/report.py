@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import evaluating
-from attrib_zoo.benchmark.controls import PERFECT
 from attrib_zoo.benchmark.runner import as_function
 from attrib_zoo.benchmark.table import Table
 from attrib_zoo.errors import DataError, OptionError
@@ -126,34 +125,19 @@ bold, with all that equal it as shown, unless a control that knows nothing is be
 
 def _table(table: Table) -> str:
     head, rows = table.cells()
-    best = [_best(table, measure.name, measure.lower) for measure in table.measures]
-    shown = dict(zip(table.methods, rows, strict=True))
+    best = [table.best(measure.name) for measure in table.measures]
     lines = []
     for method, row in zip(table.methods, rows, strict=True):
         cells = [f'<td data-value="{escape(method)}">{escape(method)}</td>']
-        for place, (measure, leader, text) in enumerate(zip(table.measures, best, row[1:], strict=False), start=1):
-            mean, interval = _mean(text), text.partition(" ")[2]
+        for measure, leaders, text in zip(table.measures, best, row[1:], strict=False):
+            mean, _, interval = text.partition(" ")
             value = "" if mean == "–" else table.estimate(method, measure.name).mean
-            tied = leader is not None and method not in table.controls and mean == _mean(shown[leader][place])
-            mark = ' class="best"' if tied else ""
+            mark = ' class="best"' if method in leaders else ""
             cells.append(f'<td data-value="{value}"{mark}>{mean}<br><small>{escape(interval)}</small></td>')
         cells += [f'<td data-value="{"" if c == "–" else c}">{c}</td>' for c in row[1 + len(table.measures) :]]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     heads = "".join(f"<th>{escape(name)}</th>" for name in head)
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _mean(cell: str) -> str:
-    """The mean in a cell of the table, without its interval."""
-    return cell.partition(" ")[0]
-
-
-def _best(table: Table, measure: str, lower: bool) -> str | None:
-    """The method that leads; none where a control that knows nothing is better."""
-    means = {method: table.estimate(method, measure).mean for method in table.methods if method != PERFECT}
-    known = {method: -mean if lower else mean for method, mean in means.items() if mean == mean}
-    leader = max((method for method in known if method not in table.controls), key=known.__getitem__, default=None)
-    return None if leader is None or max(known.values()) > known[leader] else leader
 
 
 def _card(

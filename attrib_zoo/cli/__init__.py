@@ -216,7 +216,7 @@ def _fit() -> ArgumentParser:
     add("--schedule", default="auto", metavar="NAME", help="short, paper or auto (default): short below 20 000 steps")
     add("--lr", type=PositiveFloat, metavar="X", help="largest learning rate (default: the schedule's)")
     add("--precision", metavar="NAME", help="bf16-mixed or fp16-mixed, of the model's passes (default: its own)")
-    add("--psi", metavar="NAME", help="ttame: the other classes of a step: random, batch, own or auto (default)")
+    add("--psi", metavar="NAME", help="ttame: other classes of a step: random, batch, own, auto (default: by recipe)")
     add("--batch-size", type=PositiveInt, default=32, metavar="N", help="images per step (default: 32)")
     add("--val", metavar="FOLDER", help="images to measure the explainer on after each epoch")
     add("--seed", type=NonNegativeInt, default=0, metavar="N", help="same seed, same explainer (default: 0)")

@@ -48,7 +48,9 @@ def explain(options: Any) -> str:
     loaded = load_model(options)
     target = None if options.target is None else loaded.class_index(options.target)
     ready = explainers(options, loaded)
-    photos = _plan(paths, folder, list(ready), "" if target is None else _asked(loaded, target))
+    asked = "" if target is None else _asked(loaded, target)
+    asked += "" if options.contrast is None else f"-contrast-{options.contrast}"
+    photos = _plan(paths, folder, list(ready), asked)
     writable_folder(folder)
 
     rows: list[list[str]] = []

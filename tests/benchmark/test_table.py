@@ -403,6 +403,19 @@ def test_all_tied_means_are_bold_unless_a_control_is_better(tmp_path, lower):
     assert bold_rows(tmp_path, {**tied, "perfect map": sign * 0.75}, lower) == ["a", "b"]
 
 
+def test_the_best_of_some_methods_at_some_decimals():
+    """An untrained twin still reads the model, so it takes no method's place; nor does a method that is not asked."""
+    table = by_hand({"a": [0.52, 0.52], "b": [0.49, 0.49], "a, untrained": [0.8, 0.8], "edges": [0.54, 0.54]})
+    table.records.setting = {**table.records.setting, "controls": ["a, untrained"]}
+    assert table.best("score") == ["edges"]
+    assert table.best("score", among=["a", "b"]) == ["a"]
+    assert table.best("score", digits=1, among=["a", "b"]) == ["a", "b"]
+    table.records.setting["controls"] = ["a, untrained", "edges"]
+    assert table.best("score") == []
+    assert table.best("score", digits=1) == ["a", "b"]  # printed alike, so the control is not seen to be better
+    assert by_hand({"a": [NAN], "edges": [1.0]}).best("score") == []
+
+
 def test_the_page_shows_best_median_and_worst(page):
     _, read = page
     values = read.table.values("<b>", "AD(100)").sort().values

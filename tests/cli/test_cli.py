@@ -312,7 +312,7 @@ def test_explain_smooths_scales_and_contrasts(files, usual, loaded, explainer, t
         ("ttame", TTAME.load(explainer, loaded.model)),
     ):
         method.smooth, method.scale = 3, "rank"
-        assert close(written(tmp_path / f"p1-{name}.png"), expected(loaded, photo, method, Contrast(2)))
+        assert close(written(tmp_path / f"p1-{name}-contrast-2.png"), expected(loaded, photo, method, Contrast(2)))
     capsys.readouterr()
     assert "smooth: rise makes its map at the resolution of the image" in failure(
         capsys, [*words, "--method", "rise", "--smooth", "3"]
