@@ -52,6 +52,18 @@ def _transparent(function: _F) -> _F:
     return call  # type: ignore[return-value]  # same signature by construction
 
 
+def _eager(function: _F) -> _F:
+    """A method that runs as it is also where the code around it is compiled: its hooks would not fire otherwise."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return torch._dynamo.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]  # same signature by construction
+
+
 class Attribution(_CaptumAttribution, ABC):
     """Base of all methods: an attribution map for each image, called as Captum's methods are.
 
@@ -60,8 +72,9 @@ class Attribution(_CaptumAttribution, ABC):
 
     Args:
         model: a classifier that takes ``(N, C, H, W)`` images, standardised as it was trained with, and returns
-            ``(N, K)`` logits (or one value per image). It is never changed, and other threads may use it meanwhile.
-            DataParallel, DistributedDataParallel and ``torch.compile`` wrappers are looked through.
+            ``(N, K)`` logits (or one logit per image, whose sign decides between the classes 0 and 1). It is never
+            changed, and other threads may use it meanwhile. DataParallel, DistributedDataParallel and
+            ``torch.compile`` wrappers are looked through.
         layers: which layers to read: ``None`` for the method's default on this kind of model, a dotted name, a
             module of the model, a negative index into the model's stages or blocks (``-1`` the last), a pair
             ``(layer, Grid(...))`` where the layout must be said, or a list of these.
@@ -98,6 +111,15 @@ class Attribution(_CaptumAttribution, ABC):
     default_layers: ClassVar[tuple[str, int] | None] = ("outputs", 1)
     multiplies_by_inputs: ClassVar[bool] = False
     cheap_options: ClassVar[Mapping[str, Any]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Say what becomes of an argument that Captum's layer methods have."""
+        if "device_ids" in kwargs:
+            raise OptionError(
+                f"{cls.__name__}: device_ids must be left out: of a DataParallel model the module inside is explained, "
+                "on the device of its weights"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -169,9 +191,10 @@ class Attribution(_CaptumAttribution, ABC):
                 such a tensor.
             target: the class to explain: an int for all images, a list or tensor of N ints, a tuple of ints for
                 outputs with more axes, a list of N tuples, or ``None`` for the model's own decision (argmax) on
-                each image; a model with one value per image is explained by that value. A
-                :class:`~attrib_zoo.Contrast` asks why it is this class and not those that come next. With Captum's
-                NoiseTunnel and metrics give the target: each noisy copy would get its own decision.
+                each image. A model with one logit per image has the targets 1, the logit, and 0, the negated logit,
+                and ``None`` follows its sign; of a regression pass 1. A :class:`~attrib_zoo.Contrast` asks why it is
+                this class and not those that come next. With Captum's NoiseTunnel and metrics give the target: each
+                noisy copy would get its own decision.
             additional_forward_args: passed to the model after the inputs; tensors are per image.
             show_progress: show a progress bar where a method makes many passes.
 
@@ -223,6 +246,7 @@ class Attribution(_CaptumAttribution, ABC):
             result = result.expand(-1, -1, images.shape[1], -1, -1)
         return result.contiguous().detach()
 
+    @_eager
     def _explain(self, images: Tensor, query: TargetQuery, extra: Any, show_progress: bool) -> Tensor:
         """Maps ``(N, T, H, W)``, or ``(N, T, h, w)`` with ``upsample=False``."""
         self.check_ready()
@@ -295,9 +319,10 @@ class Attribution(_CaptumAttribution, ABC):
 
     # ------------------------------------------------------------------ Captum's other names
 
-    def get_name(self) -> str:
-        """The class name, as the papers write it."""
-        return type(self).__name__
+    @classmethod
+    def get_name(cls) -> str:
+        """The class name, as the papers write it; of the class and of its objects."""
+        return cls.__name__
 
     def has_convergence_delta(self) -> bool:
         """No: these maps do not sum to the score."""
@@ -352,6 +377,8 @@ def check_images(inputs: Any, who: str) -> Tensor:
         held = (
             f"{type(inputs).__name__} of {len(inputs)}" if isinstance(inputs, (tuple, list)) else type(inputs).__name__
         )
+        several = isinstance(inputs, (tuple, list)) and len(inputs) > 1
+        advice += "; what the model takes besides goes into additional_forward_args" if several else ""
         raise InputError(f"{who}: inputs must be a tensor (N, C, H, W) or a 1-tuple of one, got {held}; {advice}")
     if inputs.ndim != 4:
         raise InputError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attrib_zoo.errors import TargetError, UnsupportedModelError, check_number
@@ -61,8 +62,8 @@ class Target:
     """One or more outputs of each example, checked against the model's output.
 
     Attributes:
-        index: ``(N, T, d)`` int64 positions in the ``d`` axes that follow the batch axis; ``d = 0`` for a model
-            with one value per example.
+        index: ``(N, T, d)`` int64 positions in the ``d`` axes that follow the batch axis; of a model with one logit
+            per example ``(N, T, 1)``, the class 0 or 1.
         others: ``(N, T, k)``: positions on the first output axis of the classes that a :class:`Contrast` subtracts;
             k = 0 where there is none.
         shares: ``(N, T, k)``: what each of their scores is multiplied by before it is subtracted, the weight over
@@ -114,9 +115,7 @@ class Target:
 
     @property
     def classes(self) -> Tensor:
-        """``(N, T)``: the position on the first output axis (class 0 for one value per example)."""
-        if self.index.shape[2] == 0:
-            return self.index.new_zeros(self.index.shape[:2])
+        """``(N, T)``: the position on the first output axis; 0 or 1 for one logit per example."""
         return self.index[..., 0]
 
     def select(self, outputs: Tensor, score: str = "logit") -> Tensor:
@@ -124,28 +123,15 @@ class Target:
 
         Args:
             outputs: what the model returned.
-            score: ``"logit"`` (the output as it is), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``, computed in
-                float32 or better over the first output axis.
+            score: as in :func:`class_scores`.
         """
-        if score != "logit":
-            outputs = at_least_float32(outputs)
-            if score == "sigmoid":
-                outputs = outputs.sigmoid()
-            elif self.index.shape[2] == 0 or outputs.shape[1] == 1:
-                raise UnsupportedModelError(
-                    f"score: {score!r} needs at least two classes, got outputs of shape {tuple(outputs.shape)}; "
-                    "use score='logit' or 'sigmoid'"
-                )
-            else:
-                outputs = outputs.softmax(1) if score == "softmax" else outputs.log_softmax(1)
-        if self.index.shape[2] == 0:
-            return outputs.unsqueeze(1).expand(-1, self.count)
-        rows = torch.arange(len(outputs), device=outputs.device).unsqueeze(1)
-        index = self.index.to(outputs.device)
+        scores = class_scores(outputs, score)
+        rows = torch.arange(len(scores), device=scores.device).unsqueeze(1)
+        index = self.index.to(scores.device)
         if not self.contrasts:
-            return outputs[(rows, *index.unbind(-1))]
+            return scores[(rows, *index.unbind(-1))]
         deeper = (place.unsqueeze(2) for place in index.unbind(-1)[1:])
-        return self.combine(outputs[(rows.unsqueeze(2), self.terms.to(outputs.device), *deeper)])
+        return self.combine(scores[(rows.unsqueeze(2), self.terms.to(scores.device), *deeper)])
 
     def rows(self, rows: Tensor) -> Target:
         """The targets of these examples, in this order (for masked copies: ``rows`` says whose copy each is)."""
@@ -163,7 +149,8 @@ class TargetQuery:
     """What the caller asked for, before the model's output is known.
 
     Attributes:
-        target: any of Captum's forms, a :class:`Contrast`, or ``None`` for the model's own decision.
+        target: any of Captum's forms, a :class:`Contrast`, or ``None`` for the model's own decision; 0 or 1 for one
+            logit per example.
         many: ``target`` lists several targets per example (see :meth:`Attribution.attribute_many`).
     """
 
@@ -174,6 +161,35 @@ class TargetQuery:
         """Check the request against the clean outputs ``(N, ...)`` and turn it into positions."""
         columns = _columns(self.target, outputs) if self.many else [self.target]
         return _joined([_column(column, outputs) for column in columns])
+
+
+def one_logit(outputs: Tensor) -> bool:
+    """Whether the model gives one value per example, ``(N,)`` or ``(N, 1)``: the logit of class 1 against class 0."""
+    return outputs.shape[1:].numel() == 1
+
+
+def class_scores(outputs: Tensor, score: str = "logit") -> Tensor:
+    """The scores of all classes, ``(N, K, ...)``.
+
+    One logit ``z`` per example stands for two classes, with the logits ``-z`` and ``z``, and the probabilities
+    ``sigmoid(-z)`` and ``sigmoid(z)``.
+
+    Args:
+        outputs: what the model returned, ``(N, K, ...)``, or one logit per example.
+        score: ``"logit"`` (the outputs as they are), ``"softmax"`` or ``"logsoftmax"`` over the first output axis, or
+            ``"sigmoid"``, for classes that do not exclude each other; all but the logits in float32 or better.
+    """
+    if score != "logit":
+        outputs = at_least_float32(outputs)
+    if one_logit(outputs):
+        outputs = torch.stack([-outputs.reshape(-1), outputs.reshape(-1)], 1)
+        functions = {"softmax": torch.sigmoid, "logsoftmax": F.logsigmoid, "sigmoid": torch.sigmoid}
+        return outputs if score == "logit" else functions[score](outputs)
+    if score == "sigmoid":
+        return outputs.sigmoid()
+    if score == "logit":
+        return outputs
+    return outputs.softmax(1) if score == "softmax" else outputs.log_softmax(1)
 
 
 def check_outputs(outputs: object, batch: int) -> Tensor:
@@ -199,25 +215,25 @@ def check_outputs(outputs: object, batch: int) -> Tensor:
 
 def _positions(target: Any, outputs: Tensor) -> Tensor:
     """One target per example as ``(N, d)`` positions."""
-    axes = outputs.ndim - 1
-    single = axes == 0 or outputs[0].numel() == 1
     if target is None:
         return _decision(outputs)
-    if single and axes == 0:
-        raise TargetError(
-            f"target: the model gives one value per example (shape {tuple(outputs.shape)}), got {target!r}; "
-            "pass target=None"
-        )
+    binary = one_logit(outputs)
+    limits = (2,) if binary else tuple(outputs.shape[1:])
+    axes = len(limits)
     rows = _per_example(target, len(outputs))
     if any(len(row) != axes for row in rows):
         raise TargetError(
             f"target: must index {axes} axis(es) of an output of shape {tuple(outputs.shape)} "
-            f"({outputs.shape[1]} classes), got {target!r}; pass {_FORMS}"
+            f"({limits[0]} classes), got {target!r}; pass {_FORMS}"
         )
-    limits = tuple(outputs.shape[1:])
     for row in rows:
         if any(not 0 <= i < limit for i, limit in zip(row, limits, strict=True)):
             shown = row[0] if axes == 1 else row
+            if binary:
+                raise TargetError(
+                    "target: must be 0 or 1 (the model has one logit, whose sign decides between 2 classes: 0 is the "
+                    f"negated logit), got {shown}"
+                )
             raise TargetError(
                 f"target: must be a class in 0..{limits[0] - 1} (the model has {limits[0]} classes"
                 f"{'' if axes == 1 else f', output shape {tuple(outputs.shape)}'}), got {shown}"
@@ -226,11 +242,10 @@ def _positions(target: Any, outputs: Tensor) -> Tensor:
 
 
 def _decision(outputs: Tensor) -> Tensor:
-    """The model's own decision: the argmax, or the one value there is."""
-    axes = outputs.ndim - 1
-    if axes == 0 or outputs[0].numel() == 1:
-        return torch.zeros(len(outputs), axes, dtype=torch.long, device=outputs.device)
-    if axes > 1:
+    """The model's own decision: the argmax, or the sign of one logit."""
+    if one_logit(outputs):
+        return (outputs.reshape(-1, 1) > 0).long()  # a tie goes to class 0, as in the argmax of (-z, z)
+    if outputs.ndim > 2:
         raise TargetError(
             f"target: must be given for an output of shape {tuple(outputs.shape)}, where 'the model's decision' "
             "is not one class; pass a tuple with one index for each axis after the batch"
@@ -329,10 +344,10 @@ def _own(entry: Any, outputs: Tensor) -> Tensor:
 
 def _contrasted(place: Tensor, entries: Sequence[Any], outputs: Tensor) -> Target:
     """The targets at these places ``(N, d)`` with the rivals that the entries, contrasts or not, ask for."""
-    if place.shape[1] == 0 or outputs.shape[1] == 1:
+    if one_logit(outputs):
         raise TargetError(
-            "target: a Contrast needs at least two classes, and the model gives one value per example (shape "
-            f"{tuple(outputs.shape)}); pass target=None"
+            "target: a Contrast needs classes with scores of their own, and the model gives one logit per example "
+            f"(shape {tuple(outputs.shape)}), of which class 0 is the negation; pass 0, 1 or None"
         )
     asked = [(entry.k, float(entry.weight)) if isinstance(entry, Contrast) else (0, 0.0) for entry in entries]
     count = outputs.shape[1]

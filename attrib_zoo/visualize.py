@@ -188,7 +188,11 @@ def _rgb(image: Any, mean: Sequence[float] | None, std: Sequence[float] | None) 
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise InputError(
             f"image: must be (C, H, W) with 1 or 3 channels, got shape {tuple(image.shape)}; "
-            "of a batch pass one image, images[0]"
+            + (
+                "of a batch pass one image, images[0]"
+                if image.ndim != 3
+                else "of more bands pick three: image[[3, 2, 1]]"
+            )
         )
     photo = image.detach().cpu()
     photo = photo.float() if photo.is_floating_point() else photo.float() / 255
@@ -209,7 +213,36 @@ def _from_pil(image: Any) -> Tensor:
 
     if not isinstance(image, Image.Image):
         raise InputError(f"image: must be a (C, H, W) tensor or a PIL image, got {type(image).__name__}")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(in_colour(image))).permute(2, 0, 1).float() / 255
+
+
+_SCALES: dict[str, float] = {"I;16": 65535.0, "I;16L": 65535.0, "I;16B": 65535.0, "I;16N": 65535.0, "F": 1.0}
+"""What is white in PIL's modes of more than 8 bits; PIL itself cuts their values off at 255."""
+
+
+def in_colour(image: Any) -> Any:
+    """A PIL image of any mode in RGB: of 16 bits by its full range, floating-point numbers from 0 to 1.
+
+    Raises:
+        InputError: 32-bit integers, of which nothing says what is white, or floating-point numbers outside 0...1.
+    """
+    from PIL import Image
+
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # those files have 16 bits at most
+        scale = 65535.0
+    elif image.mode in (*_SCALES, "I"):
+        scale = _SCALES.get(image.mode, 0.0)
+    else:
+        return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
+    values = np.asarray(image, dtype=np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not (scale and low >= 0 and high <= scale):  # also NaN
+        kind = {"I": "32-bit integers", "F": "floating-point numbers"}.get(image.mode, "numbers")
+        raise InputError(
+            f"image: its values must say what is black and what is white, got {kind} from {low:g} to {high:g}; save it "
+            "with 8 or 16 bits, or as floating-point numbers from 0 to 1"
+        )
+    return Image.fromarray(np.rint(values * (255 / scale)).astype(np.uint8)).convert("RGB")
 
 
 def _scaled(map: Tensor, size: Sequence[int], signed: bool) -> Tensor:

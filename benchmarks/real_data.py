@@ -11,6 +11,7 @@ and a contact sheet of 12 photographs.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -44,7 +45,9 @@ def enlarged(loaded: models.LoadedModel) -> transforms.Compose:
 
 def confidence(model: torch.nn.Module, explainer: Attribution, images: Tensor, target: Tensor) -> Tensor:
     """``(N, 6)``: AD and IC, in percent, at 100, 50 and 15 %; maps are scaled, then enlarged, as in the papers."""
-    maps = explainer.attribute(images, target)
+    small = copy.copy(explainer)
+    small.upsample = False  # scaled at layer resolution
+    maps = small.attribute(images, target)
     with torch.no_grad():
         clean = model(images).softmax(1).gather(1, target[:, None])[:, 0]
     columns = []

@@ -324,20 +324,21 @@ def images(results: Table, method: str) -> int:
 
 
 def compact(results: Table, wanted: list[str], costs: bool = False) -> str:
-    """Mean and half the interval's width of some measures, a line for each method; the best on all images in bold."""
+    """Mean and half the interval's width of some measures, a line for each method.
+
+    Bold is the best of the methods that were measured on all images, with all that are printed alike; nothing where a
+    control that knows nothing is better.
+    """
     measures = [m for m in results.measures if m.name in wanted]
     most = len(results.images)
-    whole = [method for method in results.methods if images(results, method) == most and method not in results.controls]
-    best = {}
-    for m in measures:
-        means = [results.estimate(method, m.name).mean for method in whole]
-        best[m.name] = (min if m.lower else max)(means, default=None)
+    whole = [method for method in results.methods if images(results, method) == most]
+    best = {m.name: results.best(m.name, digits=1, among=whole) for m in measures}
     rows = []
     for method in results.methods:
         cells = []
         for m in measures:
-            found = results.estimate(method, m.name)
-            cells.append(f"**{found.short(1)}**" if found.mean == best[m.name] else found.short(1))
+            found = results.estimate(method, m.name).short(1)
+            cells.append(f"**{found}**" if method in best[m.name] else found)
         cost, fewer = results.records.costs[method], images(results, method)
         extra = [f"{cost.forward / cost.images:.4g}", f"{cost.times_forward:.3g}"] if costs else []
         if set(cells) != {NOTHING}:
@@ -366,7 +367,8 @@ def apart(results: Table, base: str) -> str:
 def page(name: str, case: Case, results: Table, facts: dict[str, Any], refused: dict[str, str]) -> str:
     """The tables of a case, as Markdown."""
     lines = [f"# {case.says}", "", f"{len(results.images)} images; the model's own decision is explained."]
-    lines += ["Mean ± half the 95 % bootstrap interval; bold: best on all images; ↑ more, ↓ less is better.", ""]
+    lines += ["Mean ± half the 95 % bootstrap interval; ↑ more, ↓ less is better; bold: the best on all images, with"]
+    lines += ["all that are printed alike, unless a control is better.", ""]
     seen = torch.tensor(facts.get("TTAME", {}).get("classes seen", [True]))
     parts = {"": results}
     if not bool(seen.all()):

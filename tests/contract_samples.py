@@ -130,10 +130,8 @@ class SmallCAM(Attribution):
         return outputs, kept[-1]
 
     def index(self, target, outputs):
-        """One column for each image, or None where there is one value."""
-        count = len(outputs)
-        if outputs.ndim == 1:
-            return None
+        """One column for each image."""
+        count, outputs = len(outputs), both(outputs)
         if target is None:
             return outputs.argmax(1)
         if isinstance(target, (Tensor, np.ndarray, np.generic)):
@@ -154,7 +152,7 @@ class SmallCAM(Attribution):
 
     def scores(self, target, outputs):
         index = self.index(target, outputs)
-        return outputs if index is None else outputs.gather(1, index[:, None])[:, 0]
+        return both(outputs).gather(1, index[:, None])[:, 0]
 
     def explain(self, images, target, args):
         """The map (N, 1, h, w)."""
@@ -196,6 +194,11 @@ class SmallCAM(Attribution):
         if self.upsample:
             heat = F.interpolate(heat, images.shape[2:], mode="bilinear", align_corners=False).expand_as(images)
         return heat.to(images.dtype).contiguous()
+
+
+def both(outputs):
+    """One logit z for each image as the two that say the same."""
+    return outputs if outputs[0].numel() > 1 else torch.stack([-outputs.flatten(), outputs.flatten()], 1)
 
 
 class SmallMasks(SmallCAM):
@@ -242,7 +245,7 @@ class SmallMasks(SmallCAM):
 
     def one_chunk(self, images, shown, rows, cols, index, args):
         outputs = self.model(images[rows] * shown[cols], *self.expand(args, rows))
-        return outputs if index is None else outputs.gather(1, index[rows][:, None])[:, 0]
+        return both(outputs).gather(1, index[rows][:, None])[:, 0]
 
     def expand(self, args, rows):
         return [a[rows] if isinstance(a, Tensor) and a.ndim else a for a in args]
@@ -269,7 +272,6 @@ class SmallTrained(SmallCAM):
         with torch.no_grad():
             outputs, activation = self.run(images, args)
             index = self.index(target, outputs)
-            index = torch.ones(len(images), dtype=torch.long) if outputs[0].numel() == 1 else index
             rows = self.network_.weight.to(images)[self.row(index)]
             return torch.einsum("nd,ndhw->nhw", rows, self.features(activation, images))[:, None].sigmoid()
 

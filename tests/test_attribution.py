@@ -175,7 +175,9 @@ def test_smooth_and_scale_are_options_like_others():
 
 def test_names_of_captum():
     explainer = Sum(zoo.small_cnn())
-    assert explainer.get_name() == "Sum"
+    assert explainer.get_name() == Sum.get_name() == "Sum"
+    with pytest.raises(OptionError, match=r"GradCAM: device_ids must be left out: of a DataParallel model"):
+        GradCAM(zoo.small_cnn(), device_ids=[0])
     assert not explainer.has_convergence_delta()
     with pytest.raises(NotImplementedError, match="Sum promises no completeness"):
         explainer.compute_convergence_delta(IMAGES, IMAGES, IMAGES)
@@ -192,7 +194,7 @@ def test_names_of_captum():
         (None, "must be a tensor .* got NoneType"),
         (IMAGES.numpy(), "got ndarray"),
         ([IMAGES], "got list of 1"),
-        ((IMAGES, IMAGES), "got tuple of 2"),
+        ((IMAGES, IMAGES), "got tuple of 2; .* goes into additional_forward_args"),
         ((), "got tuple of 0"),
         ({"image": IMAGES}, "got dict"),
         (IMAGES[0], r"must have 4 axes .* got shape \(3, 16, 16\); add the batch axis with inputs\[None\]"),
@@ -223,6 +225,15 @@ def test_the_wrong_number_of_channels_names_the_right_one():
         pytest.raises(InputError, match=r"SmallCNN takes images with 3 channels, got 1 .* pass \(N, 3, H, W\)"),
     ):
         GradCAM(model).attribute(IMAGES[:, :1], 0)
+
+
+@pytest.mark.parametrize(("weights", "images"), [("float32", "float64"), ("float64", "float32"), ("half", "float32")])
+def test_images_of_another_type_than_the_weights_are_told_both(weights, images):
+    model = getattr(zoo.small_cnn(), weights.replace("float32", "float").replace("float64", "double"))()
+    own = "float16" if weights == "half" else weights
+    words = rf"has weights in torch\.{own}, got images in torch\.{images}; pass inputs\.to\(torch\.{own}\)"
+    with cases.untouched(model), pytest.raises(InputError, match=words):
+        GradCAM(model).attribute(IMAGES.to(getattr(torch, images)), 0)
 
 
 # ---------------------------------------------------------------------- models

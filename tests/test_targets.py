@@ -56,13 +56,23 @@ def test_none_is_the_argmax_of_each_example(out):
     assert torch.equal(found.select(out)[:, 0], out.amax(1))
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 1)])
-def test_none_is_the_value_of_a_model_with_one_value(shape):
-    out = zoo.normal(*shape)
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 1, 1)])
+def test_one_logit_is_two_classes_and_none_follows_its_sign(shape):
+    z = torch.tensor([-2.0, 0.5, 0.0], dtype=torch.float64)
+    out = z.reshape(shape)
     target = TargetQuery().resolve(out)
-    assert torch.equal(target.select(out), out.view(3, 1))
-    assert target.classes.tolist() == [[0], [0], [0]]
-    assert torch.equal(scores_for(0, zoo.normal(3, 1))[:, 0], zoo.normal(3, 1)[:, 0])
+    assert target.classes.tolist() == [[0], [1], [0]]  # a tie goes to the first, as in an argmax
+    assert target.select(out).tolist() == [[2.0], [0.5], [0.0]]
+    both = torch.stack([-z, z], 1)  # what the same model says with two outputs
+    probabilities = torch.stack([torch.zeros(3), z], 1).softmax(1)
+    for form in (0, 1, [0, 1, 1], torch.tensor([1, 0, 1]), (1,), [(0,), (1,), (0,)]):
+        wanted = TargetQuery(form).resolve(both)
+        assert torch.equal(TargetQuery(form).resolve(out).classes, wanted.classes)
+        assert torch.equal(scores_for(form, out), wanted.select(both))
+        for score in ("softmax", "sigmoid"):
+            torch.testing.assert_close(scores_for(form, out, score), wanted.select(probabilities), rtol=1e-12, atol=0)
+        torch.testing.assert_close(scores_for(form, out, "logsoftmax"), wanted.select(probabilities.log()))
+    assert torch.equal(scores_for([0, 1], out, many=True), both)
 
 
 @given(st.data())
@@ -110,13 +120,6 @@ def test_scores_of_half_precision_are_computed_in_float32():
     found = scores_for(1, out, "softmax")
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.item(), float(np.exp(-20.0)), rtol=1e-5, atol=0)
-
-
-def test_a_softmax_over_one_value_is_refused():
-    for out in (zoo.normal(3), zoo.normal(3, 1)):
-        with pytest.raises(UnsupportedModelError, match=r"'softmax' needs at least two classes.*'sigmoid'"):
-            scores_for(None, out, "softmax")
-        torch.testing.assert_close(scores_for(None, out, "sigmoid").view(-1), out.view(-1).sigmoid())
 
 
 def test_select_keeps_the_graph():
@@ -180,11 +183,11 @@ def test_outputs_with_more_axes_need_a_target():
         TargetQuery((0, 4)).resolve(zoo.normal(2, 3, 4))
 
 
-def test_a_model_with_one_value_takes_no_class():
-    with pytest.raises(TargetError, match=r"one value per example \(shape \(3,\)\), got 0; pass target=None"):
-        TargetQuery(0).resolve(zoo.normal(3))
-    with pytest.raises(TargetError, match="has 1 classes"):
-        TargetQuery(1).resolve(zoo.normal(3, 1))
+@pytest.mark.parametrize("target", [2, -1, [0, 1, 2]])
+def test_one_logit_has_two_classes(target):
+    for shape in ((3,), (3, 1)):
+        with pytest.raises(TargetError, match=r"must be 0 or 1 \(the model has one logit.*got (2|-1)"):
+            TargetQuery(target).resolve(zoo.normal(*shape))
 
 
 def test_target_errors_are_index_errors():

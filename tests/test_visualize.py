@@ -199,3 +199,9 @@ def test_sheet_counts_its_entries(count: int, columns: dict, titles: list | None
         figure(torch.rand(count, 3, 8, 8), columns, titles=titles)
     with pytest.raises(OptionError, match="across: must be at least 1, got 0"):
         figure(torch.rand(1, 3, 8, 8), {}, across=0)
+
+
+@pytest.mark.parametrize("bands", [5, 13])
+def test_of_many_bands_three_are_picked(bands):
+    with pytest.raises(InputError, match=rf"got shape \({bands}, 8, 8\); of more bands pick three: image"):
+        overlay(torch.rand(bands, 8, 8), torch.rand(4, 4))

@@ -189,6 +189,12 @@ def call_model(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> An
                 f"inputs: {type(model).__name__} takes images with {expected} channels, got {inputs.shape[1]} "
                 f"(shape {tuple(inputs.shape)}); pass (N, {expected}, H, W)"
             ) from error
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), inputs.dtype)
+        if own != inputs.dtype and "type" in str(error):
+            raise InputError(
+                f"inputs: {type(model).__name__} has weights in {own}, got images in {inputs.dtype}; pass "
+                f"inputs.to({own})"
+            ) from error
         raise
 
 

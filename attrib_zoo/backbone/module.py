@@ -31,7 +31,9 @@ running = Running()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The eager module inside DataParallel, DistributedDataParallel and ``torch.compile``.
+    """The eager module inside DataParallel, DistributedDataParallel, Opacus' GradSampleModule and ``torch.compile``.
+
+    ``model.forward``, as Captum's users pass it, stands for the model.
 
     Inside :func:`attrib_zoo.backbone.capture.frozen`, and in the thread that is there, the mirror of that module.
 
@@ -39,6 +41,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         UnsupportedModelError: for anything that is no module, and for scripted and traced models, which run no
             hooks.
     """
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, nn.Module) and getattr(model, "__name__", "") in ("forward", "__call__", "_wrapped_call_impl"):
+        model = owner
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"model: must be a torch.nn.Module, whose layers can be found, got {type(model).__name__}; "
@@ -52,6 +57,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             )
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
+        elif type(model).__name__ == "GradSampleModule" and "_module" in model._modules:
+            model = model._module  # type: ignore[assignment]  # its hooks record in training mode only
         elif "_orig_mod" in model._modules:
             model = model._orig_mod  # type: ignore[assignment]  # torch.compile's wrapper
         else:

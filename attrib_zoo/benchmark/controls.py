@@ -16,15 +16,14 @@ from attrib_zoo.metrics import box_masks
 
 
 def chance(seed: int) -> Explain:
-    """Random numbers on a 7x7 grid, enlarged: as coarse as a CAM, and knowing nothing."""
+    """Random numbers on a 7x7 grid: as coarse as a CAM, and knowing nothing."""
 
     def explain(inputs: Tensor, target: Tensor) -> Tensor:
         maps = []
         for image in inputs.detach().float().cpu():  # drawn from the image, so that its batch does not matter
             generator = torch.Generator().manual_seed(seed + zlib.crc32(image.numpy().tobytes()))
             maps.append(torch.rand(1, 7, 7, generator=generator))
-        coarse = torch.stack(maps).to(inputs)
-        return F.interpolate(coarse, size=inputs.shape[-2:], mode="bilinear", align_corners=False)
+        return torch.stack(maps).to(inputs)
 
     return explain
 
@@ -76,11 +75,20 @@ def perfect(truth: Mapping[str, Any]) -> Explain:
 def untrained(methods: Mapping[str, Any], seed: int) -> dict[str, Explain]:
     """The twin of each trained explainer that nobody has trained."""
     trained = {name: method for name, method in methods.items() if isinstance(method, TrainableAttribution)}
-    return {f"{name}, untrained": method.untrained(seed).attribute for name, method in trained.items()}
+    twins = {name + UNTRAINED: method.untrained(seed) for name, method in trained.items()}
+    for twin in twins.values():
+        twin.upsample = False  # as the trained ones are measured
+    return {name: twin.attribute for name, twin in twins.items()}
 
 
 CONTROLS: dict[str, Callable[[int], Explain]] = {"random map": chance, "image edges": edges, "centre blob": blob}
 """Those that look at the image at most; name -> seed -> function."""
+
+UNTRAINED = ", untrained"
+"""Behind the name of an explainer: its twin that nobody has trained, which still reads the model."""
+
+PERFECT = "perfect map"
+"""The row of the true region itself, which no method can beat where regions are measured."""
 
 CHANCE = "chance"
 """The row of what a map that knows nothing gets on average, by measures that can tell it: see ``Measure.chance``."""
@@ -93,7 +101,7 @@ def beside(
     found: dict[str, Explain | None] = {**untrained(methods, seed)}
     found |= {name: make(seed) for name, make in CONTROLS.items()}
     if any(key in NEEDS["region"] for key in truth):
-        found["perfect map"] = None
+        found[PERFECT] = None
     if any(measure.chance for measure in measures):
         found[CHANCE] = constant
     return {name: control for name, control in found.items() if name not in methods}

@@ -105,7 +105,8 @@ def write_report(
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
-<p>Click a column's head to sort. Under each mean stands its 95 % bootstrap interval; the best mean is bold.</p>
+<p>Click a column's head to sort. Under each mean stands its 95 % bootstrap interval; the best mean is
+bold, with all that equal it as shown, unless a control that knows nothing is better.</p>
 <div class="scroll">{_table(table)}</div>
 <ul>{notes}</ul>
 <h2>Curves and cost</h2>
@@ -124,28 +125,19 @@ def write_report(
 
 def _table(table: Table) -> str:
     head, rows = table.cells()
-    best = [_best(table, measure.name, measure.lower) for measure in table.measures]
+    best = [table.best(measure.name) for measure in table.measures]
     lines = []
     for method, row in zip(table.methods, rows, strict=True):
         cells = [f'<td data-value="{escape(method)}">{escape(method)}</td>']
-        for measure, leader, text in zip(table.measures, best, row[1:], strict=False):
+        for measure, leaders, text in zip(table.measures, best, row[1:], strict=False):
             mean, _, interval = text.partition(" ")
             value = "" if mean == "–" else table.estimate(method, measure.name).mean
-            mark = ' class="best"' if leader == method else ""
+            mark = ' class="best"' if method in leaders else ""
             cells.append(f'<td data-value="{value}"{mark}>{mean}<br><small>{escape(interval)}</small></td>')
         cells += [f'<td data-value="{"" if c == "–" else c}">{c}</td>' for c in row[1 + len(table.measures) :]]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     heads = "".join(f"<th>{escape(name)}</th>" for name in head)
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _best(table: Table, measure: str, lower: bool) -> str | None:
-    contenders = [method for method in table.methods if method not in table.controls]
-    means = {method: table.estimate(method, measure).mean for method in contenders}
-    known = {method: mean for method, mean in means.items() if mean == mean}
-    if not known:
-        return None
-    return min(known, key=known.__getitem__) if lower else max(known, key=known.__getitem__)
 
 
 def _card(

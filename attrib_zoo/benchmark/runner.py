@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import warnings
 import zlib
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import evaluating, forward, frozen, unwrap
 from attrib_zoo.benchmark.controls import beside, constant, perfect
 from attrib_zoo.benchmark.cost import Cost, clock, measured, peak_bytes
@@ -22,7 +24,7 @@ from attrib_zoo.benchmark.records import Records, Row
 from attrib_zoo.benchmark.table import Table
 from attrib_zoo.errors import DataError, InputError, OptionError, check_number
 from attrib_zoo.metrics._scores import check_masking
-from attrib_zoo.targets import TargetQuery
+from attrib_zoo.targets import TargetQuery, one_logit
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import fingerprint
 from attrib_zoo.training.data import images_of
@@ -51,7 +53,8 @@ def evaluate(
     Args:
         model: the classifier that the methods explain.
         methods: name -> method: anything with ``attribute(inputs, target=)``, ours or Captum's, or a function
-            ``(inputs, target) -> maps``, ``(N, C, H, W)`` or ``(N, 1, h, w)``.
+            ``(inputs, target) -> maps``, ``(N, C, H, W)`` or ``(N, 1, h, w)``. Measures scale a map to [0, 1], then
+            enlarge it: ours are asked for maps at layer resolution, whatever their ``upsample``.
         loader: batches of standardised images: tensors, tuples that start with one, or dicts with the images under
             ``"image"`` (or ``"inputs"`` ...) and, where known, ``"target"`` ``(N,)``, ``"masks"`` ``(N, H, W)`` or
             ``"boxes"`` ``(N, M, 4)`` of what is explained, ``"other_masks"`` or ``"other_boxes"`` of other objects.
@@ -185,6 +188,12 @@ class _Run:
             start = clock(inputs.device)
             outputs = forward(bare, inputs)
             plain = clock(inputs.device) - start
+        foreign = [n for n, e in self.explain.items() if isinstance(e, _Attribute) and e.is_captums]
+        if one_logit(outputs) and foreign:
+            raise OptionError(
+                f"methods: {foreign[0]!r} of Captum explains outputs as they are, and the model has one logit for two "
+                "classes; evaluate a model that returns torch.stack([-z, z], 1), whose decisions are the same"
+            )
         found = TargetQuery(wanted).resolve(outputs)
         if outputs.ndim > 2:
             raise OptionError(f"model: must return (N, K) scores to be evaluated, got {tuple(outputs.shape)}")
@@ -219,15 +228,21 @@ def as_function(name: str, method: Any) -> Explain:
 
 
 class _Attribute:
-    """An attribution object as a function."""
+    """An attribution object as a function; ours gives its maps as they are before they are enlarged.
+
+    The measures scale a map and then enlarge it, once, as the papers do; one that is enlarged has lost its extremes.
+    """
 
     def __init__(self, method: Any) -> None:
         self.method = method
+        if isinstance(method, Attribution):
+            self.method = copy.copy(method)
+            self.method.upsample = False
+        self.is_captums = type(method).__module__.startswith("captum.")
 
     def __call__(self, inputs: Tensor, target: Tensor) -> Tensor:
-        captums = type(self.method).__module__.startswith("captum.")
-        with warnings.catch_warnings() if captums else nullcontext():
-            if captums:  # it warns about what it then does by itself
+        with warnings.catch_warnings() if self.is_captums else nullcontext():
+            if self.is_captums:  # it warns about what it then does by itself
                 warnings.filterwarnings("ignore", message="Input Tensor .* did not already require gradients")
             found = self.method.attribute(inputs, target=target)
         maps: Tensor = found[0] if isinstance(found, tuple) else found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attrib_zoo.benchmark.controls import CHANCE, CONTROLS
+from attrib_zoo.benchmark.controls import CHANCE, CONTROLS, PERFECT, UNTRAINED
 from attrib_zoo.benchmark.estimates import Estimate, estimate
 from attrib_zoo.benchmark.measures import Measure
 from attrib_zoo.benchmark.plots import plot
@@ -75,6 +75,26 @@ class Table:
         if key not in self._estimates:
             self._estimates[key] = estimate(self.values(method, measure))
         return self._estimates[key]
+
+    def best(self, measure: str, digits: int | None = None, among: Sequence[str] | None = None) -> list[str]:
+        """The methods with the best mean, all that are printed alike; none where a control is better.
+
+        A control here is a map that knows nothing: not the true region, and not an explainer that nobody has trained.
+
+        Args:
+            measure: its name.
+            digits: with how many decimals means are printed; ``None``: as in :meth:`cells`.
+            among: the methods that can win, controls left out; ``None``: all.
+        """
+        column = self._measure(measure)
+        digits = _digits(column) if digits is None else digits
+        sign = -1.0 if column.lower else 1.0
+        means = {method: self.estimate(method, measure).mean for method in self.methods if method != PERFECT}
+        known = {method: sign * round(mean, digits) for method, mean in means.items() if not math.isnan(mean)}
+        rivals = [m for m in self.controls if m in known and not m.endswith(UNTRAINED)]
+        able = [m for m in known if m not in self.controls and (among is None or m in among)]
+        top = max((known[m] for m in able), default=-math.inf)
+        return [] if any(known[m] > top for m in rivals) else [m for m in able if known[m] == top]
 
     def difference(self, method: str, other: str, measure: str) -> Estimate:
         """Mean and 95 % interval of the difference on the same images: ``method - other``.

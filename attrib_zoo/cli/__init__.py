@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from attrib_zoo import __version__
 from attrib_zoo.errors import AttribZooError
@@ -182,7 +182,11 @@ def _explain() -> ArgumentParser:
     _model(parser)
     add("--method", metavar="NAME[,NAME]", help=_METHODS)
     add("--explainer", metavar="FILE[,FILE]", help="trained explainers, made by attrib-zoo fit for this model")
-    add("--target", metavar="CLASS", help="index or name of the class to explain (default: what the model decides)")
+    add(
+        "--target",
+        metavar="CLASS",
+        help="index (7, or #7) or name of the class to explain (default: the decided one)",
+    )
     add("--contrast", type=PositiveInt, metavar="K", help="why this class and not the next K, such as 3")
     _layers(parser)
     _shaping(parser)
@@ -213,6 +217,10 @@ def _fit() -> ArgumentParser:
     _layers(parser)
     add("--epochs", type=PositiveInt, metavar="N", help="passes over the images (default: the paper's number)")
     add("--max-steps", type=PositiveInt, metavar="N", help="training steps, instead of --epochs")
+    add("--schedule", default="auto", metavar="NAME", help="short, paper or auto (default): short below 20 000 steps")
+    add("--lr", type=PositiveFloat, metavar="X", help="largest learning rate (default: the schedule's)")
+    add("--precision", metavar="NAME", help="bf16-mixed or fp16-mixed, of the model's passes (default: its own)")
+    add("--psi", metavar="NAME", help="ttame: other classes of a step: random, batch, own, auto (default: by recipe)")
     add("--batch-size", type=PositiveInt, default=32, metavar="N", help="images per step (default: 32)")
     add("--val", metavar="FOLDER", help="images to measure the explainer on after each epoch")
     add("--seed", type=NonNegativeInt, default=0, metavar="N", help="same seed, same explainer (default: 0)")
@@ -259,6 +267,7 @@ def _model(parser: ArgumentParser) -> None:
     add("--model", required=True, metavar="NAME", help="a model of torchvision or else of timm, such as resnet50")
     add("--weights", metavar="FILE", help="its weights: safetensors or a state dict (default: its pretrained ones)")
     add("--classes", metavar="FILE", help="class names: JSON list, JSON index to name, or a line each")
+    add("--score", default="softmax", metavar="NAME", help="softmax (default), or sigmoid: a multi-label model")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto, cuda if there is one)")
 
 

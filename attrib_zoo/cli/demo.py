@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.errors import DataError, aligned
-from attrib_zoo.masking import min_max
+from attrib_zoo.masking import upsample
 from attrib_zoo.methods.gradcam import GradCAM
 from attrib_zoo.methods.ttame import TTAME
+from attrib_zoo.metrics._maps import scale_maps
 from attrib_zoo.metrics.confidence import average_drop
 from attrib_zoo.metrics.localization import energy_pointing_game
 from attrib_zoo.models.photos import writable_folder
@@ -158,7 +159,8 @@ def _run(folder: Path, seed: int, progress: bool, chosen: Settings) -> DemoResul
         if not known.any():
             raise DataError(f"settings: the classifier names both objects in none of {chosen.held_out} scenes")
         data = unseen.rows(known)
-        methods: dict[str, Attribution] = {"Grad-CAM": GradCAM(model), "T-TAME": ttame}
+        ttame.upsample = False  # the measures scale maps, then enlarge them
+        methods: dict[str, Attribution] = {"Grad-CAM": GradCAM(model, upsample=False), "T-TAME": ttame}
         maps = {"chance": _random(data, seed), **{name: _both(explainer, data) for name, explainer in methods.items()}}
         measured = {name: _measure(model, data, found) for name, found in maps.items()}
     with steps("drawing"):
@@ -186,10 +188,10 @@ class _Steps:
 
 
 def _both(explainer: Attribution, data: Scenes) -> Tensor:
-    """The maps of both objects of each scene, ``(N, 2, S, S)``, scaled to [0, 1]."""
+    """The maps of both objects of each scene, ``(N, 2, h, w)``."""
     batches = zip(data.inputs.split(50), data.labels.split(50), strict=True)
     maps = [explainer.attribute_many(inputs, labels)[:, :, 0] for inputs, labels in batches]
-    return min_max(torch.cat(maps))
+    return torch.cat(maps)
 
 
 def _random(data: Scenes, seed: int) -> Tensor:
@@ -202,7 +204,8 @@ def _measure(model: nn.Module, data: Scenes, maps: Tensor) -> Measured:
         own, mask = maps[:, j], data.masks[:, j]
         asked.append(energy_pointing_game(model, data.inputs, own, masks=mask))
         other.append(energy_pointing_game(model, data.inputs, own, masks=data.masks[:, 1 - j]))
-        hits.append(mask.flatten(1).gather(1, own.flatten(1).argmax(1, keepdim=True))[:, 0].float())
+        peak = upsample(own[:, None], mask.shape[-2:]).flatten(1).argmax(1, keepdim=True)
+        hits.append(mask.flatten(1).gather(1, peak)[:, 0].float())
         kept.append(1 - average_drop(model, data.inputs, own, data.labels[:, j], keep=0.15))
     means = [float(torch.cat(values).nanmean()) for values in (asked, other, hits, kept)]
     return Measured(*means)
@@ -257,7 +260,7 @@ def _draw(path: Path, data: Scenes, maps: dict[str, Tensor], measured: dict[str,
             for k, (method, found) in enumerate(maps.items()):
                 x = left + k * (_CELL + _GAP)
                 axes = cell(x, top)
-                _show(axes, found[i, j])
+                _show(axes, scale_maps(found[i, j][None, None], mask.shape)[0, 0])
                 axes.contour(mask.float().numpy(), [0.5], colors="white", linewidths=1.0)
                 share = energy_pointing_game(None, None, found[i, j][None], masks=mask[None]).item()
                 say(x, top - 0.08, method)

@@ -45,6 +45,7 @@ def evaluate(options: Any) -> str:
             DataLoader(data, options.batch_size, num_workers=options.workers),
             measures,
             masking=options.masking,
+            score=options.score,
             seed=options.seed,
             memory=options.memory,
             path=folder / RESULTS,

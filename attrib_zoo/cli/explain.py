@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli.shared import explainers, load_model
 from attrib_zoo.errors import DataError, aligned
 from attrib_zoo.models import LoadedModel
-from attrib_zoo.models.photos import find_photos, open_photo, own_stems, writable_folder
-from attrib_zoo.targets import Contrast
+from attrib_zoo.models.photos import cut, find_photos, open_photo, own_stems, writable_folder
+from attrib_zoo.targets import Contrast, TargetQuery, class_scores
 from attrib_zoo.visualize import figure, save_overlay
 
 
@@ -29,11 +30,13 @@ class _Photo:
     shown: str
     stem: str
     files: dict[str, Path]
+    asked: str
 
     @property
     def written(self) -> str:
         kinds = list(self.files)
-        return f"{self.stem}-{kinds[0]}.png" if len(kinds) == 1 else f"{self.stem}-{{{','.join(kinds)}}}.png"
+        kind = kinds[0] if len(kinds) == 1 else f"{{{','.join(kinds)}}}"
+        return f"{self.stem}-{kind}{self.asked}.png"
 
 
 def explain(options: Any) -> str:
@@ -45,12 +48,15 @@ def explain(options: Any) -> str:
     loaded = load_model(options)
     target = None if options.target is None else loaded.class_index(options.target)
     ready = explainers(options, loaded)
-    photos = _plan(paths, folder, list(ready))
+    asked = "" if target is None else _asked(loaded, target)
+    asked += "" if options.contrast is None else f"-contrast-{options.contrast}"
+    photos = _plan(paths, folder, list(ready), asked)
     writable_folder(folder)
 
     rows: list[list[str]] = []
     for start in _progress(range(0, len(photos), options.batch_size)):
-        rows += _explain_batch(photos[start : start + options.batch_size], loaded, ready, target, options.contrast)
+        batch = photos[start : start + options.batch_size]
+        rows += _explain_batch(batch, loaded, ready, target, options.contrast, options.score)
     headers = ["photo", "top-1 class", "confidence"]
     headers += [] if target is None else [f"explained: {loaded.class_name(target)}"]
     size = torch.zeros(1, *loaded.input_size, device=_device_of(loaded))
@@ -67,14 +73,15 @@ def _explain_batch(
     explainers: dict[str, Attribution],
     target: int | None,
     contrast: int | None,
+    score: str,
 ) -> list[list[str]]:
     """Explain and draw a few photographs; returns their rows of the table."""
     images = [open_photo(photo.path) for photo in photos]
     inputs = torch.stack([loaded.transform(image) for image in images]).to(_device_of(loaded))
     with torch.no_grad():
         outputs = loaded.model(inputs).float().cpu()
-    confidence = outputs.softmax(1) if loaded.num_classes > 1 else outputs.sigmoid()
-    decision = outputs.argmax(1)
+    confidence = class_scores(outputs, score)
+    decision = TargetQuery(None).resolve(outputs).classes[:, 0]
     asked = decision if target is None else torch.full_like(decision, target)
     shown = sys.stderr.isatty()  # long methods draw a bar of their own
     wanted = asked.tolist() if contrast is None else Contrast(contrast, target=asked.tolist())
@@ -108,14 +115,20 @@ def _draw(photo: _Photo, view: Tensor, columns: dict[str, Tensor], title: str) -
         figure([view], maps, titles=[title], path=photo.files["compared"])
 
 
-def _plan(paths: Sequence[Path], folder: Path, names: list[str]) -> list[_Photo]:
+def _asked(loaded: LoadedModel, target: int) -> str:
+    """What a class that was asked for adds to the names of its pictures, so that they stand beside those of others."""
+    name = "-".join(re.findall(r"\w+", loaded.class_names[target])) if loaded.class_names else ""
+    return f"-{target}" + (f"-{cut(name, 40)}" if name else "")
+
+
+def _plan(paths: Sequence[Path], folder: Path, names: list[str], asked: str) -> list[_Photo]:
     """Which files will be written; never one of the photographs."""
     base = os.path.commonpath([path.absolute().parent for path in paths])
     kinds = [*names, "compared"] if len(names) > 1 else names
     photos = []
     for path, stem in zip(paths, own_stems(paths), strict=True):
-        files = {kind: folder / f"{stem}-{kind}.png" for kind in kinds}
-        photos.append(_Photo(path, os.path.relpath(path.absolute(), base), stem, files))
+        files = {kind: folder / f"{stem}-{kind}{asked}.png" for kind in kinds}
+        photos.append(_Photo(path, os.path.relpath(path.absolute(), base), stem, files, asked))
     own = {path.resolve() for path in paths}
     for photo in photos:
         for file in photo.files.values():

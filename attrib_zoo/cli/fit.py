@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from attrib_zoo.cli.shared import accepted, layers_of, load_model, method_of, statistics_of
+from attrib_zoo.cli.shared import accepted, layers_of, load_model, method_of, settings_of
 from attrib_zoo.errors import DataError, OptionError, listed
 from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.photos import Photos, find_photos, is_photo, writable_folder
@@ -29,7 +29,11 @@ def fit(options: Any) -> str:
     training = _usable(find_photos([options.data]), options.skip_bad)
     validation = None if options.val is None else _usable(find_photos([options.val]), options.skip_bad)
     loaded = load_model(options)
-    settings = statistics_of(loaded) | ({} if options.recipe is None else {"recipe": options.recipe})
+    asked = {name: value for name in ("recipe", "psi") if (value := getattr(options, name)) is not None}
+    unknown = [name for name in asked if name not in accepted(cls, asked)]
+    if unknown:
+        raise OptionError(f"{unknown[0]}: {options.method} has no such option; leave --{unknown[0]} out")
+    settings = settings_of(loaded, options) | asked
     explainer = cls(loaded.model, layers_of(options.layers), **accepted(cls, settings))
     writable_folder(output.parent)
     folder = None if options.checkpoint_dir is None else writable_folder(options.checkpoint_dir)
@@ -38,6 +42,9 @@ def fit(options: Any) -> str:
             _loader(training, loaded, options, shuffle=True),
             epochs=options.epochs,
             max_steps=options.max_steps,
+            schedule=options.schedule,
+            lr=options.lr,
+            precision=options.precision,
             val_loader=None if validation is None else _loader(validation, loaded, options, shuffle=False),
             seed=options.seed,
             resume_from=options.resume,
@@ -58,6 +65,7 @@ def _next_steps(output: Path, options: Any, kind: str) -> str:
     words += [] if options.weights is None else ["--weights", options.weights]
     words += ["--method", options.method] if ":" in options.method else []
     words += ["--explainer", str(output)]
+    words += [] if options.score == "softmax" else ["--score", options.score]
     return "\n".join(
         [
             f"saved {output} ({output.stat().st_size / 1e6:.1f} MB); use it with",

@@ -17,6 +17,9 @@ from attrib_zoo.methods import list_methods
 from attrib_zoo.models import LoadedModel, load, read_class_names
 from attrib_zoo.training import checkpoint
 
+SCORES = ("softmax", "sigmoid")
+"""What --score may be: the model decides for one of all classes, or for each class by itself."""
+
 
 def methods() -> dict[str, type[Attribution]]:
     """Every method of the library by the name it has on the command line: its class name in lower case."""
@@ -57,6 +60,7 @@ def explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:
                     f"package.module:{kind}"
                 )
             ready[kind.lower()] = cls.load(file.strip(), loaded.model)
+    settings = settings_of(loaded, options)
     if not named and not ready:
         named["gradcam"], spelt["gradcam"] = method_of("gradcam"), "gradcam"
     for key, cls in named.items():
@@ -67,7 +71,7 @@ def explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:
                 f"{spelt[key]} --model {options.model}{weights} --data FOLDER --output FILE.safetensors, then add "
                 "--explainer FILE"
             )
-        ready.setdefault(key, cls(loaded.model, layers_of(options.layers), **accepted(cls, statistics_of(loaded))))
+        ready.setdefault(key, cls(loaded.model, layers_of(options.layers), **accepted(cls, settings)))
     for name, explainer in ready.items():
         _shape(name, explainer, options.smooth, options.scale)
     return {name: ready[name] for name in dict.fromkeys([*named, *ready])}
@@ -135,14 +139,19 @@ def _imported(name: str) -> type[Attribution]:
     return cls
 
 
-def statistics_of(loaded: LoadedModel) -> dict[str, Any]:
-    """What trained methods must know of the images' standardisation."""
-    return {"mean": loaded.mean, "std": loaded.std}
+def settings_of(loaded: LoadedModel, options: Any) -> dict[str, Any]:
+    """What methods must know of the images' standardisation, and of the sense in which the model decides."""
+    return {"mean": loaded.mean, "std": loaded.std, "score": check_choice("score", options.score, SCORES)}
 
 
 def accepted(cls: type[Attribution], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the method has."""
-    return {name: value for name, value in settings.items() if name in inspect.signature(cls.__init__).parameters}
+    """The settings that the method has; a score only where it reads probabilities anyway."""
+    known = inspect.signature(cls.__init__).parameters
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in known and (name != "score" or known[name].default in SCORES)
+    }
 
 
 def layers_of(text: str | None) -> list[str | int] | None:

@@ -14,7 +14,7 @@ from attrib_zoo.backbone.capture import check_weights, forward, select_args
 from attrib_zoo.errors import OptionError, TargetError, UnsupportedModelError, check_choice, check_number
 from attrib_zoo.masking import ChunkSize, at_least_float32, blur, wide_dtype
 from attrib_zoo.methods.bases.progress import progress
-from attrib_zoo.targets import SCORES, Target, TargetQuery
+from attrib_zoo.targets import SCORES, Target, TargetQuery, class_scores
 
 _LEVELS = 8  # of the blurred images, the last of them sharp
 _COLDNESS = 20.0
@@ -183,14 +183,12 @@ class ExtremalPerturbation(Attribution, PerturbationAttribution):
                 "target: contrastive=True already subtracts the best other score, so the target must be a class, got a "
                 "Contrast; use contrastive=False with it"
             )
-        if outputs.ndim != 2 or outputs.shape[1] == 1:
+        every = at_least_float32(class_scores(outputs, self.score))
+        if every.ndim != 2:
             raise UnsupportedModelError(
                 f"contrastive: needs several classes, outputs (N, K), got {tuple(outputs.shape)}; use contrastive=False"
             )
-        every = Target(torch.arange(outputs.shape[1], device=outputs.device).expand(len(outputs), -1).unsqueeze(2))
-        own = target.classes.to(outputs.device)
-        others = at_least_float32(every.select(outputs, self.score)).scatter(1, own, -torch.inf)
-        return found - others.amax(1)
+        return found - every.scatter(1, target.classes.to(every.device), -torch.inf).amax(1)
 
 
 class SmoothMask:

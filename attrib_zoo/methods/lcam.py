@@ -20,7 +20,7 @@ from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
-from attrib_zoo.training.losses import area, cross_entropy, two_logits, variation
+from attrib_zoo.training.losses import FIT_SCORES, area, cross_entropy, two_logits, variation
 from attrib_zoo.training.rows import ROW_IMAGES, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 from attrib_zoo.training.session import head_maps
@@ -50,6 +50,7 @@ class _LCAM(TrainableAttribution):
         lambda_av: float,
         lambda_ce: float,
         area_power: float,
+        score: str,
         upsample: bool,
         smooth: int | None,
         scale: str | None,
@@ -65,6 +66,7 @@ class _LCAM(TrainableAttribution):
         self.lambda_av = check_number("lambda_av", lambda_av, least=0.0)
         self.lambda_ce = check_number("lambda_ce", lambda_ce, least=0.0)
         self.area_power = check_number("area_power", area_power, least=1e-6)
+        self.score = check_choice("score", score, FIT_SCORES)
 
     @abstractmethod
     def _see(
@@ -132,12 +134,12 @@ class _LCAM(TrainableAttribution):
         clean, classes, maps, mask, masked = self._see(images, args, network)
         offset = _OFFSET if self.recipe == "released" else 0.0
         parts = {
-            "ce": cross_entropy(masked, classes).mean(),
+            "ce": cross_entropy(masked, classes, self.score).mean(),
             "area": area(maps, self.area_power, offset).mean(),
             "variation": self._variation(maps.sigmoid()).mean(),
         }
         everything = self._loss(
-            cross_entropy(clean, classes).mean(),
+            cross_entropy(clean, classes, self.score).mean(),
             (1 + offset) ** self.area_power,
             self._variation(torch.ones_like(maps[:1])).mean(),
         )
@@ -194,6 +196,8 @@ class LCAMFm(_LCAM):
         lambda_av: λ2.
         lambda_ce: λ3.
         area_power: λ4.
+        score: in which sense the model decides: ``"softmax"``, one class of all, or ``"sigmoid"`` for multi-label
+            heads: each class by itself. The cross-entropy of fit and the confidence of its validation follow.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, or ``None`` for ``"min-max"``.
@@ -235,6 +239,7 @@ class LCAMFm(_LCAM):
         lambda_av: float = 2.0,
         lambda_ce: float = 1.5,
         area_power: float = 0.3,
+        score: str = "softmax",
         upsample: bool = True,
         smooth: int | None = None,
         scale: str | None = None,
@@ -250,6 +255,7 @@ class LCAMFm(_LCAM):
             lambda_av=lambda_av,
             lambda_ce=lambda_ce,
             area_power=area_power,
+            score=score,
             upsample=upsample,
             smooth=smooth,
             scale=scale,
@@ -309,6 +315,8 @@ class LCAMImg(_LCAM):
         lambda_av: λ2.
         lambda_ce: λ3.
         area_power: λ4.
+        score: in which sense the model decides: ``"softmax"``, one class of all, or ``"sigmoid"`` for multi-label
+            heads: each class by itself. The cross-entropy of fit and the confidence of its validation follow.
         masking: what a mask of 0 shows: ``"raw"``: black; ``"standardized"``: the mean colour; ``"auto"``:
             standardised for transformers.
         mean: of the standardisation, per channel; ``None`` for the model's own configuration, else ImageNet's.
@@ -347,6 +355,7 @@ class LCAMImg(_LCAM):
         lambda_av: float = 2.0,
         lambda_ce: float = 1.5,
         area_power: float = 0.3,
+        score: str = "softmax",
         masking: str = "auto",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -365,6 +374,7 @@ class LCAMImg(_LCAM):
             lambda_av=lambda_av,
             lambda_ce=lambda_ce,
             area_power=area_power,
+            score=score,
             upsample=upsample,
             smooth=smooth,
             scale=scale,

@@ -12,7 +12,7 @@ from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import check_choice, check_number, warn
 from attrib_zoo.masking import at_least_float32, min_max, upsample
 from attrib_zoo.methods.bases.perturbation import Baseline, PerturbationCAM, refuse_transformers
-from attrib_zoo.targets import Target
+from attrib_zoo.targets import Target, class_scores
 
 
 class SIDU(PerturbationCAM):
@@ -99,13 +99,7 @@ class SIDU(PerturbationCAM):
 
     def read(self, outputs: Tensor, target: Target) -> Tensor:
         """All scores of each pass, ``(M, K)``."""
-        outputs = at_least_float32(outputs)
-        only = outputs.ndim == 1 or outputs.shape[1] == 1
-        if self.score == "sigmoid":
-            outputs = outputs.sigmoid()
-        elif self.score != "logit" and not only:
-            outputs = outputs.softmax(1) if self.score == "softmax" else outputs.log_softmax(1)
-        return outputs.reshape(len(outputs), -1)
+        return at_least_float32(class_scores(outputs, self.score or "softmax")).reshape(len(outputs), -1)
 
     def alive(self, maps: Tensor) -> Tensor:
         """All: a mask that shows nothing or everything is compared with the others too."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attrib_zoo.errors import check_number
+from attrib_zoo.errors import OptionError, check_number
 from attrib_zoo.methods.bases.blockwise import BlockwiseSampling
 from attrib_zoo.methods.bases.perturbation import Baseline
 
@@ -94,6 +94,11 @@ class SISE(BlockwiseSampling):
             scale=scale,
         )
         self.mu = check_number("mu", mu, least=0.0, most=1.0)
+        if self.mu == 1:
+            raise OptionError(
+                f"mu: must be a number of at least 0 and below 1, got {mu!r}; no feature map has more than the largest "
+                "gradient, so that none would be left"
+            )
 
     def select(self, ratios: Tensor) -> Tensor:
         """Eq. 7: more than ``mu`` of the largest."""

@@ -35,6 +35,8 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         layers: see :class:`~attrib_zoo.attribution.Attribution`; several layers give the mean of their maps.
         n_samples: n, the noisy copies.
         noise: standard deviation of the noise, as a share of the image's largest minus its smallest value.
+        alpha: ``"paper"``: the formula above; ``"local"``: the sum over places of A D³ instead of D³ times the sum of
+            A, as in torch-cam.
         numerator: of α, ``"second"``: D², as above; ``"first"``: D¹, as the paper prints it.
         seed: of the noise.
         chunk_size: how many copies go through the model at once; ``None`` finds it. Never changes a map.
@@ -73,6 +75,7 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         *,
         n_samples: int = 25,
         noise: float = 0.15,
+        alpha: str = "paper",
         numerator: str = "second",
         seed: int = 0,
         chunk_size: int | None = None,
@@ -86,6 +89,7 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         check_number("n_samples", n_samples, least=1)
         self.n_samples = n_samples
         self.noise = check_number("noise", noise, least=0.0)
+        self.alpha = check_choice("alpha", alpha, ("paper", "local"))
         self.numerator = check_choice("numerator", numerator, ("second", "first"))
         self.seed = check_seed(seed)
         ChunkSize(chunk_size)
@@ -130,7 +134,10 @@ class SmoothGradCAMPlusPlus(GradientCAM):
     def _heat(self, activation: Tensor, powers: Tensor, unit: Tensor) -> Tensor:
         """Maps ``(N, T, h, w)`` of activations ``(N, D, h, w)`` and means of powers ``(3, T, N, D, h, w)``."""
         first, second, third = powers
-        under = 2 * second + unit * third * activation.sum(dim=(-2, -1), keepdim=True)
+        if self.alpha == "local":
+            under = 2 * second + unit * (third * activation).sum(dim=(-2, -1), keepdim=True)
+        else:
+            under = 2 * second + unit * third * activation.sum(dim=(-2, -1), keepdim=True)
         over = second * unit if self.numerator == "second" else first
         share = torch.where(under > 0, over / under.where(under > 0, torch.ones_like(under)), 0)
         heat = torch.einsum("tnd,ndhw->nthw", (share * first.relu()).sum(dim=(-2, -1)), activation)

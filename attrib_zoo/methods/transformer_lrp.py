@@ -169,7 +169,8 @@ def _from_scores(
         if bool((gradient < 0).any()):
             raise UnsupportedModelError(
                 f"model: must put out the logits of its linear head {head.linears[-1]!r}, for which a relevance of one "
-                "is defined; something behind it, such as a softmax, mixes the classes: pass the model without it"
+                "is defined; something behind it, such as a softmax, mixes the classes: pass the model without it (of "
+                "one logit class 0 is its negation: ask for target=1, or use GenericAttention)"
             )
         share = gradient.to(dtype)
         for name in reversed(head.linears):

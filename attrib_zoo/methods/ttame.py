@@ -18,7 +18,7 @@ from attrib_zoo.training.checkpoint import Checkpoint
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
-from attrib_zoo.training.losses import area, cross_entropy, gone, order_mask, two_logits, variation
+from attrib_zoo.training.losses import FIT_SCORES, area, cross_entropy, gone, order_mask, two_logits, variation
 from attrib_zoo.training.recipe import Recipe, as_recipe
 from attrib_zoo.training.rows import ROW_IMAGES, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
@@ -105,6 +105,8 @@ class TTAME(TrainableAttribution):
         branch_activation: ``"relu"`` or ``"sigmoid"`` (Table 6).
         masking: ``"raw"`` (Eq. 13), ``"standardized"`` (Eq. 14), or ``"auto"``: standardised where the layers are
             tokens or lie in self-attention blocks (Table 7).
+        score: in which sense the model decides: ``"softmax"``, one class of all, or ``"sigmoid"`` for multi-label
+            heads: each class by itself. The cross-entropy of fit and the confidence of its validation follow.
         mean: of the standardisation, per channel; ``None`` for the model's own configuration, else ImageNet's.
         std: as ``mean``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
@@ -159,6 +161,7 @@ class TTAME(TrainableAttribution):
         batch_norm: bool | None = None,
         branch_activation: str | None = None,
         masking: str = "auto",
+        score: str = "softmax",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         upsample: bool = True,
@@ -185,11 +188,12 @@ class TTAME(TrainableAttribution):
         self._automatic = isinstance(recipe, str) and recipe == "auto"  # until a fit has decided
         self._follow("rows" if self._automatic else recipe)
         self.masking = check_choice("masking", masking, MASKINGS)
+        self.score = check_choice("score", score, FIT_SCORES)
         self.mean, self.std = check_statistics(mean, std)
 
     def options(self) -> dict[str, Any]:
         """The recipe, as its name or its fields, and the options that are not part of it."""
-        own = ("masking", "mean", "std", "upsample")
+        own = ("masking", "score", "mean", "std", "upsample")
         shown = {"smooth": self.smooth, "scale": self.scale}
         if self._automatic and not self.is_fitted:
             return {"recipe": "auto", **self._changes, **{name: getattr(self, name) for name in own}}
@@ -206,14 +210,14 @@ class TTAME(TrainableAttribution):
 
     def _targets(self, outputs: Tensor, query: TargetQuery) -> Target:
         target = query.resolve(outputs)
-        if target.contrasts or not self.recipe.contrast or outputs.ndim != 2 or outputs.shape[1] == 1:
+        if target.contrasts or not self.recipe.contrast:
             return target
-        return target.against(outputs, self.recipe.contrast, self.recipe.contrast_weight)
+        return target.against(two_logits(outputs), self.recipe.contrast, self.recipe.contrast_weight)
 
     def _all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
-        if not self.recipe.contrast or outputs.ndim != 2 or outputs.shape[1] == 1:
+        if not self.recipe.contrast:
             return maps
-        return less_rivals(maps, outputs, self.recipe.contrast, self.recipe.contrast_weight)
+        return less_rivals(maps, two_logits(outputs), self.recipe.contrast, self.recipe.contrast_weight)
 
     # ------------------------------------------------------------------ training
 
@@ -287,12 +291,12 @@ class TTAME(TrainableAttribution):
         mask = upsample(own_map, images.shape[-2:]).to(images.dtype)
         masked = forward(self.model, blend(images, mask, self.baseline_of(images)), args)
         parts = {
-            "ce": cross_entropy(masked, classes).mean(),
+            "ce": cross_entropy(masked, classes, self.score).mean(),
             "area": area(attention, self.recipe.area_power, self.recipe.area_offset).mean(),
             "variation": self._variation(attention.sigmoid()).mean(),
         }
         everything = self._loss(
-            cross_entropy(clean, classes).mean(),
+            cross_entropy(clean, classes, self.score).mean(),
             (1 + self.recipe.area_offset) ** self.recipe.area_power,
             self._variation(torch.ones_like(attention[:1])).mean(),
         )
@@ -326,7 +330,7 @@ class TTAME(TrainableAttribution):
         target = Target(classes.view(-1, 1, 1))
         if self.recipe.contrast:
             target = target.against(logits, self.recipe.contrast, self.recipe.contrast_weight)
-        maps = mean_filter(self._class_maps(network, features, target.terms, target), self.smooth)
+        maps = mean_filter(self._class_maps(network, features, target), self.smooth)
         mask = order_mask(maps, _SHARES[0] + (_SHARES[1] - _SHARES[0]) * drawn[0])
         kept = (torch.arange(count, device=images.device) + (drawn[1, 0] < 0.5)) % 2 == 0
         mask = torch.where(kept.view(-1, 1, 1, 1), mask, 1 - mask)
@@ -334,7 +338,7 @@ class TTAME(TrainableAttribution):
         hidden_there = torch.where(blurred, blur(images, _BLUR * images.shape[-1]), self.baseline_of(images))
         shown = blend(images, upsample(mask, images.shape[-2:]).to(images.dtype), hidden_there)
         outputs = forward(self.model, shown, args)
-        losses = torch.where(kept, cross_entropy(outputs, classes), gone(outputs, classes))
+        losses = torch.where(kept, cross_entropy(outputs, classes, self.score), gone(outputs, classes, self.score))
         parts = {
             "keep": (losses * kept).sum() / kept.sum().clamp(min=1),
             "drop": (losses * ~kept).sum() / (~kept).sum().clamp(min=1),

@@ -36,7 +36,11 @@ def read_maps(attributions: Tensor, batch: int) -> Tensor:
 
 
 def scale_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps ``(N, 1, h, w)`` in [0, 1] at the images' size: min-max first, upsampling second, as the papers do."""
+    """Maps ``(N, 1, h, w)`` in [0, 1] at the images' size: min-max first, upsampling second, as the papers do.
+
+    The one place where measures scale. Enlarging takes a map's extremes away, so a second scaling afterwards would give
+    other values: pass maps as the layer has them (``upsample=False``).
+    """
     return upsample(min_max(maps), size)
 
 

@@ -13,7 +13,7 @@ from attrib_zoo.backbone.capture import forward, forward_args, frozen, select_ar
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.errors import InputError, OptionError, UnsupportedModelError
 from attrib_zoo.masking import ChunkSize, black, channel_stats
-from attrib_zoo.targets import Target, TargetQuery
+from attrib_zoo.targets import Target, TargetQuery, class_scores
 
 Masking = str | Tensor
 Score = str | Callable[[Tensor], Tensor]
@@ -83,15 +83,16 @@ def select_scores(target: Target, outputs: Tensor, score: Score) -> Tensor:
     """The targeted scores, ``(N,)``."""
     if isinstance(score, str):
         return target.select(outputs, score)[:, 0]
-    return target.select(score(outputs))[:, 0]
+    return target.select(score(class_scores(outputs)))[:, 0]
 
 
 def agreement(target: Target, outputs: Tensor, score: Score) -> Tensor:
     """1 where the model's decision is the target, else 0: ``(N,)``; for sigmoids, where the target has 0.5 or more."""
     scores = select_scores(target, outputs, score)
+    outputs = class_scores(outputs)
     if score == "sigmoid":
         return (scores >= 0.5).to(scores.dtype)
-    if outputs.ndim != 2 or outputs.shape[1] < 2:
+    if outputs.ndim != 2:
         raise UnsupportedModelError(
             f"reduce: 'accuracy' needs a decision between the classes of outputs (N, K), got {tuple(outputs.shape)}; "
             "use reduce='confidence', or score='sigmoid'"

@@ -170,7 +170,9 @@ def masked_confidence(
     Args:
         model: A classifier. It runs in eval mode and is left as it was.
         inputs: ``(N, C, H, W)``, standardised as the model wants them.
-        attributions: The maps: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)``.
+        attributions: The maps: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)``. At the
+            layer's resolution (``GradCAM(model, upsample=False)``) they are scaled before they are enlarged, as in the
+            papers; maps of the images' size are scaled as they are.
         target: In any of Captum's forms; ``None`` is the model's own decision on the whole image. It is the same for
             the whole and the masked image.
         keep: Fraction of the pixels kept, above 0 and at most 1.

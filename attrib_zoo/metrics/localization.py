@@ -30,8 +30,9 @@ def energy_pointing_game(
 ) -> Tensor:
     """Share of each map's energy that falls on the true region: ``sum |E * G| / sum |E|``; higher is better.
 
-    Chance is the region's share of the image, and so is the value of a map without structure. Compare it on images
-    with several objects: a map of *any* object also scores above chance.
+    Chance is the region's share of the image; a constant map gets it with ``normalize=False``, and 0 otherwise, since
+    scaled to [0, 1] it has no energy. Where the region fills the image every map with energy has 1. Compare it on
+    images with several objects: a map of *any* object also scores above chance.
 
     Args:
         model: Not used; there so that all measures are called alike.

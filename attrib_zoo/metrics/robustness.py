@@ -15,7 +15,7 @@ from attrib_zoo.errors import InputError, OptionError
 from attrib_zoo.masking import ChunkSize, at_least_float32, upsample
 from attrib_zoo.metrics._maps import Seed, finite_rows, read_maps, seeds_of
 from attrib_zoo.metrics._scores import check_inputs, run_in_chunks
-from attrib_zoo.targets import TargetQuery
+from attrib_zoo.targets import TargetQuery, class_scores
 
 SCORES = ("logit", "softmax", "sigmoid")
 PERTURBATIONS = ("noise", "square")
@@ -77,11 +77,7 @@ def infidelity(
 
         def ask(images: Tensor, *rest: Any) -> Tensor:
             outputs = forward(bare, images, rest)
-            outputs = at_least_float32(outputs)
-            if score == "logit":
-                return outputs
-            TargetQuery(None).resolve(outputs).select(outputs, score)  # an error where there is no such score
-            return outputs.softmax(1) if score == "softmax" else outputs.sigmoid()
+            return class_scores(at_least_float32(outputs), score)
 
         found: Tensor = captum_infidelity(
             ask,
@@ -148,7 +144,8 @@ def sensitivity_max(
 
     def ask(images: Any, target: Any = None) -> tuple[Tensor]:
         image = images[0] if isinstance(images, tuple) else images
-        return (read_maps(explain(image, target), len(image)),)  # Captum iterates over a bare tensor
+        maps = upsample(read_maps(explain(image, target), len(image)), image.shape[-2:])
+        return (maps,)  # Captum iterates over a bare tensor
 
     found: Tensor = captum_sensitivity_max(
         ask,
@@ -227,8 +224,6 @@ def _all_channels(attributions: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _fixed(model: nn.Module, inputs: Tensor, target: Any, args: tuple[Any, ...], chunk_size: int | None) -> Any:
-    """The target in a form that Captum repeats for the copies of each image; None for one value per image."""
+    """The target in a form that Captum repeats for the copies of each image."""
     index = TargetQuery(target).resolve(run_in_chunks(model, inputs, args, chunk_size)).index[:, 0]
-    if index.shape[1] == 0:
-        return None
     return index[:, 0] if index.shape[1] == 1 else [tuple(row) for row in index.tolist()]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.errors import DataError, OptionError, TargetError, UnsupportedModelError, closest, listed, reason
 from attrib_zoo.models.weights import ask_hub, download, fit_into
+from attrib_zoo.visualize import in_colour
 
 _VIEW = 448  # pixels that a picture for the eye should have, about
 
@@ -26,13 +27,14 @@ class LoadedModel:
     """A classifier in eval mode, and what must be known to use it on photographs.
 
     Attributes:
-        model: takes standardised ``(N, C, H, W)`` images and returns ``(N, K)`` logits.
+        model: takes standardised ``(N, C, H, W)`` images and returns ``(N, K)`` logits, or one logit per image, whose
+            sign decides between two classes.
         transform: the model's own preprocessing: PIL image to standardised ``(C, H, W)``.
         view: the same crop for the eye: PIL image to ``(3, kH, kW)`` in [0, 1], enlarged by a whole number k.
         mean: per channel, of the standardisation.
         std: per channel, of the standardisation.
         input_size: ``(C, H, W)``.
-        num_classes: K.
+        num_classes: K; 2 where the model has one logit.
         class_names: K names, or ``None`` where nobody gave them.
     """
 
@@ -52,21 +54,38 @@ class LoadedModel:
     def class_index(self, target: str) -> int:
         """The class that a person means: its index as digits, or its name (case does not matter).
 
+        Where the names are numbers themselves, digits that mean one class as an index and another as a name are
+        refused; ``"#3"`` is the index 3 whatever the names.
+
         Raises:
-            TargetError: no such class, or several of that name.
+            TargetError: no such class, several of that name, or digits that may mean two.
         """
         advice = f"give an index from 0 to {self.num_classes - 1}" + (", or a name" if self.class_names else "")
-        if target.lstrip("+-").isdigit():
-            if 0 <= int(target) < self.num_classes:
-                return int(target)
-            raise TargetError(f"target: the model has {self.num_classes} classes, got {target}; {advice}")
         names = [name.casefold() for name in self.class_names or ()]
         found = [i for i, name in enumerate(names) if name == target.casefold()]
+        digits = target.removeprefix("#")
+        if digits.lstrip("+-").isdecimal() and (not found or digits != target or self._is_index(int(digits))):
+            index = int(digits)
+            if not self._is_index(index):
+                raise TargetError(f"target: the model has {self.num_classes} classes, got {target}; {advice}")
+            numbered = bool(names) and names[index] != digits and names[index].lstrip("+-").isdecimal()
+            if digits == target and (numbered or found not in ([], [index])):
+                meant = f"index {index} is the class {self.class_name(index)!r}"
+                meant += f", and the class {target!r} has the index {listed(found)}" if found else ""
+                raise TargetError(
+                    f"target: {target!r} may be an index or a name, as classes have numbers for names: {meant}; give "
+                    + " or ".join(f"'#{number}'" for number in dict.fromkeys([index, *found]))
+                    + ", which is always an index"
+                )
+            return index
         if len(found) == 1:
             return found[0]
         if found:
             raise TargetError(f"target: {target!r} is the name of the classes {listed(found)}; give the index instead")
         raise TargetError(f"target: no class is called {target!r}{closest(target, self.class_names or ())}; {advice}")
+
+    def _is_index(self, number: int) -> bool:
+        return 0 <= number < self.num_classes
 
 
 def load(
@@ -84,8 +103,10 @@ def load(
             (``resnet50.a1_in1k``) work, and ``timm/resnet50`` asks for timm's where both have one.
         weights: a safetensors file or a PyTorch state dict; ``None`` downloads the model's own pretrained weights
             through its library (or takes them from its cache).
-        num_classes: number of classes; read from the file's last layer, or the pretrained model, if ``None``.
-        class_names: the names of the classes; the ImageNet names for the models that have ImageNet's classes if
+        num_classes: number of outputs (1 for a model of one logit, which decides between two classes); read from the
+            file's last layer, or the pretrained model, if ``None``.
+        class_names: the names of the classes: of a model with one logit two, the second for a positive logit, or that
+            one alone; the ImageNet names for the models that have ImageNet's classes if
             ``None``.
         device: where the model goes; the CPU if ``None``.
 
@@ -112,10 +133,25 @@ def load(
             f"model: {name} returns features and has no classes of its own; choose a classifier, "
             "or pass num_classes and weights that have a last layer"
         )
-    if class_names is not None and len(class_names) != classes:
-        raise OptionError(f"class_names: must be one per class, got {len(class_names)} names for {classes} classes")
-    names = class_names if class_names is not None else source.names(model, classes)
+    decided = max(2, classes)
+    if class_names is None:
+        class_names = source.names(model, classes)
+    elif classes == 1 and len(class_names) == 1:
+        class_names = (f"not {class_names[0]}", class_names[0])
+    elif len(class_names) != decided:
+        what = f"{decided} classes" if classes > 1 else "the 2 classes of a model with one logit"
+        raise OptionError(f"class_names: must be one per class, got {len(class_names)} names for {what}")
     transform, view, mean, std, size = source.preprocessing(model)
+    bands = _bands(model)
+    usual = bands == 3 or bands == _bands(source.build(None))  # some begin with a rearranged image
+    if bands == 1 and not usual:
+        raw, mean, std, size = source.raw(model), (0.5,), (0.5,), (1, *size[1:])
+        transform = _InGrey(raw, mean[0], std[0])
+    elif not usual:
+        raise UnsupportedModelError(
+            f"model: must take photographs, with 3 bands or 1, got weights for images of {bands} bands; build it in "
+            f"Python and pass tensors: attribute(images) with images (N, {bands}, H, W)"
+        )
     return LoadedModel(
         model=model.eval().to(place),
         transform=transform,
@@ -123,8 +159,8 @@ def load(
         mean=mean,
         std=std,
         input_size=size,
-        num_classes=classes,
-        class_names=None if names is None else tuple(names),
+        num_classes=decided,
+        class_names=None if class_names is None else tuple(class_names),
     )
 
 
@@ -147,7 +183,7 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
     """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
         if file.suffix.lower() != ".json":
             return [line.strip() for line in text.splitlines() if line.strip()]
         entries = json.loads(text)
@@ -180,14 +216,14 @@ class _Torchvision:
         self.recipe = models.get_model_weights(name).DEFAULT
         self.default_classes = len(self.recipe.meta["categories"])
 
-    def build(self, num_classes: int | None) -> nn.Module:
+    def build(self, num_classes: int | None, channels: int = 3) -> nn.Module:
         from torchvision.models import get_model
 
         options: dict[str, Any] = {"num_classes": num_classes or self.default_classes}
         if self.name in ("googlenet", "inception_v3"):  # as torchvision builds them for its own weights
-            options |= {"init_weights": False, "transform_input": True}
+            options |= {"init_weights": False, "transform_input": channels == 3}
         model: nn.Module = get_model(self.name, weights=None, **options)
-        return model
+        return model if channels == 3 else _rebanded(model, channels)
 
     def pretrained(self, num_classes: int | None) -> nn.Module:
         from torchvision.models import get_model
@@ -203,16 +239,21 @@ class _Torchvision:
 
     def preprocessing(self, model: nn.Module) -> _Preprocessing:
         preset = self.recipe.transforms()
-        crop, resize = preset.crop_size[0], preset.resize_size[0]
-        k = _enlargement(crop, crop)
-        view = type(preset)(
-            crop_size=crop * k,
-            resize_size=resize * k,
+        crop = preset.crop_size[0]
+        view = self.raw(model, _enlargement(crop, crop))
+        return _InColour(preset), _InColour(view), tuple(preset.mean), tuple(preset.std), (3, crop, crop)
+
+    def raw(self, model: nn.Module, k: int = 1) -> Transform:
+        """The preprocessing without the standardisation, k times as large."""
+        preset = self.recipe.transforms()
+        found: Transform = type(preset)(
+            crop_size=preset.crop_size[0] * k,
+            resize_size=preset.resize_size[0] * k,
             mean=(0.0,) * 3,
             std=(1.0,) * 3,
             interpolation=preset.interpolation,
         )
-        return _InColour(preset), _InColour(view), tuple(preset.mean), tuple(preset.std), (3, crop, crop)
+        return found
 
 
 class _Timm:
@@ -229,10 +270,11 @@ class _Timm:
             ) from error
         self.default_classes = int(self.config.num_classes)
 
-    def build(self, num_classes: int | None) -> nn.Module:
+    def build(self, num_classes: int | None, channels: int = 3) -> nn.Module:
         from timm import create_model
 
-        model: nn.Module = create_model(self.name, num_classes=num_classes or self.default_classes)
+        options = {} if channels == 3 else {"in_chans": channels}
+        model: nn.Module = create_model(self.name, num_classes=num_classes or self.default_classes, **options)
         return model
 
     def pretrained(self, num_classes: int | None) -> nn.Module:
@@ -258,11 +300,19 @@ class _Timm:
         from timm.data import create_transform, resolve_data_config
 
         config = resolve_data_config({}, model=model)
-        channels, height, width = size = config["input_size"]
-        k = _enlargement(height, width)
+        _, height, width = size = config["input_size"]
+        view = self.raw(model, _enlargement(height, width))
+        return _InColour(create_transform(**config)), _InColour(view), tuple(config["mean"]), tuple(config["std"]), size
+
+    def raw(self, model: nn.Module, k: int = 1) -> Transform:
+        """The preprocessing without the standardisation, k times as large."""
+        from timm.data import create_transform, resolve_data_config
+
+        config = resolve_data_config({}, model=model)
+        channels, height, width = config["input_size"]
         plain = {"input_size": (channels, height * k, width * k), "mean": (0.0,) * channels, "std": (1.0,) * channels}
-        transform, view = create_transform(**config), create_transform(**{**config, **plain})
-        return _InColour(transform), _InColour(view), tuple(config["mean"]), tuple(config["std"]), size
+        found: Transform = create_transform(**{**config, **plain})
+        return found
 
 
 def _source(name: str) -> _Torchvision | _Timm:
@@ -291,7 +341,42 @@ class _InColour:
     transform: Transform
 
     def __call__(self, image: Any) -> Tensor:
-        return self.transform(image.convert("RGB"))
+        return self.transform(in_colour(image))
+
+
+@dataclass(frozen=True)
+class _InGrey:
+    """A transform without standardisation, for models that take one band: PIL image of any mode to ``(1, H, W)``."""
+
+    transform: Transform
+    mean: float
+    std: float
+
+    def __call__(self, image: Any) -> Tensor:
+        return (self.transform(in_colour(image).convert("L").convert("RGB"))[:1] - self.mean) / self.std
+
+
+def _bands(model: nn.Module) -> int:
+    """How many bands the images have that the model takes."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return 3 if first is None else first.in_channels
+
+
+def _rebanded(model: nn.Module, channels: int) -> nn.Module:
+    """The model with another first convolution, which takes so many bands."""
+    name, first = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    other = nn.Conv2d(
+        channels,
+        first.out_channels,
+        first.kernel_size,  # type: ignore[arg-type]  # pairs, as a convolution keeps them
+        first.stride,  # type: ignore[arg-type]
+        first.padding,  # type: ignore[arg-type]
+        first.dilation,  # type: ignore[arg-type]
+        bias=first.bias is not None,
+    )
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, other)
+    return model
 
 
 def _device(device: str | torch.device | None) -> torch.device:

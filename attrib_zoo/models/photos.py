@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from attrib_zoo.errors import DataError, reason
+from attrib_zoo.errors import DataError, InputError, reason, warn
 from attrib_zoo.metrics import box_masks
+from attrib_zoo.visualize import in_colour
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,6 +46,8 @@ def find_photos(places: Iterable[str | os.PathLike[str]], *, leave_out: Path | N
                 raise DataError(f"no image in the folder '{place}' or below ({' '.join(SUFFIXES)}); give another one")
         elif place.exists():
             photos = [place]
+        elif re.match(r"[a-z][a-z0-9+.-]+:/", str(place), re.IGNORECASE):
+            raise DataError(f"'{place}' is an address; nothing is downloaded: save the photograph and name the file")
         else:
             raise DataError(f"no file or folder '{place}'; look at the path")
         for photo in photos:
@@ -65,15 +69,26 @@ def _in_folder(folder: Path, leave_out: Path | None) -> list[Path]:
 def open_photo(path: Path) -> Image:
     """Read an image whole, turned upright as its camera noted, in RGB.
 
+    16-bit images are scaled by their full range, floating-point ones from 0 to 1. Of animations and files of several
+    pages it is the first, and a warning says so.
+
     Raises:
-        DataError: the file is no image, or is damaged; the message names it.
+        DataError: the file is no image, is damaged, or does not say what is white; the message names it.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
+            frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a camera's JPEG and its previews
+            file.seek(0)
             upright = ImageOps.exif_transpose(file)
-            return upright.convert("RGBA").convert("RGB") if "transparency" in upright.info else upright.convert("RGB")
+            upright.format = file.format
+            found = in_colour(upright)
+        if frames > 1:
+            warn(f"'{path}' has {frames} frames or pages; the first is used")
+        return found
+    except InputError as error:
+        raise DataError(f"'{path}' cannot be used: {error}") from error
     except Exception as error:  # each format of PIL has its own kinds
         raise _no_image(path, error) from error
 
@@ -143,7 +158,7 @@ def read_boxes(path: str | os.PathLike[str]) -> dict[Path, Tensor]:
     """
     source, found = Path(path), defaultdict(list)
     try:
-        with source.open(newline="", encoding="utf-8") as file:
+        with source.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a file with a mark
             for line in csv.DictReader(file):
                 corners = [float(line[name]) for name in ("xmin", "ymin", "xmax", "ymax")]
                 found[(source.parent / line["path"]).resolve()].append(corners)
@@ -186,19 +201,28 @@ class BoxedPhotos(Dataset[dict[str, Tensor]]):
         return {"image": self.photos.transform(photo), "masks": seen > 0.5}
 
 
+_LONGEST = 140  # bytes of a stem: file systems take 255, and more is added to it
+
+
 def own_stems(paths: Sequence[Path]) -> list[str]:
-    """A file name for each photograph, without suffix: its own, and numbered where an earlier one has it."""
-    taken = {path.stem.casefold() for path in paths}
+    """A file name for each photograph, without suffix: its own, cut where very long, and numbered where it is taken."""
+    short = [cut(path.stem, _LONGEST) for path in paths]
+    taken = {stem.casefold() for stem in short}
     used: set[str] = set()
     stems = []
-    for path in paths:
-        stem, number = path.stem, 1
+    for own in short:
+        stem, number = own, 1
         while stem.casefold() in used or (number > 1 and stem.casefold() in taken):
             number += 1
-            stem = f"{path.stem}-{number}"
+            stem = f"{own}-{number}"
         used.add(stem.casefold())
         stems.append(stem)
     return stems
+
+
+def cut(name: str, most: int) -> str:
+    """The name's first characters, as many as make no more than so many bytes in a file system."""
+    return os.fsencode(name)[:most].decode(errors="ignore") if len(os.fsencode(name)) > most else name
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import pickle
 import socket
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -36,12 +38,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
+            if _is_scripted(path):
+                raise DataError(
+                    f"weights: '{path}' is a TorchScript archive, which holds code; save its tensors alone: "
+                    "torch.save(torch.jit.load(path).state_dict(), other_path)"
+                )
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"weights: '{path}' is damaged, or holds Python objects, which are not loaded for safety; "
             "save the tensors alone: torch.save(model.state_dict(), path)"
         ) from error
+    except DataError:
+        raise
     except Exception as error:  # whatever the two readers say of a broken file
         raise DataError(f"weights: cannot read '{path}' ({reason(error)}); it is damaged or cut off") from error
     for key in ("state_dict", "model_state_dict", "model"):
@@ -58,13 +67,31 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def fit_into(
-    build: Callable[[int | None], nn.Module], path: Path, num_classes: int | None
-) -> tuple[nn.Module, int | None]:
+def _is_scripted(path: Path) -> bool:
+    """Whether torch.jit.save wrote the file: an archive with code beside its tensors."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def _without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a file that is the model, where a trainer holds it under a name (Lightning: ``model.``)."""
+    if any(key in wanted for key in state):
+        return state
+    for prefix in dict.fromkeys(key.partition(".")[0] + "." for key in state):
+        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if any(key in wanted for key in part):
+            return part
+    return state
+
+
+def fit_into(build: Callable[..., nn.Module], path: Path, num_classes: int | None) -> tuple[nn.Module, int | None]:
     """Build a model and put a file's weights into it, every tensor in its place.
 
     Args:
-        build: makes the model with a number of classes, or with its own number if ``None``.
+        build: makes the model with a number of classes, or with its own number if ``None``; and, where it can, with a
+            number of bands of its images as ``channels=``.
         path: the file.
         num_classes: how many classes; ``None``: as many as the file has.
 
@@ -76,9 +103,13 @@ def fit_into(
     """
     state = read_weights(path)
     model = build(num_classes)
+    state = _without_prefix(state, model.state_dict())
     if num_classes is None:
         num_classes = _classes_in(state, model.state_dict())
         model = model if num_classes is None else build(num_classes)
+    channels = _channels_in(state, model.state_dict())
+    if channels is not None and "channels" in inspect.signature(build).parameters:
+        model = build(num_classes, channels=channels)
     wanted = model.state_dict()
     faults = {
         "missing": [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")],
@@ -100,13 +131,30 @@ def fit_into(
 
 def _classes_in(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> int | None:
     """The number of classes of the file, if the length of the last layer is all in which it differs."""
-    differ = [(state[key].shape, wanted[key].shape) for key in wanted if key in state]
+    bands = _other_bands(state, wanted)
+    differ = [(state[key].shape, wanted[key].shape) for key in wanted if key in state and key not in bands]
     differ = [(ours, theirs) for ours, theirs in differ if ours != theirs]
     lengths = {(ours[:1], theirs[:1]) for ours, theirs in differ}
     if len(lengths) != 1 or any(ours[1:] != theirs[1:] for ours, theirs in differ):
         return None
     (ours, _), *_ = lengths
     return ours[0] if ours else None
+
+
+def _other_bands(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """The convolutions that differ in what they take, and in nothing else, of those that take colours."""
+    return [
+        key
+        for key in wanted
+        if key in state and wanted[key].ndim == 4 and wanted[key].shape[1] == 3 and state[key].ndim == 4
+        if state[key].shape[1] != 3 and state[key][:, 0].shape == wanted[key][:, 0].shape
+    ]
+
+
+def _channels_in(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> int | None:
+    """The number of bands of the images that the file is for, if it is not that of colours."""
+    found = {state[key].shape[1] for key in _other_bands(state, wanted)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _shape(tensor: Tensor) -> str:

@@ -14,6 +14,7 @@ import torch
 from captum.attr import Attribution, FeatureAblation
 from torch import Tensor, nn
 
+from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.testing.benches import MODELS
 from attrib_zoo.testing.colours import ColourNet, colour_scenes
 from attrib_zoo.testing.state import Snapshot
@@ -203,32 +204,55 @@ def own_decision(case: Case) -> None:
 
 
 class _OneOutput(nn.Module):
-    def __init__(self, model: nn.Module, *, column: bool) -> None:
+    """A logit and a constant, as one value per image or as the two that stand for the same decision."""
+
+    def __init__(self, model: nn.Module, form: str, offset: float) -> None:
         super().__init__()
         self.model = model
-        self.column = column
+        self.form = form
+        self.offset = offset
 
     def forward(self, inputs: Tensor, *args: Any) -> Tensor:
         out: Tensor = self.model(inputs, *args)
-        return out[:, 1:2] if self.column else out[:, 1]
+        z = out[:, 1] - self.offset
+        return {"vector": z, "column": z[:, None], "both": torch.stack([-z, z], 1)}[self.form]
+
+
+def _takes(explainer: Any, inputs: Tensor, **call: Any) -> bool:
+    try:
+        explainer.attribute(inputs, **call)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 @check("cnn", "vit")
 def single_output(case: Case) -> None:
-    """A model with one value per image, (N,) or (N, 1), is explained by that value.
+    """A model with one logit per image, (N,) or (N, 1), has the classes 0 and 1, and None follows the sign.
 
-    A method whose scores are probabilities has the same map if it is asked for logits instead.
+    Methods that read probabilities are asked for logits, so that two outputs say the same as one.
     """
-    vector, column = (
-        case.ready(_OneOutput(case.model, column=column)).attribute(case.inputs) for column in (False, True)
-    )
+    with torch.no_grad():
+        z = case.model(case.inputs)[:, 1]
+    offset = float(z.mean())  # so that both decisions occur
+    decided = (z > offset).long().tolist()
+    scores = {name: "logit" for name, p in case.parameters().items() if p.default == "softmax"}
+    scores = {} if case.fits(case.explainer) else scores
+    single = [case.ready(_OneOutput(case.model, form, offset), **scores) for form in ("vector", "column")]
+    negated = _takes(single[0], case.inputs, target=0)  # no relevance is defined for a negated logit, say
+    decision: Any = None if negated else 1
+    vector, column = (explainer.attribute(case.inputs, target=decision) for explainer in single)
     expect(bool(vector.any()), "the maps are all zero")
     same(column, vector, "the output (N, 1) against (N,)", 1e-6)
-    agnostic = getattr(case.explainer, "class_agnostic", False)
-    if not (agnostic or case.fits(case.explainer)):  # these depend on all the outputs that there are
-        scores = {name: "logit" for name, p in case.parameters().items() if name == "score" or p.default == "softmax"}
-        wanted = case.ready(case.model, **scores).attribute(case.inputs, target=1)
-        same(vector, wanted, "the only output against target 1 of the whole model", 1e-6)
+    for explainer in single if negated else ():
+        asked = explainer.attribute(case.inputs, target=decided)
+        same(vector, asked, "target=None against the sign of the logit", 1e-6)
+    if not case.fits(case.explainer):  # two fits need not agree
+        both = case.ready(_OneOutput(case.model, "both", offset), **scores)
+        for target in (0, 1) if negated else (1,):
+            wanted = both.attribute(case.inputs, target=target)
+            found = single[0].attribute(case.inputs, target=target)
+            same(found, wanted, f"class {target} of the one logit z against that of the logits -z and z", 1e-6)
 
 
 @check("cnn", "vit")

@@ -7,6 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrib_zoo.masking import at_least_float32
+from attrib_zoo.targets import class_scores, one_logit
+
+FIT_SCORES = ("softmax", "sigmoid")
+"""In which sense a model decides, as far as a fit can follow."""
 
 
 def area(logits: Tensor, power: float, offset: float = 0.0) -> Tensor:
@@ -48,15 +52,24 @@ def variation(masks: Tensor, *, total: bool = False, border: float = 0.0) -> Ten
     return found / (2 if total else 2 * masks[0].numel())
 
 
-def cross_entropy(outputs: Tensor, classes: Tensor) -> Tensor:
-    """Softmax cross-entropy of each image, ``(N,)``; a model with one value z per image has the logits (0, z)."""
+def cross_entropy(outputs: Tensor, classes: Tensor, score: str = "softmax") -> Tensor:
+    """Cross-entropy of each image's class, ``(N,)``; a model with one value z per image has the logits (0, z).
+
+    Args:
+        outputs: ``(N, K)`` logits, or one value per image.
+        classes: ``(N,)``.
+        score: ``"softmax"``, or ``"sigmoid"`` for the class's own binary cross-entropy.
+    """
+    if score == "sigmoid":
+        own = class_scores(at_least_float32(outputs))
+        return -F.logsigmoid(own.gather(1, classes.unsqueeze(1))[:, 0])
     return F.cross_entropy(two_logits(outputs), classes, reduction="none")
 
 
 def two_logits(outputs: Tensor) -> Tensor:
     """``(N, K)`` logits with K ≥ 2 in float32 or better: one value z per image becomes the two logits (0, z)."""
     outputs = at_least_float32(outputs)
-    if outputs.ndim == 1 or outputs.shape[1] == 1:
+    if one_logit(outputs):
         z = outputs.reshape(-1)
         return torch.stack([torch.zeros_like(z), z], dim=1)
     return outputs
@@ -90,12 +103,20 @@ def order_mask(maps: Tensor, share: Tensor, softness: float = 0.5) -> Tensor:
     return ((cells - limit) / unit).sigmoid().view_as(maps)
 
 
-def gone(outputs: Tensor, classes: Tensor) -> Tensor:
+def gone(outputs: Tensor, classes: Tensor, score: str = "softmax") -> Tensor:
     """``-log(1 - p)`` of each image's class, ``(N,)``: 0 where the model does not see the class any more.
 
-    Computed from the logits, ``log(1 - p) = logsumexp of the others - logsumexp of all``, which is finite where p
-    rounds to 1.
+    Computed from the logits, ``log(1 - p) = logsumexp of the others - logsumexp of all``, or, of a sigmoid z,
+    ``logsigmoid(-z)``, which are finite where p rounds to 1.
+
+    Args:
+        outputs: ``(N, K)`` logits, or one value per image.
+        classes: ``(N,)``.
+        score: which probability p is: ``"softmax"``, or ``"sigmoid"`` of the class's own logit.
     """
+    if score == "sigmoid":
+        own = class_scores(at_least_float32(outputs))
+        return -F.logsigmoid(-own.gather(1, classes.unsqueeze(1))[:, 0])
     logits = two_logits(outputs)
     others = logits.scatter(1, classes.unsqueeze(1), -torch.inf)
     return logits.logsumexp(1) - others.logsumexp(1)

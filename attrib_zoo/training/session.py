@@ -18,7 +18,7 @@ from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.errors import BackboneMismatchError, CheckpointError, DataError, LayerError, UnsupportedModelError
 from attrib_zoo.masking import at_least_float32
 from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
-from attrib_zoo.targets import Target, TargetQuery
+from attrib_zoo.targets import Target, TargetQuery, class_scores
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read
 from attrib_zoo.training.data import Batches, images_of
 from attrib_zoo.training.fit import State, Terms, tell
@@ -60,7 +60,7 @@ class Explainer(Protocol):
 
     def _targets(self, outputs: Tensor, query: TargetQuery) -> Target: ...
 
-    def _class_maps(self, network: nn.Module, features: Sequence[Tensor], rows: Tensor, target: Target) -> Tensor: ...
+    def _class_maps(self, network: nn.Module, features: Sequence[Tensor], target: Target) -> Tensor: ...
 
     def build_network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
         """As :class:`TrainableAttribution` has it."""
@@ -250,22 +250,22 @@ def _measures(
     terms = explainer.loss_terms(explainer._ready().network, images, args, generator)
     outputs, features = explainer._features(images, args)
     rows = terms.classes.to(images.device).unsqueeze(1)
-    target = explainer._targets(two_logits(outputs), TargetQuery(rows[:, 0]))
-    found_maps = explainer._class_maps(explainer._network_for(features), features, target.terms, target)
+    target = explainer._targets(outputs, TargetQuery(rows[:, 0]))
+    found_maps = explainer._class_maps(explainer._network_for(features), features, target)
     maps = explainer._as_asked(found_maps).to(images.dtype)
     found = {"loss": terms.loss.expand(len(images))}
-    if outputs.ndim == 2 and outputs.shape[1] > 1:
-        hidden = explainer.baseline_of(images)
-        call: dict[str, Any] = {
-            "target": rows[:, 0],
-            "masking": hidden if isinstance(hidden, Tensor) else "standardized",
-            "clean": two_logits(outputs).softmax(1).gather(1, rows)[:, 0],
-            "additional_forward_args": args,
-        }
-        for percent in (100, 50, 15):
-            call["keep"] = percent / 100
-            found[f"AD({percent})"] = 100 * average_drop(explainer.model, images, maps, **call)
-            found[f"IC({percent})"] = 100 * increase_in_confidence(explainer.model, images, maps, **call)
+    hidden, score = explainer.baseline_of(images), getattr(explainer, "score", "softmax")
+    call: dict[str, Any] = {
+        "target": rows[:, 0],
+        "masking": hidden if isinstance(hidden, Tensor) else "standardized",
+        "score": score,
+        "clean": class_scores(outputs, score).gather(1, rows)[:, 0],
+        "additional_forward_args": args,
+    }
+    for percent in (100, 50, 15):
+        call["keep"] = percent / 100
+        found[f"AD({percent})"] = 100 * average_drop(explainer.model, images, maps, **call)
+        found[f"IC({percent})"] = 100 * increase_in_confidence(explainer.model, images, maps, **call)
     return found
 
 

@@ -78,6 +78,24 @@ def test_a_wrapper_changes_nothing(name):
     torch.testing.assert_close(wrapped(inputs), vit()(inputs))  # and it still works, hooks or not
 
 
+class GradSampleModule(nn.Module):
+    """What Opacus wraps a model in: the model under ``_module``, with hooks that record while it trains."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._module = module
+
+    def forward(self, *args):
+        return self._module(*args)
+
+
+def test_models_in_opacus_and_their_forward_methods():
+    inputs = images(2, 32)
+    expected = heat(vit(), inputs)
+    torch.testing.assert_close(heat(GradSampleModule(vit()), inputs), expected)
+    torch.testing.assert_close(heat(vit().forward, inputs), expected)
+
+
 def test_distributed_data_parallel(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
@@ -472,3 +490,23 @@ class Foreign(Detached):
 def test_a_model_without_a_gradient_trains_no_explainer(model, says):
     with pytest.raises((LayerError, UnsupportedModelError), match=says):
         fitted(model().eval(), images(2, 32))
+
+
+def test_an_explainer_inside_a_compiled_function():
+    """Its maps are made eagerly: compiled code fires no hooks, and torch forbids to switch it off from within."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    explainer, inputs = GradCAM(model, "1"), images(2, 32)
+    expected = 2 * explainer.attribute(inputs, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where dynamo leaves the compiled part
+        compiled = torch.compile(lambda x: 2 * explainer.attribute(x, 1), backend="eager")
+        for _ in range(2):
+            assert torch.equal(compiled(inputs), expected)
+
+
+def test_a_layer_of_one_cell_can_be_named():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    inputs = images(2, 32)
+    found = GradCAM(model, "2", relu=False, upsample=False).attribute(inputs, 1)
+    wanted = (model[:4](inputs) * model[4].weight[1]).sum(1).detach()
+    torch.testing.assert_close(found.view(2), wanted)

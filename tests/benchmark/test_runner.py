@@ -18,6 +18,7 @@ from attrib_zoo.benchmark.controls import CONTROLS, blob, chance, edges, perfect
 from attrib_zoo.benchmark.cost import Cost, measured, peak_bytes
 from attrib_zoo.benchmark.measures import chosen
 from attrib_zoo.errors import AttribZooError, DataError, InputError, OptionError
+from attrib_zoo.masking import IMAGENET_MEAN, IMAGENET_STD, black
 
 CHEAP_FAMILIES = "ad,ic,drop,increase,insertion,sparseness"
 TENTHS = tuple(i / 10 for i in range(1, 10))
@@ -37,7 +38,7 @@ def run(model, methods=CHEAP, loader=None, wanted="ad,sparseness", **options) ->
 
 
 def test_a_tables_numbers_are_those_of_the_metrics(model):
-    method = GradCAM(model)
+    method = GradCAM(model, upsample=False)
     table = run(
         model, {"cam": method}, wanted=f"{CHEAP_FAMILIES},road,deletion,variation,infidelity,sensitivity", seed=5
     )
@@ -408,7 +409,6 @@ def test_wrong_options_are_refused_before_any_work(options, message):
 @pytest.mark.parametrize(
     ("outputs", "score", "message"),
     [
-        (lambda x: x.mean((1, 2, 3))[:, None], "softmax", "softmax"),
         (lambda x: x.mean((1,)), "softmax", "target: must be given"),
     ],
 )
@@ -465,9 +465,38 @@ def test_controls_stand_beside_the_methods_and_ignore_the_batch(model):
 def test_the_random_map_is_a_grid_of_7_by_7():
     image = torch.rand(1, 3, 49, 49, generator=torch.Generator().manual_seed(0))
     found = chance(0)(image, None)
-    grid = found[..., 3::7, 3::7]  # the centres of the cells
-    assert grid.flatten().unique().numel() == 49
-    torch.testing.assert_close(torch.nn.functional.interpolate(grid, (49, 49), mode="bilinear"), found)
+    assert found.shape == (1, 1, 7, 7)  # the measures scale it, then enlarge it, as all maps of layers
+    assert found.unique().numel() == 49
+
+
+def scaled_then_enlarged(maps):
+    """The papers' order, in float64: each map to [0, 1] where it was made, then bilinear."""
+    maps = maps.double()
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    return torch.nn.functional.interpolate((maps - low) / (high - low), size=(16, 16), mode="bilinear")
+
+
+@pytest.mark.parametrize("kind", [GradCAM, TTAME])
+def test_maps_are_scaled_at_layer_resolution_and_then_enlarged_once(model, kind):
+    method = kind(model, upsample=False, **({"num_layers": 1} if kind is TTAME else {}))
+    if kind is TTAME:
+        zoo.fit(method, [IMAGES], max_steps=3)
+    target = model(IMAGES).argmax(1)
+    small = method.attribute(IMAGES, target)
+    assert max(small.shape[-2:]) < 16
+    large = scaled_then_enlarged(small)
+    assert float(large.amax((2, 3)).min()) < 0.99  # enlarging takes the extremes away: a second scaling would show
+    limit = torch.quantile(large.flatten(1), 0.85, dim=1).view(-1, 1, 1, 1)
+    mask = (large * (large >= limit)).float()
+    colour = black(IMAGENET_MEAN, IMAGENET_STD, IMAGES)
+    p = model(IMAGES).softmax(1).gather(1, target[:, None])[:, 0]
+    q = model(colour + mask * (IMAGES - colour)).softmax(1).gather(1, target[:, None])[:, 0]
+    wanted = 100 * ((p - q).clamp(min=0) / p).double()
+    for upsample in (True, False):  # what a call returns makes no difference
+        method.upsample = upsample
+        table = run(model, {"cam": method}, wanted="ad")
+        torch.testing.assert_close(table.values("cam", "AD(15)"), wanted, rtol=1e-4, atol=1e-3)
+        assert method.upsample is upsample
 
 
 def test_the_blob_is_a_gaussian_in_the_middle():

@@ -377,8 +377,43 @@ def test_the_table_can_be_sorted_by_exact_values_and_the_best_is_bold(page):
         assert all(value == "" or float(value) >= 0 for value, _ in row[1:])
     for column, measure in enumerate(table.measures, start=1):
         bold = [row[0][0] for row in rows if row[column][1] == "best"]
-        means = {m: table.estimate(m, measure.name).mean for m in ("Grad-CAM", "<b>")}  # controls win nothing
-        assert bold == [min(means, key=means.get) if measure.lower else max(means, key=means.get)]
+        means = {m: table.estimate(m, measure.name).mean for m in table.methods}
+        means = {m: -mean if measure.lower else mean for m, mean in means.items() if not math.isnan(mean)}
+        first = max(means, key=means.get)
+        assert bold == ([] if first in table.controls else [first])
+
+
+def bold_rows(tmp_path, values, lower=False):
+    """The methods in bold of a table with one measure, one image."""
+    model = zoo.small_cnn()
+    methods = {name: (lambda x, t, v=v: x.new_full((len(x), 1, 4, 4), v)) for name, v in values.items()}
+    measure = Measure("m", lambda asked: asked.maps.mean((1, 2, 3)), lower=lower, percent=False)
+    table = evaluate(model, methods, Batches(7), [measure], controls=False, show_progress=False)
+    path = write_report(tmp_path / "r.html", table, model, {}, lambda i: IMAGES[i], mean=(0.0,) * 3, std=(1.0,) * 3)
+    return re.findall(r'<tr><td data-value="([^"]*)">[^<]*</td><td data-value="[^"]*" class="best">', path.read_text())
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_all_tied_means_are_bold_unless_a_control_is_better(tmp_path, lower):
+    sign = -1 if lower else 1
+    tied = {"a": sign * 0.5, "b": sign * (0.5 + 1e-7), "c": sign * 0.25}  # a and b are printed alike
+    assert bold_rows(tmp_path, tied, lower) == ["a", "b"]
+    assert bold_rows(tmp_path, {**tied, "random map": sign * 0.5}, lower) == ["a", "b"]
+    assert bold_rows(tmp_path, {**tied, "random map": sign * 0.75}, lower) == []
+    assert bold_rows(tmp_path, {**tied, "perfect map": sign * 0.75}, lower) == ["a", "b"]
+
+
+def test_the_best_of_some_methods_at_some_decimals():
+    """An untrained twin still reads the model, so it takes no method's place; nor does a method that is not asked."""
+    table = by_hand({"a": [0.52, 0.52], "b": [0.49, 0.49], "a, untrained": [0.8, 0.8], "edges": [0.54, 0.54]})
+    table.records.setting = {**table.records.setting, "controls": ["a, untrained"]}
+    assert table.best("score") == ["edges"]
+    assert table.best("score", among=["a", "b"]) == ["a"]
+    assert table.best("score", digits=1, among=["a", "b"]) == ["a", "b"]
+    table.records.setting["controls"] = ["a, untrained", "edges"]
+    assert table.best("score") == []
+    assert table.best("score", digits=1) == ["a", "b"]  # printed alike, so the control is not seen to be better
+    assert by_hand({"a": [NAN], "edges": [1.0]}).best("score") == []
 
 
 def test_the_page_shows_best_median_and_worst(page):

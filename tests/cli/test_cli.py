@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from cli_cases import MODEL, NAMES, failure, make_files, noise
 from PIL import Image
@@ -191,7 +192,7 @@ def test_explain_a_class_by_index_or_name(files, usual, loaded, tmp_path, capsys
     photo = files / "photos/p3.png"
     assert main(["explain", str(photo), *usual, "--target", asked, "--output", str(tmp_path)]) == 0
     method = GradCAM(loaded.model)
-    got = written(tmp_path / "p3-gradcam.png")
+    got = written(tmp_path / "p3-gradcam-2-cat.png")
     assert close(got, expected(loaded, photo, method, 2))
     assert not close(got, expected(loaded, photo, method, 1))
     with Image.open(photo) as image:
@@ -199,6 +200,94 @@ def test_explain_a_class_by_index_or_name(files, usual, loaded, tmp_path, capsys
     out = capsys.readouterr().out
     assert "explained: cat" in out
     assert f"  {share:.1%}" in out
+
+
+def test_pictures_of_two_classes_stand_side_by_side(files, usual, tmp_path) -> None:
+    words = ["explain", str(files / "photos/p3.png"), *usual, "--output", str(tmp_path)]
+    for more in ([], ["--target", "cat"], ["--target", "dog"]):
+        assert main([*words, *more]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "p3-gradcam-2-cat.png",
+        "p3-gradcam-3-dog.png",
+        "p3-gradcam.png",
+    ]
+
+
+def test_very_long_names_stop_nothing(usual, tmp_path, capsys) -> None:
+    for i, name in enumerate(("a" * 240, "ж" * 120, "b")):
+        noise(tmp_path / "in" / f"{name}.png", i)
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["ant", "bee", "ж" * 100, "dog", "elk"]), encoding="utf-8-sig")
+    usual[-1] = str(names)
+    words = ["explain", str(tmp_path / "in"), *usual, "--method", "gradcam,layercam", "--output", str(tmp_path / "out")]
+    assert main([*words, "--target", "ж" * 100]) == 0
+    assert main([*words, "--target", "ant"]) == 0  # the first line, though the file begins with a mark
+    assert len(list((tmp_path / "out").iterdir())) == 2 * 3 * 3
+
+
+class TestOneLogit:
+    """The same network with one output z and with the two outputs -z/2 and z/2, whose softmax decides alike."""
+
+    @pytest.fixture
+    def pair(self, tmp_path) -> list[list[str]]:
+        torch.manual_seed(3)
+        two = timm.create_model(MODEL, num_classes=2)
+        torch.nn.init.normal_(two.fc.weight)
+        for i in range(6):
+            noise(tmp_path / f"in/p{i}.png", i)
+        state = two.eval().state_dict()
+        transform = models.load(MODEL, weights=save(two, tmp_path / "two.pth")).transform
+        images = torch.stack([transform(Image.open(tmp_path / f"in/p{i}.png")) for i in range(6)])
+        with torch.no_grad():
+            z = two(images)
+            middle = (z[:, 1] - z[:, 0]).median() + 1e-3
+        row, bias = state["fc.weight"][1] - state["fc.weight"][0], state["fc.bias"][1] - state["fc.bias"][0] - middle
+        halves = {"fc.weight": torch.stack([-row, row]) / 2, "fc.bias": torch.stack([-bias, bias]) / 2}
+        torch.save({**state, **halves}, tmp_path / "two.pth")
+        torch.save({**state, "fc.weight": row[None], "fc.bias": bias[None]}, tmp_path / "one.pth")
+        (tmp_path / "names.txt").write_text("negative\npositive\n")
+        common = ["explain", str(tmp_path / "in"), "--model", MODEL, "--classes", str(tmp_path / "names.txt")]
+        return [
+            [*common, "--weights", str(tmp_path / f"{n}.pth"), "--output", str(tmp_path / n)] for n in ("one", "two")
+        ]
+
+    @pytest.mark.parametrize("more", [[], ["--target", "negative"], ["--target", "1"], ["--score", "sigmoid"]])
+    def test_it_is_explained_as_two_classes(self, pair, tmp_path, capsys, more) -> None:
+        tables = []
+        for words in pair:
+            softly = more if words is pair[0] or "--score" not in more else []  # of one logit both scores are one
+            assert main([*words, *softly]) == 0
+            tables.append(capsys.readouterr().out.splitlines()[:-3])
+        assert tables[0] == tables[1]
+        assert {"negative", "positive"} == {line.split()[1] for line in tables[0][2:8]}
+        for file in sorted((tmp_path / "one").iterdir()):
+            assert close(written(file), written(tmp_path / "two" / file.name))
+
+    def test_one_name_is_that_of_the_positive_class(self, pair, tmp_path, capsys) -> None:
+        (tmp_path / "names.txt").write_text("tumour\n")
+        assert main([*pair[0], "--target", "not tumour"]) == 0
+        assert "explained: not tumour" in capsys.readouterr().out
+        (tmp_path / "names.txt").write_text("a\nb\nc\n")
+        assert "got 3 names for the 2 classes of a model with one logit" in failure(capsys, pair[0])
+
+
+def save(model: torch.nn.Module, path: Path) -> Path:
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def test_a_multi_label_model_has_the_probability_of_each_class(files, usual, loaded, tmp_path, capsys) -> None:
+    photo = files / "photos/p3.png"
+    words = ["explain", str(photo), *usual, "--method", "rise", "--output", str(tmp_path), "--target", "cat"]
+    with Image.open(photo) as image:
+        share = loaded.model(loaded.transform(image)[None]).sigmoid()[0, 2]
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attrib_zoo.RISE, "attribute", lambda self, x, *_, **__: (seen.append(self.score), x)[1])
+        assert main([*words, "--score", "sigmoid"]) == 0
+    assert f"  {share:.1%}" in capsys.readouterr().out
+    assert seen == ["sigmoid"]
+    assert "score: must be one of 'softmax', 'sigmoid'" in failure(capsys, [*words, "--score", "logit"])
 
 
 def test_explain_reads_the_layers_that_are_named(files, usual, loaded, tmp_path, capsys) -> None:
@@ -223,7 +312,7 @@ def test_explain_smooths_scales_and_contrasts(files, usual, loaded, explainer, t
         ("ttame", TTAME.load(explainer, loaded.model)),
     ):
         method.smooth, method.scale = 3, "rank"
-        assert close(written(tmp_path / f"p1-{name}.png"), expected(loaded, photo, method, Contrast(2)))
+        assert close(written(tmp_path / f"p1-{name}-contrast-2.png"), expected(loaded, photo, method, Contrast(2)))
     capsys.readouterr()
     assert "smooth: rise makes its map at the resolution of the image" in failure(
         capsys, [*words, "--method", "rise", "--smooth", "3"]
@@ -310,10 +399,11 @@ def test_an_explainer_is_used_and_compared(files, usual, loaded, explainer, tmp_
     ttame = TTAME.load(explainer, loaded.model)
     seen = int(ttame.class_counts_.argmax())
     assert main([*words, "--method", "gradcam,ttame", "--target", str(seen)]) == 0
-    assert "p2-{gradcam,ttame,compared}.png" in capsys.readouterr().out
-    assert close(written(tmp_path / "p2-ttame.png"), expected(loaded, photo, ttame, seen))
-    assert close(written(tmp_path / "p2-gradcam.png"), expected(loaded, photo, GradCAM(loaded.model), seen))
-    assert written(tmp_path / "p2-compared.png").shape[1] == 2 * 14 + 3 * 224 + 2 * 8
+    asked = f"-{seen}-{NAMES[seen]}.png"
+    assert f"p2-{{gradcam,ttame,compared}}{asked}" in capsys.readouterr().out
+    assert close(written(tmp_path / f"p2-ttame{asked}"), expected(loaded, photo, ttame, seen))
+    assert close(written(tmp_path / f"p2-gradcam{asked}"), expected(loaded, photo, GradCAM(loaded.model), seen))
+    assert written(tmp_path / f"p2-compared{asked}").shape[1] == 2 * 14 + 3 * 224 + 2 * 8
 
 
 def test_an_explainer_of_other_weights_is_refused(files, usual, explainer, tmp_path, capsys) -> None:
@@ -346,7 +436,7 @@ def test_options_can_come_from_a_file(files, usual, tmp_path) -> None:
     words = ["explain", str(files / "photos/p0.png"), *usual]
     assert main([*words, "--config", str(tmp_path / "c.yaml")]) == 0
     assert main([*words, "--target", "1", "--layers", "layer3", "--output", str(tmp_path / "by-hand")]) == 0
-    a, b = (tmp_path / folder / "p0-gradcam.png" for folder in ("out", "by-hand"))
+    a, b = (tmp_path / folder / "p0-gradcam-1-bee.png" for folder in ("out", "by-hand"))
     assert (written(a) == written(b)).all()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attrib_zoo.cli import demo
@@ -114,16 +115,25 @@ def test_confidence_kept_is_that_of_the_brightest_pixels() -> None:
     assert demo._measure(model, data, maps).kept == pytest.approx(float(torch.cat(kept).mean()), abs=1e-5)
 
 
-def test_both_objects_are_asked_about_and_maps_are_scaled() -> None:
+def test_both_objects_are_asked_about() -> None:
     data = scenes(3, seed=6)
-    explainer = GradCAM(tiny_cnn())
+    explainer = GradCAM(tiny_cnn(), upsample=False)
     found = demo._both(explainer, data)
-    assert found.shape == (3, 2, 32, 32)
+    assert found.shape == (3, 2, 8, 8)
     for j in range(2):
-        single = explainer.attribute(data.inputs, target=data.labels[:, j])[:, 0]
-        span = single.amax((1, 2), keepdim=True) - single.amin((1, 2), keepdim=True)
-        expected = (single - single.amin((1, 2), keepdim=True)) / span.clamp(min=1e-30)
-        torch.testing.assert_close(found[:, j], expected)
+        torch.testing.assert_close(found[:, j], explainer.attribute(data.inputs, target=data.labels[:, j])[:, 0])
+
+
+def test_small_maps_are_scaled_then_enlarged() -> None:
+    data = scenes(6, seed=9).rows(slice(0, 6))
+    model, maps = trained("cnn"), torch.rand(6, 2, 8, 8)
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    large = F.interpolate((maps - low) / (high - low), size=(32, 32), mode="bilinear")
+    energy = torch.stack([(large[:, j] * data.masks[:, j]).sum((1, 2)) / large[:, j].sum((1, 2)) for j in range(2)])
+    peaks = [data.masks[:, j].flatten(1).gather(1, large[:, j].flatten(1).argmax(1)[:, None]) for j in range(2)]
+    found = demo._measure(model, data, maps)
+    assert found.asked == pytest.approx(float(energy.mean()), rel=1e-5)
+    assert found.hits == pytest.approx(float(torch.cat(peaks).float().mean()))
 
 
 def test_it_repeats_and_leaves_nothing_behind(small: DemoResult, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,8 @@ def test_several_targets_and_wrappers():
     many = CAM(model).attribute_many(images, [0, 4])
     close(many[:, 1], CAM(model).attribute(images, 4))
     single = zoo.OneValue(model, column=False)
-    close(CAM(single).attribute(images), CAM(model).attribute(images, 1) - CAM(model).attribute(images, 0))
+    towards = CAM(model).attribute(images, 1) - CAM(model).attribute(images, 0)
+    close(CAM(single).attribute_many(images, [0, 1]), torch.stack([-towards, towards], 1))
 
 
 class Headed(nn.Module):

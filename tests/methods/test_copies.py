@@ -107,7 +107,7 @@ def test_more_steps_come_closer_to_the_integral():
 # ---------------------------------------------------------------------- Smooth Grad-CAM++
 
 
-def smooth(model, image, target, copies, *, first=False):
+def smooth(model, image, target, copies, *, first=False, local=False):
     """The formula over given noisy copies of one image."""
     maps = model.features(image[None]).detach()[0]
     slopes = [nets.by_autograd(model, copy[None], [target])[1][0] for copy in copies]
@@ -116,28 +116,30 @@ def smooth(model, image, target, copies, *, first=False):
     for k in range(len(maps)):
         for i in range(maps.shape[1]):
             for j in range(maps.shape[2]):
-                under = 2 * d2[k, i, j] + maps[k].sum() * d3[k, i, j]
+                spread = (maps[k] * d3[k]).sum() if local else maps[k].sum() * d3[k, i, j]
+                under = 2 * d2[k, i, j] + spread
                 if under > 0:
                     weights[k] += (d1 if first else d2)[k, i, j] / under * d1[k, i, j].clamp(min=0)
     return combined(weights, maps).clamp(min=0)
 
 
+@pytest.mark.parametrize("alpha", ["paper", "local"])
 @pytest.mark.parametrize("numerator", ["second", "first"])
 @pytest.mark.parametrize("chunk_size", [None, 1, 3])
 @pytest.mark.parametrize("size", [1.0, 1e-7])
-def test_smooth_by_a_loop(numerator, chunk_size, size):
+def test_smooth_by_a_loop(alpha, numerator, chunk_size, size):
     model = nets.lively(nets.Mixed())
     with torch.no_grad():
         model.head.weight.mul_(size)
     images, targets = zoo.normal(2, 3, 8, 9), [1, 3]
     explainer = SmoothGradCAMPlusPlus(
-        model, "features", n_samples=4, numerator=numerator, chunk_size=chunk_size, upsample=False
+        model, "features", n_samples=4, alpha=alpha, numerator=numerator, chunk_size=chunk_size, upsample=False
     )
     noise = explainer._noise(torch.arange(4), images[:1])
     wanted = []
     for x, target in zip(images, targets, strict=True):
         copies = x + 0.15 * (x.max() - x.min()) * noise
-        wanted.append(smooth(model, x, target, copies, first=numerator == "first"))
+        wanted.append(smooth(model, x, target, copies, first=numerator == "first", local=alpha == "local"))
     close(explainer.attribute(images, targets)[:, 0], torch.stack(wanted))
 
 
@@ -160,8 +162,9 @@ def test_the_noise_is_standard_normal_seeded_and_its_own():
 def test_without_noise_it_is_grad_cam_plus_plus():
     model, images = cases.resnet().double(), zoo.normal(2, 3, 48, 64)
     for layers in ("layer3", ["layer2", "layer4"]):
-        found = SmoothGradCAMPlusPlus(model, layers, noise=0.0, n_samples=2).attribute(images, [1, 3])
-        close(found, GradCAMPlusPlus(model, layers).attribute(images, [1, 3]))
+        for alpha in ("paper", "local"):
+            found = SmoothGradCAMPlusPlus(model, layers, noise=0.0, n_samples=2, alpha=alpha).attribute(images, [1, 3])
+            close(found, GradCAMPlusPlus(model, layers, alpha=alpha).attribute(images, [1, 3]))
 
 
 def test_several_targets_share_the_copies():

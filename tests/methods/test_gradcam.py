@@ -79,12 +79,17 @@ def test_scores_other_than_the_logit(score):
     close(GradCAM(model, "features", score=score, upsample=False).attribute(images, c), wanted)
 
 
-def test_none_is_the_decision_and_one_value_is_its_own_class():
+def test_none_is_the_decision_of_one_logit_too():
     model, images = pooled(), zoo.normal(5, 3, 8, 8)
     close(GradCAM(model).attribute(images), GradCAM(model).attribute(images, model(images).argmax(1)), 0)
     single = zoo.OneValue(model, column=False)
     difference = GradCAM(model, "features", relu=False).attribute_many(images, [1, 0])
-    close(GradCAM(single, "model.features", relu=False).attribute(images), difference[:, 0] - difference[:, 1])
+    towards = difference[:, 0] - difference[:, 1]
+    cam = GradCAM(single, "model.features", relu=False)
+    close(cam.attribute(images, 1), towards)
+    close(cam.attribute(images, 0), -towards)
+    sign = single(images).detach().sign()
+    close(cam.attribute(images), towards * sign.view(-1, 1, 1, 1))
 
 
 # ---------------------------------------------------------------------- real architectures by hand

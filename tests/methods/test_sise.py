@@ -328,3 +328,12 @@ def test_a_raised_threshold_above_one_is_told():
 def test_wrong_options(options, words):
     with pytest.raises(OptionError, match=words):
         SISE(zoo.small_cnn(), **options)
+
+
+def test_a_feature_map_at_the_limit_is_left_out():
+    """Eq. 7 says more than mu; and more than 1 is nothing."""
+    select = SISE(zoo.small_cnn(), mu=0.5).select
+    assert select(torch.tensor([[0.25, 0.5, 0.75, 1.0]])).tolist() == [[False, False, True, True]]
+    assert SISE(zoo.small_cnn()).select(torch.tensor([[-1.0, 0.0, 1e-9]])).tolist() == [[False, False, True]]
+    with pytest.raises(OptionError, match=r"mu: must be a number of at least 0 and below 1, got 1.0; no feature map"):
+        SISE(zoo.small_cnn(), mu=1.0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from attrib_zoo import synthetic
-from attrib_zoo.errors import InputError, OptionError, TargetError, UnsupportedModelError
+from attrib_zoo.errors import InputError, OptionError, TargetError
 from attrib_zoo.masking import black
 from attrib_zoo.metrics import (
     average_drop,
@@ -202,10 +202,12 @@ def test_multi_label_and_single_outputs(case: Any) -> None:
             return super().forward(inputs)[:, :1]
 
     model = One(draw(0, 2, 3, 4))
-    with pytest.raises(UnsupportedModelError, match="'softmax' needs at least two classes"):
-        deletion(model, inputs, maps)
-    curve = deletion_curve(model, inputs, maps, score="sigmoid", steps=2)
-    torch.testing.assert_close(curve[:, 0], model(inputs)[:, 0].sigmoid().detach())
+    z = model(inputs)[:, 0].detach()
+    assert len(set((z > 0).tolist())) == 2  # both decisions
+    for target, wanted in ((None, z.abs().sigmoid()), (0, (-z).sigmoid()), (1, z.sigmoid())):
+        for score in ("softmax", "sigmoid"):
+            curve = deletion_curve(model, inputs, maps, target, score=score, steps=2)
+            torch.testing.assert_close(curve[:, 0], wanted)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torchvision import models as torchvision_models
 
 from attrib_zoo.errors import DataError, OptionError, TargetError, UnsupportedModelError
 from attrib_zoo.models import LoadedModel, load, read_class_names
+from attrib_zoo.models.load import _source
 
 TORCHVISION, TIMM = "shufflenet_v2_x0_5", "test_resnet"
 
@@ -301,6 +302,65 @@ def test_classes_are_found_by_index_or_name(loaded: LoadedModel) -> None:
     assert replace(loaded, class_names=None).class_index("999") == 999
 
 
+def test_a_trainer_s_name_before_all_weights_is_taken_off(tmp_path) -> None:
+    """Lightning holds the model under the name that the user gave it, beside losses and metrics."""
+    model = fresh(TIMM, num_classes=4)
+    state = {f"net.{key}": value for key, value in model.state_dict().items()} | {"loss.weight": torch.ones(4)}
+    torch.save({"epoch": 3, "state_dict": state, "optimizer_states": []}, tmp_path / "last.ckpt")
+    found = load(TIMM, weights=tmp_path / "last.ckpt").model.state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
+
+
+def test_torchscript_is_named(tmp_path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), str(tmp_path / "m.pt"))
+    with pytest.raises(DataError, match=r"is a TorchScript archive.*torch.jit.load\(path\).state_dict\(\)"):
+        load(TIMM, weights=tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "squeezenet1_1"])
+def test_models_of_grey_images_see_the_grey_of_photographs(tmp_path, name: str) -> None:
+    source = _source(name)
+    model = source.build(4, channels=1)
+    torch.save(model.state_dict(), tmp_path / "grey.pth")
+    loaded = load(name, weights=tmp_path / "grey.pth")
+    assert loaded.num_classes == 4
+    assert loaded.input_size[0] == 1
+    assert (loaded.mean, loaded.std) == ((0.5,), (0.5,))
+    grey = loaded.transform(Image.new("RGB", (300, 300), (200, 100, 50)))
+    assert grey.shape == loaded.input_size
+    luma = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50) / 255
+    torch.testing.assert_close(grey, torch.full(loaded.input_size, (luma - 0.5) / 0.5), atol=1e-2, rtol=0)
+    assert loaded.view(Image.new("L", (300, 300), 9)).shape[0] == 3
+    with torch.no_grad():
+        assert torch.equal(loaded.model(grey[None]), model.eval()(grey[None]))
+    torch.save(source.build(4, channels=13).state_dict(), tmp_path / "many.pth")
+    with pytest.raises(UnsupportedModelError, match=r"photographs, with 3 bands or 1, got weights for images of 13"):
+        load(name, weights=tmp_path / "many.pth")
+
+
+DIGITS = ("0", "1", "10", "11", "2")  # a folder of digits in alphabetical order
+
+
+def test_numbers_for_names_are_never_mixed_up_with_indices(loaded: LoadedModel) -> None:
+    digits = replace(loaded, class_names=DIGITS, num_classes=5)
+    assert [digits.class_index(t) for t in ("0", "1", "10", "11")] == [0, 1, 2, 3]  # one meaning each
+    assert [digits.class_index(f"#{i}") for i in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(TargetError, match=r"'2' may be an index or a name.*index 2 is the class '10', and .* index 4;"):
+        digits.class_index("2")
+    with pytest.raises(TargetError, match=r"'3' may be an index or a name.*index 3 is the class '11'; give '#3'"):
+        digits.class_index("3")
+    with pytest.raises(TargetError, match="5 classes, got #5"):
+        digits.class_index("#5")
+    with pytest.raises(TargetError, match="5 classes, got 7"):
+        digits.class_index("7")
+    mixed = replace(loaded, class_names=("cat", "10", "dog"), num_classes=3)
+    assert [mixed.class_index(t) for t in ("0", "10", "2")] == [0, 1, 2]
+    with pytest.raises(TargetError, match=r"'1' may be an index or a name.*index 1 is the class '10'"):
+        mixed.class_index("1")
+    with pytest.raises(TargetError, match="no class is called '²'"):
+        mixed.class_index("²")  # a digit to some functions, and no number
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -308,6 +368,8 @@ def test_classes_are_found_by_index_or_name(loaded: LoadedModel) -> None:
         ("a.json", json.dumps({"1": "dög", "0": "cat"})),
         ("a.json", json.dumps({"0": ["n01", "cat"], "1": ["n02", "dög"]})),
         ("a.txt", "cat\r\n dög \n\n"),
+        ("a.txt", "\ufeffcat\ndög\n"),
+        ("a.json", "\ufeff" + json.dumps(["cat", "dög"])),
     ],
 )
 def test_class_files_of_every_form(tmp_path, name: str, text: str) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from attrib_zoo.errors import DataError
-from attrib_zoo.models.photos import Photos, find_photos, is_photo, open_photo, own_stems, writable_folder
+from attrib_zoo.models.photos import Photos, find_photos, is_photo, open_photo, own_stems, read_boxes, writable_folder
+from attrib_zoo.visualize import in_colour, overlay
 
 
 def picture(path: Path, colour: tuple[int, int, int] = (200, 100, 50), **options: object) -> Path:
@@ -33,6 +34,13 @@ def test_folders_are_searched_to_the_bottom_in_order(tmp_path) -> None:
     (tmp_path / "in" / "c").symlink_to(elsewhere.parent)
     assert [p.resolve() for p in find_photos([tmp_path / "in"])][-2:] == [elsewhere, tmp_path / "in/out/y.png"]
     assert find_photos([wanted[2], tmp_path / "link", tmp_path / "in" / "b"]) == [wanted[2], tmp_path / "link/d/e.bmp"]
+
+
+def test_addresses_are_not_downloaded() -> None:
+    with pytest.raises(
+        DataError, match=r"'https:/.*cat.jpg' is an address; nothing is downloaded: save the photograph"
+    ):
+        find_photos(["https://example.org/cat.jpg"])
 
 
 def test_places_without_photos_are_named(tmp_path) -> None:
@@ -130,3 +138,75 @@ def test_a_dataset_of_photos_ends(tmp_path) -> None:
     data = Photos(paths, lambda photo: torch.tensor(photo.getpixel((0, 0))[0]))
     assert [int(value) for value in data] == [0, 1, 2]
     assert int(data[-1]) == 2
+
+
+# ---------------------------------------------------------------------- more than 8 bits, more than one frame
+
+RAMP = np.arange(0, 65536, 257, dtype=np.uint16)[None].repeat(8, 0)  # 256 greys, as a microscope has them
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [
+        ("x.png", RAMP),
+        ("x.tif", RAMP),
+        ("x.tiff", (RAMP / 65535).astype(np.float32)),
+    ],
+)
+def test_every_grey_of_16_bit_and_float_images_is_kept(tmp_path, name, pixels):
+    """PIL's own conversion cuts all values above 255 off: 2 of these 256 greys are left."""
+    Image.fromarray(pixels).save(tmp_path / name)
+    found = np.asarray(open_photo(tmp_path / name))
+    assert found.shape == (8, 256, 3)
+    assert (found == np.arange(256)[None, :, None]).all()
+    with Image.open(tmp_path / name) as image:
+        assert (np.asarray(in_colour(image)) == found).all()
+        drawn = overlay(image, torch.zeros(2, 2), alpha=0.0)
+    assert np.abs(drawn.astype(int) - found).max() <= 1
+
+
+def test_a_16_bit_pgm_is_scaled_too(tmp_path):
+    (tmp_path / "x.pgm").write_bytes(b"P5 256 8 65535\n" + RAMP.astype(">u2").tobytes())
+    assert (np.asarray(open_photo(tmp_path / "x.pgm"))[0, :, 0] == np.arange(256)).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "got"),
+    [
+        (np.array([[0, 70000]], dtype=np.int32), "32-bit integers from 0 to 70000"),
+        (np.array([[0.0, 300.0]], dtype=np.float32), "floating-point numbers from 0 to 300"),
+        (np.array([[-0.5, 0.5]], dtype=np.float32), "floating-point numbers from -0.5 to 0.5"),
+        (np.array([[np.nan, 0.5]], dtype=np.float32), "floating-point numbers from nan to nan"),
+    ],
+)
+def test_images_that_do_not_say_what_is_white_are_refused(tmp_path, pixels, got):
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=rf"x.tif' cannot be used: image: .*got {got}; save it with 8 or 16 bits"):
+        open_photo(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.tif", "x.webp"])
+def test_of_several_frames_the_first_is_used_and_that_is_said(tmp_path, name):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match=rf"{name}' has 3 frames or pages; the first is used"):
+        found = open_photo(tmp_path / name)
+    assert np.asarray(found)[0, 0, 0] > 200
+    assert np.asarray(found)[0, 0, 2] < 60
+
+
+# ---------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["a" * 240, "ж" * 120, "👩" * 60])
+def test_very_long_names_are_cut_between_letters_and_stay_apart(name) -> None:
+    stems = own_stems([Path("x", f"{name}.jpg"), Path("y", f"{name}.jpg"), Path(f"{name}b.jpg")])
+    assert len(set(stems)) == 3
+    for stem in stems:
+        assert name.startswith(stem.split("-")[0])
+        assert 100 < len(stem.encode()) <= 150
+
+
+def test_boxes_of_a_spreadsheet_begin_with_a_mark(tmp_path) -> None:
+    (tmp_path / "b.csv").write_text("\ufeffpath,xmin,ymin,xmax,ymax\na.png,1,2,3,4\n", encoding="utf-8")
+    assert read_boxes(tmp_path / "b.csv")[(tmp_path / "a.png").resolve()].tolist() == [[1, 2, 3, 4]]

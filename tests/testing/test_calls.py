@@ -272,6 +272,19 @@ class ArgmaxOfOneValue(SmallCAM):
         return super().index(outputs.argmax(1) if target is None else target, outputs)
 
 
+@caught_by(single_output="target=None against the sign of the logit")
+class OneValueIsAlwaysPositive(SmallCAM):
+    def index(self, target, outputs):
+        single = target is None and outputs[0].numel() == 1
+        return super().index(1 if single else target, outputs)
+
+
+@caught_by(single_output="class 0 of the one logit z against that of the logits -z and z")
+class OneValueIsNeverNegated(SmallCAM):
+    def scores(self, target, outputs):
+        return outputs.flatten() if outputs[0].numel() == 1 else super().scores(target, outputs)
+
+
 @caught_by(several_targets="at once against one after the other")
 class SeveralTransposed(SmallCAM):
     def attribute_many(self, inputs, targets, additional_forward_args=None):

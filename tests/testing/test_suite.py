@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 from captum.attr import Attribution, LayerGradCam
-from contract_samples import SmallCAM, SmallMasks, SmallTrained
+from contract_samples import SmallCAM, SmallMasks, SmallTrained, both
 from planted_faults import PLANTED, assert_caught, caught_by, planted_in
 from torch import nn
 
@@ -197,18 +197,17 @@ def test_a_method_that_reads_no_layer_is_not_asked_about_layers():
 
 
 class Probable(SmallCAM):
-    """The gradient of the probability; of one value that of the value."""
+    """The gradient of the probability."""
 
     def __init__(self, model, layers=None, *, score="softmax", upsample=True):
         super().__init__(model, layers, upsample=upsample)
         self.score = score
 
     def scores(self, target, outputs):
-        index = self.index(target, outputs)
-        if index is None or outputs.shape[1] == 1:
-            return outputs.flatten()
-        outputs = outputs.softmax(1) if self.score == "softmax" else outputs
-        return outputs.gather(1, index[:, None])[:, 0]
+        if self.score != "softmax":
+            return super().scores(target, outputs)
+        index, outputs = self.index(target, outputs), both(outputs)
+        return outputs.softmax(1).gather(1, index[:, None])[:, 0]
 
 
 class ProbableAlways(Probable):

@@ -21,8 +21,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from attrib_zoo import TTAME
 from attrib_zoo.errors import CheckpointError, DataError, LayerError, OptionError, TrainingError
+from attrib_zoo.masking import IMAGENET_MEAN as MEAN
+from attrib_zoo.masking import IMAGENET_STD as STD
 from attrib_zoo.masking import black, min_max, upsample
 from attrib_zoo.methods.bases import trainable
+from attrib_zoo.metrics import average_drop
 from attrib_zoo.training.checkpoint import read
 from attrib_zoo.training.data import Batches, images_of, total_steps
 from attrib_zoo.training.history import History
@@ -668,10 +671,31 @@ def test_validation_runs_after_each_epoch_and_once_at_the_end():
     assert torch.equal(plain.maps(IMAGES), validated.maps(IMAGES))
 
 
-def test_validation_of_one_value_per_image_has_the_loss_alone():
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_validation_of_one_logit_is_of_the_decided_side(score):
     single = zoo.OneValue(zoo.small_cnn(), column=True)
-    explainer = zoo.fit(TTAME(single, recipe="paper"), [IMAGES], max_steps=2, val_loader=[IMAGES])
-    assert set(explainer.history_.validation[-1]) == {"step", "loss"}
+    explainer = zoo.fit(TTAME(single, recipe="paper", score=score), [IMAGES], max_steps=2, val_loader=[IMAGES])
+    maps = TTAME.attribute(explainer, IMAGES)
+    small = explainer.maps(IMAGES)[range(len(IMAGES)), (single(IMAGES)[:, 0] > 0).long()]
+    torch.testing.assert_close(maps[:, 0], upsample(small[:, None], (16, 16))[:, 0], rtol=1e-4, atol=1e-5)
+    last = explainer.history_.validation[-1]
+    for keep in (100, 50, 15):
+        drop = average_drop(single, IMAGES, small, keep=keep / 100, masking=black(MEAN, STD, IMAGES), score="sigmoid")
+        assert last[f"AD({keep})"] == pytest.approx(100 * float(drop.mean()), rel=1e-4)
+
+
+def test_a_multi_label_fit_keeps_the_class_s_own_probability():
+    """With score='sigmoid' the loss is -log sigmoid of the decided logit of the masked image, whatever the others."""
+    model = zoo.small_cnn()
+    explainers = {s: TTAME(model, recipe="paper", psi="own", score=s) for s in ("softmax", "sigmoid")}
+    fitted = {s: zoo.fit(explainer, [IMAGES], max_steps=1) for s, explainer in explainers.items()}
+    with torch.no_grad():
+        outputs = model(black(MEAN, STD, IMAGES).lerp(IMAGES, torch.full((1, 1, 1, 1), 0.5)))  # masks start at 0.5
+        own = model(IMAGES).argmax(1, keepdim=True)
+        wanted = {"softmax": outputs.log_softmax(1), "sigmoid": outputs.sigmoid().log()}
+    for score, explainer in fitted.items():
+        ce = -wanted[score].gather(1, own).mean()
+        assert explainer.history_["ce"][0] == pytest.approx(float(ce), rel=1e-5)
 
 
 def test_the_validation_loss_uses_running_statistics_and_the_masked_image():

@@ -110,6 +110,9 @@ def _chosen_output(traced: Trace, call: Call, element: int | str | None) -> Outp
     """The output of the call that holds the map meant."""
     maps = [item.output for item in spatial(call)] if element is None else _entries(call, element)
     maps = [output for output in maps if output.grid is not None]
+    if not maps:  # a map of one cell has no size that was seen before; who names it means it
+        cells = [o for o in _entries(call, element) if len(o.shape) == 4 and tuple(o.shape[2:]) == (1, 1)]
+        maps = [replace(o, grid=Grid("nchw"), channels=o.shape[1], hw=(1, 1)) for o in cells]
     if not maps:
         raise LayerError(_not_spatial(traced, call))
     if len(maps) > 1:

@@ -218,7 +218,7 @@ class Description:
             f"{row.hw[0]}x{row.hw[1]}",
             str(row.tap.channels),
             str(row.tap.grid.prefix),
-            "?" if row.gradient is None else "yes" if row.gradient else "no",
+            "not tested" if row.gradient is None else "yes" if row.gradient else "no",
             ", ".join((*row.taken_by, *unused)),
         )
 

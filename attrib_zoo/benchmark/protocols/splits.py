@@ -92,7 +92,7 @@ def read_list(path: Path) -> dict[str, int | None]:
     """
     form = "it must be a text file of lines 'NAME' or 'NAME LABEL', LABEL a class index from 0"
     try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"list: cannot read '{path}' ({reason(error)}); {form}") from error
     found: dict[str, int | None] = {}

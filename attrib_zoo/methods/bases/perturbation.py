@@ -36,8 +36,8 @@ class Perturbation(Attribution, PerturbationAttribution):
     Args:
         model: see :class:`Attribution`.
         layers: see :class:`Attribution`.
-        score: what is read from the outputs: ``"softmax"``, ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"``; of a model
-            with one value per image always that value or its sigmoid.
+        score: what is read from the outputs: ``"softmax"``, ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"`` (for
+            classes that do not exclude each other).
         baseline: what is seen where a mask is 0: ``"mean"`` (the colour that standardises to 0), ``"black"``,
             ``"blur"`` (the image itself, blurred), a number, or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass, over the whole batch; ``None``: 32, fewer where memory runs out.
@@ -214,13 +214,8 @@ class Passes:
 
 
 def read_scores(outputs: Tensor, target: Target, score: str) -> Tensor:
-    """The scores ``(M, T)`` of the targets, in float32 or better.
-
-    The probability of an only output would always be 1: there the value itself is read.
-    """
-    only = outputs.ndim == 1 or outputs.shape[1] == 1
-    found = target.select(outputs, "logit" if only and score in ("softmax", "logsoftmax") else score)
-    return at_least_float32(found)
+    """The scores ``(M, T)`` of the targets, in float32 or better."""
+    return at_least_float32(target.select(outputs, score))
 
 
 def refuse_transformers(explainer: Attribution, why: str) -> None:

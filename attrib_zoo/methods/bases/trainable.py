@@ -263,17 +263,17 @@ class TrainableAttribution(Attribution):
     def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs, features = self._features(inputs, args)
         target = self._targets(outputs, query)
-        rows = target.terms if outputs.ndim > 1 and outputs.shape[1] > 1 else torch.ones_like(target.terms)
         self._warn_unseen(target.classes)
-        return self._class_maps(self._network_for(features), features, rows, target)
+        return self._class_maps(self._network_for(features), features, target)
 
     def _targets(self, outputs: Tensor, query: TargetQuery) -> Target:
         """What is explained."""
         return query.resolve(outputs)
 
     @staticmethod
-    def _class_maps(network: nn.Module, features: Sequence[Tensor], rows: Tensor, target: Target) -> Tensor:
-        """The targets' maps ``(N, T, h, w)``, before smoothing and scaling; ``rows`` are those of ``target.terms``."""
+    def _class_maps(network: nn.Module, features: Sequence[Tensor], target: Target) -> Tensor:
+        """The targets' maps ``(N, T, h, w)``, before smoothing and scaling."""
+        rows = target.terms
         found = session.head_maps(network, features, rows.flatten(1))
         return target.combine(found.unflatten(1, rows.shape[1:]))
 
