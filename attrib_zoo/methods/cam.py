@@ -58,15 +58,10 @@ class CAM(GradientCAM):
     cost: ClassVar[str] = "1F"
 
     def __init__(self, model: nn.Module, layers: Any = None, *, relu: bool = False, upsample: bool = True) -> None:
-        super().__init__(model, layers, relu=relu, upsample=upsample)
-        self._checked: set[tuple[int, ...]] = set()
+        super().__init__(model, layers, relu=relu, upsample=upsample)  # without the score of the other gradient CAMs
 
     def _maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
-        size = tuple(inputs.shape[1:])
-        if size not in self._checked:
-            for tap in self.taps(inputs, args):
-                self._check_head(inputs, args, tap)
-            self._checked.add(size)
+        self._once("head", inputs, args, lambda: [self._check_head(inputs, args, t) for t in self.taps(inputs, args)])
         return super()._maps(inputs, query, args, show_progress)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
