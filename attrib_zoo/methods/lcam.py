@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward
-from attrib_zoo.backbone.layers.resolve import Tap, is_attention
+from attrib_zoo.backbone.kind import is_transformer
+from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.replay import replay
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
@@ -263,7 +264,7 @@ class LCAMFm(_LCAM):
 
     def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
         taps = super().resolve_layers(inputs, args)
-        if is_attention(self.model, taps[0]):
+        if is_transformer(self.model) or taps[0].grid.is_tokens:
             raise UnsupportedModelError(
                 f"LCAMFm: masks the feature maps of a convolutional network, got {taps[0].name!r} of "
                 f"{type(self.model).__name__}, a part of a transformer; use LCAMImg or TTAME"
@@ -273,7 +274,7 @@ class LCAMFm(_LCAM):
     def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
-        return decide_masking(self.model, taps, images, "raw", None, None)
+        return decide_masking(self.model, images, "raw", None, None)
 
     def _see(
         self, images: Tensor, args: tuple[Any, ...], network: nn.Module
@@ -385,7 +386,7 @@ class LCAMImg(_LCAM):
     def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
-        return decide_masking(self.model, taps, images, self.masking, self.mean, self.std)
+        return decide_masking(self.model, images, self.masking, self.mean, self.std)
 
     def _see(
         self, images: Tensor, args: tuple[Any, ...], network: nn.Module

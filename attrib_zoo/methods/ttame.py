@@ -103,8 +103,8 @@ class TTAME(TrainableAttribution):
         skip: the skip connection of the branches (Table 6).
         batch_norm: the batch normalisation of the branches (Table 6).
         branch_activation: ``"relu"`` or ``"sigmoid"`` (Table 6).
-        masking: ``"raw"`` (Eq. 13), ``"standardized"`` (Eq. 14), or ``"auto"``: standardised where the layers are
-            tokens or lie in self-attention blocks (Table 7).
+        masking: ``"raw"`` (Eq. 13), ``"standardized"`` (Eq. 14), or ``"auto"``: standardised for vision transformers
+            (Table 7; ``backbone.kind.is_transformer``). ``evaluate`` hides pixels as the fit did.
         score: in which sense the model decides: ``"softmax"``, one class of all, or ``"sigmoid"`` for multi-label
             heads: each class by itself. The cross-entropy of fit and the confidence of its validation follow.
         mean: of the standardisation, per channel; ``None`` for the model's own configuration, else ImageNet's.
@@ -270,7 +270,7 @@ class TTAME(TrainableAttribution):
     def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
-        masking = decide_masking(self.model, taps, images, self.masking, self.mean, self.std)
+        masking = decide_masking(self.model, images, self.masking, self.mean, self.std)
         psi = self.recipe.psi
         if psi == "auto":
             few = schedule.name == "short" and steps * len(images) < _IMAGES_PER_CLASS * num_classes
