@@ -344,10 +344,10 @@ def _own(entry: Any, outputs: Tensor) -> Tensor:
 
 def _contrasted(place: Tensor, entries: Sequence[Any], outputs: Tensor) -> Target:
     """The targets at these places ``(N, d)`` with the rivals that the entries, contrasts or not, ask for."""
-    if one_logit(outputs):
+    if one_logit(outputs) or outputs.shape[1] == 1:
         raise TargetError(
-            "target: a Contrast needs classes with scores of their own, and the model gives one logit per example "
-            f"(shape {tuple(outputs.shape)}), of which class 0 is the negation; pass 0, 1 or None"
+            "target: a Contrast needs at least two classes with outputs of their own, got outputs of shape "
+            f"{tuple(outputs.shape)}; pass the class alone (of one logit 0, 1 or None)"
         )
     asked = [(entry.k, float(entry.weight)) if isinstance(entry, Contrast) else (0, 0.0) for entry in entries]
     count = outputs.shape[1]

@@ -274,10 +274,11 @@ def test_targets_of_several_widths_stand_side_by_side():
     assert alone.select(out.flip(0))[:, 0].tolist() == pytest.approx([-2.0, 2.0])
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 1, 1), (3, 1, 4)])
 def test_a_contrast_needs_two_classes(shape):
+    target = (0, 2) if len(shape) == 3 and shape[2] > 1 else None
     with pytest.raises(TargetError, match="needs at least two classes"):
-        scores_for(Contrast(), torch.zeros(shape))
+        scores_for(Contrast(target=target), torch.zeros(shape))
 
 
 @pytest.mark.parametrize(

@@ -215,9 +215,34 @@ def test_a_model_without_gradients():
 
 
 def test_contrast_needs_classes():
-    model = zoo.OneValue(zoo.small_cnn(), column=True)
-    with pytest.raises(UnsupportedModelError, match=r"contrastive: needs several classes.*got \(1, 1\)"):
-        ExtremalPerturbation(model, contrastive=True, max_iter=2, **SMALL).attribute(zoo.batch(1))
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = zoo.small_cnn()
+
+        def forward(self, x):
+            return self.model(x).unsqueeze(2)
+
+    with pytest.raises(UnsupportedModelError, match=r"contrastive: needs several classes.*got \(1, 5, 1\)"):
+        ExtremalPerturbation(Deep(), contrastive=True, max_iter=2, **SMALL).attribute(zoo.batch(1), (1, 0))
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_contrast_of_one_logit_is_that_of_its_two_classes(target):
+    class Both(nn.Module):
+        def __init__(self, single):
+            super().__init__()
+            self.single = single
+
+        def forward(self, x):
+            z = self.single(x)
+            return torch.cat([-z, z], 1)
+
+    single = zoo.OneValue(zoo.small_cnn(), column=True)
+    options = {"contrastive": True, "max_iter": 4, **SMALL}
+    found = ExtremalPerturbation(single, **options).attribute(zoo.batch(1), target)
+    wanted = ExtremalPerturbation(Both(single), **options).attribute(zoo.batch(1), target)
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from attrib_zoo import GradCAM
-from attrib_zoo.errors import LayerError, OptionError, UnsupportedModelError
+from attrib_zoo.errors import LayerError, OptionError
 from attrib_zoo.methods.bases import gradient_cam as _cam
 
 
@@ -324,10 +324,6 @@ def test_options():
         OptionError, match=r"score: must be one of 'logit', 'softmax', 'logsoftmax', 'sigmoid', got 'prob'"
     ):
         GradCAM(pooled(), score="prob")
-    with pytest.raises(UnsupportedModelError, match=r"score: 'softmax' needs at least two classes"):
-        GradCAM(zoo.OneValue(pooled(), column=True), "model.features", score="softmax").attribute(
-            zoo.normal(2, 3, 8, 8)
-        )
 
 
 # ---------------------------------------------------------------------- it looks where the evidence is

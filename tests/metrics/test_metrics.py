@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attrib_zoo import synthetic
 from attrib_zoo.backbone.kind import is_transformer
-from attrib_zoo.errors import InputError, OptionError, TargetError, UnsupportedModelError
+from attrib_zoo.errors import InputError, OptionError, TargetError
 from attrib_zoo.masking import black
 from attrib_zoo.metrics import (
     average_drop,
@@ -197,13 +197,17 @@ def test_scores(case: Any) -> None:
     torch.testing.assert_close(whole, logits + 10)
 
 
-def test_one_output_has_no_softmax() -> None:
-    model, inputs = Probe(classes=1).eval(), torch.zeros(2, 3, 6, 6).double()
-    maps = torch.rand(2, 6, 6)
-    with pytest.raises(UnsupportedModelError, match="'softmax' needs at least two classes"):
-        average_drop(model, inputs, maps)
-    whole, _ = masked_confidence(model, inputs, maps, score="sigmoid")
-    assert whole.tolist() == [0.5, 0.5]
+def test_one_logit_has_the_confidence_of_the_decided_side(case: Any) -> None:
+    _, inputs, maps, _ = case
+    model = Probe(classes=1).eval()
+    z = model(inputs).detach()[:, 0]
+    assert len(set((z > 0).tolist())) == 2
+    for target, sure in ((None, z.abs().sigmoid()), (0, (-z).sigmoid()), (1, z.sigmoid())):
+        for score in ("softmax", "sigmoid"):
+            whole, masked = masked_confidence(model, inputs, maps, target, score=score)
+            torch.testing.assert_close(whole, sure)
+            drop = average_drop(model, inputs, maps, target, score=score)
+            torch.testing.assert_close(drop, ((whole - masked) / whole).clamp(min=0))
 
 
 def test_a_colour_may_stand_for_hidden_pixels(case: Any) -> None:

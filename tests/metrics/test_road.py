@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from attrib_zoo import synthetic
-from attrib_zoo.errors import InputError, OptionError, UnsupportedModelError
+from attrib_zoo.errors import InputError, OptionError
 from attrib_zoo.metrics import linear_imputation, road, road_curve
 
 NEIGHBOURS = [(a, b, 1 / 6 if a * b == 0 else 1 / 12) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b]
@@ -261,10 +261,12 @@ def test_accuracy_is_the_decision(case: Any) -> None:
     assert 0 < found.sum() < 12
     multi = road_curve(model, inputs, maps, 1, reduce="accuracy", score="sigmoid", **options)
     assert torch.equal(multi, (confidence >= 0).to(multi))  # sigmoid of 0.5 or more
-    with pytest.raises(UnsupportedModelError, match="'softmax' needs at least two classes"):
-        road(Linear(1), inputs, maps, reduce="accuracy")
-    with pytest.raises(UnsupportedModelError, match="'accuracy' needs a decision between the classes"):
-        road(Linear(1), inputs, maps, reduce="accuracy", score=lambda outputs: outputs)
+    single = Linear(1)
+    curves = [road_curve(single, inputs, maps, target, reduce="accuracy", **options) for target in (0, 1)]
+    decided = torch.cat([Linear(1)(images)[:, 0] > 0 for images in single.seen[-len(single.seen) // 2 :]]).view(4, 3)
+    assert torch.equal(curves[1], decided.to(curves[1]))
+    assert torch.equal(curves[0], 1 - curves[1])
+    assert 0 < curves[1].sum() < 12
 
 
 def test_no_target_is_the_decision_on_the_whole_image(case: Any) -> None:

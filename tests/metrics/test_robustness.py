@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo import GradCAM, synthetic
-from attrib_zoo.errors import InputError, OptionError, UnsupportedModelError
+from attrib_zoo.errors import InputError, OptionError
 from attrib_zoo.metrics import infidelity, sensitivity_max
 
 
@@ -169,9 +169,24 @@ def test_bad_arguments(case: Any, change: dict[str, Any], error: type[Exception]
         sensitivity_max(model, inputs, None, target, explain=lambda x, t: x, radius=0)
 
 
-def test_one_output_has_no_softmax(case: Any) -> None:
+class Both(Linear):
+    """One logit z as the two logits -z/2 and z/2, whose softmax is the sigmoid of z."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        z = super().forward(inputs)
+        return torch.cat([-z / 2, z / 2], 1)
+
+
+def test_one_logit_is_two_classes(case: Any) -> None:
     _, inputs, _ = case
-    with pytest.raises(UnsupportedModelError, match="'softmax' needs at least two classes"):
-        infidelity(Linear(1), inputs, torch.ones(4, 6, 6), score="softmax")
+    maps = draw(5, 4, 6, 6)
+    signs = Linear(1)(inputs).detach()[:, 0].sign()
+    assert len(set(signs.tolist())) == 2
+    for target in (None, 0, 1):
+        wanted = infidelity(Both(1), inputs, maps, target, score="softmax", noise=0.3)
+        torch.testing.assert_close(infidelity(Linear(1), inputs, maps, target, score="softmax", noise=0.3), wanted)
     weight = Linear(1).weight.detach().expand(4, 2, 6, 6)
-    assert infidelity(Linear(1), inputs, weight, noise=0.5).max() < 1e-10
+    options: dict[str, Any] = {"noise": 0.5, "normalize": False}
+    assert infidelity(Linear(1), inputs, weight, 1, **options).max() < 1e-10
+    assert infidelity(Linear(1), inputs, -weight, 0, **options).max() < 1e-10
+    assert infidelity(Linear(1), inputs, weight * signs.view(-1, 1, 1, 1), **options).max() < 1e-10
