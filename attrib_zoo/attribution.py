@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attrib_zoo.backbone import layers as layer_rules
 from attrib_zoo.backbone.capture import forward_args, frozen, unwrap
 from attrib_zoo.backbone.layers.gridcheck import check_grids
+from attrib_zoo.backbone.layers.known import known, situation
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import InputError, ModelChangedError, OptionError, check_choice
 from attrib_zoo.masking import mean_filter, min_max, rank_scale, upsample
@@ -37,6 +38,7 @@ else:
     from captum.attr import GradientAttribution, PerturbationAttribution  # noqa: F401  # for the methods
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
 SCALES = ("min-max", "rank")
 """What ``scale`` may be, beside ``None``."""
@@ -136,7 +138,7 @@ class Attribution(_CaptumAttribution, ABC):
         self.upsample = bool(upsample)
         self.smooth = check_smooth(smooth)
         self.scale: str | None = None if scale is None else check_choice("scale", scale, SCALES)
-        self._resolved: dict[tuple[int, ...], tuple[Tap, ...]] = {}
+        self._resolved: dict[Hashable, tuple[object, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -294,10 +296,19 @@ class Attribution(_CaptumAttribution, ABC):
 
     def taps(self, inputs: Tensor, args: Sequence[Any] = ()) -> tuple[Tap, ...]:
         """The layers that are read for inputs of this shape, in execution order; found once per shape."""
-        key = tuple(inputs.shape[1:])
-        if key not in self._resolved:
-            self._resolved[key] = self.resolve_layers(inputs, args)
-        return self._resolved[key]
+        return self._once("layers", inputs, args, lambda: self.resolve_layers(inputs, args))
+
+    def _once(self, question: str, inputs: Tensor, args: Sequence[Any], find: Callable[[], _T]) -> _T:
+        """What ``find`` returns, found once per shape of the inputs; again when the model has changed.
+
+        What does not depend on the explainer's options is shared by all explainers of a model, in
+        ``backbone.layers.known``; this keeps the rest.
+        """
+        key, version = (question, situation(inputs, args)), known(self.model).version
+        held = self._resolved.get(key)
+        if held is None or held[0] is not version:
+            held = self._resolved[key] = version, find()
+        return cast("_T", held[1])
 
     def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
         """The layers for inputs of this shape; fill it to refuse or to change what :meth:`layer_rule` finds."""

@@ -1,4 +1,4 @@
-"""What kind of model it is, told from what it is made of."""
+"""What kind of model it is, told from what it is made of: the one answer that all methods and measures share."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ def is_transformer(model: nn.Module) -> bool:
             linear += module.in_proj_weight.numel()
         elif isinstance(module, nn.Linear):
             linear += module.weight.numel()
-        elif isinstance(module, nn.Conv2d) and not _embeds_patches(module):
+        elif isinstance(module, nn.Conv2d) and not embeds_patches(module):
             convolution += module.weight.numel()
     return attention and linear > convolution
 
 
-def _embeds_patches(module: nn.Conv2d) -> bool:
-    return module.kernel_size == module.stride != (1, 1)
+def embeds_patches(module: nn.Module) -> bool:
+    """Whether a module is a convolution whose windows tile the image without overlap, as patch embeddings do."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == module.stride != (1, 1)

@@ -68,6 +68,8 @@ def evaluate(
         max_images: stop after so many.
         masking: what replaces hidden pixels in AD, IC and the families ``hiding`` and ``srg-hidden``: ``"raw"`` black,
             ``"standardized"`` the mean colour, ``"blur"``, ``"auto"`` or a tensor; see ``metrics.masked_confidence``.
+            ``"auto"`` is what the fits of the fitted explainers among the methods used; without one it goes by the
+            kind of model.
         score: ``"softmax"``, or ``"sigmoid"`` for multi-label models.
         seed: of ties, noise and controls; an image's draws depend on its place in the loader alone.
         memory: on the CPU too, find the memory that each method holds for one image. On a GPU it is always measured,
@@ -91,6 +93,7 @@ def evaluate(
     check_masking(masking)
     if score not in ("softmax", "sigmoid"):
         raise OptionError(f"score: must be 'softmax' or 'sigmoid', got {score!r}")
+    masking = _agreed(methods, masking)
     explain = {name: as_function(name, method) for name, method in methods.items()}
     run: _Run | None = None
     seen = 0
@@ -198,6 +201,20 @@ class _Run:
         if outputs.ndim > 2:
             raise OptionError(f"model: must return (N, K) scores to be evaluated, got {tuple(outputs.shape)}")
         return found.classes[:, 0], found.select(outputs, self.score)[:, 0], plain
+
+
+def _agreed(methods: Mapping[str, Any], masking: str | Tensor) -> str | Tensor:
+    """How the fitted explainers hid pixels, where the caller leaves open how the measures are to hide them."""
+    if isinstance(masking, Tensor) or masking != "auto":
+        return masking
+    found = {name: method.masking_ for name, method in methods.items() if getattr(method, "is_fitted", False)}
+    kinds = {name: rule if isinstance(rule, str) else str(rule.flatten().tolist()) for name, rule in found.items()}
+    if len(set(kinds.values())) > 1:
+        raise OptionError(
+            "masking: must be given where the fitted explainers hid pixels in several ways, got 'auto' and "
+            f"{', '.join(f'{name}: {kind}' for name, kind in kinds.items())}; pass masking='raw' or 'standardized'"
+        )
+    return next(iter(found.values()), masking)
 
 
 def _enter(measure: Measure, found: Tensor, rows: list[Row]) -> None:

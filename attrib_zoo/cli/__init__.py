@@ -209,7 +209,11 @@ def _fit() -> ArgumentParser:
         metavar="NAME",
         help="a trainable method of attrib-zoo list, or package.module:Class (default: ttame)",
     )
-    add("--recipe", metavar="NAME", help="paper (default) or released: the equations, or what the authors' code does")
+    add(
+        "--recipe",
+        metavar="NAME",
+        help="rows (T-TAME's default): from the classifier's rows; paper: the equations; released: the authors' code",
+    )
     _layers(parser)
     add("--epochs", type=PositiveInt, metavar="N", help="passes over the images (default: the paper's number)")
     add("--max-steps", type=PositiveInt, metavar="N", help="training steps, instead of --epochs")

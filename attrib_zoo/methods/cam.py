@@ -70,17 +70,13 @@ class CAM(GradientCAM):
         smooth: int | None = None,
         scale: str | None = None,
     ) -> None:
+        # without the score of the other gradient CAMs
         super().__init__(model, layers, relu=relu, upsample=upsample, smooth=smooth, scale=scale)
-        self._checked: set[tuple[int, ...]] = set()
 
     def compute_maps(
         self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
     ) -> list[Tensor]:
-        size = tuple(inputs.shape[1:])
-        if size not in self._checked:
-            for tap in self.taps(inputs, args):
-                self._check_head(inputs, args, tap)
-            self._checked.add(size)
+        self._once("head", inputs, args, lambda: [self._check_head(inputs, args, t) for t in self.taps(inputs, args)])
         return super().compute_maps(inputs, query, args, show_progress)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward
-from attrib_zoo.backbone.layers.resolve import Tap, is_attention
+from attrib_zoo.backbone.kind import is_transformer
+from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.replay import replay
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, check_number
@@ -21,6 +22,7 @@ from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import FIT_SCORES, area, cross_entropy, two_logits, variation
+from attrib_zoo.training.rows import ROW_IMAGES, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 from attrib_zoo.training.session import head_maps
 
@@ -42,6 +44,7 @@ class _LCAM(TrainableAttribution):
         layers: Any = None,
         *,
         recipe: str,
+        start: str,
         ce_only: bool,
         after_pool: bool,
         lambda_tv: float,
@@ -57,6 +60,7 @@ class _LCAM(TrainableAttribution):
         if layers is not None and after_pool:
             raise OptionError("after_pool: must be left out where layers are given; name the pooling itself in layers")
         self.recipe = check_choice("recipe", recipe, _RECIPES)
+        self.start = check_choice("start", start, ("random", "rows"))
         self.ce_only = bool(ce_only)
         self.after_pool = bool(after_pool)
         self.lambda_tv = check_number("lambda_tv", lambda_tv, least=0.0)
@@ -95,7 +99,19 @@ class _LCAM(TrainableAttribution):
     def finish_network(self, network: nn.Module) -> None:
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
+    @property
+    def _start_images(self) -> int:
+        return ROW_IMAGES if self.start == "rows" else 0
+
+    def _start(
+        self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
+    ) -> tuple[dict[str, Any], list[str]]:
+        return start_from_rows(self.model, network, images, args, taps, show_progress=show_progress)
+
     def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
+        head: Any = network
+        if len(head.mixing):
+            return rows_schedule(head.channels)
         falling: dict[str, Any] = {"weight_decay": 5e-4, "decay_biases": True, "factor": 0.95}
         if is_long(asked, steps, self.recipe):
             if self.recipe == "released":
@@ -172,6 +188,9 @@ class LCAMFm(_LCAM):
             of all decisions of the batch in AV and TV, an offset of 5e-4 in AV, the border in TV, TV over twice the
             batch size, and, unless ``fit`` is given ``schedule="short"``, a learning rate that falls in the first 12
             of 26 epochs only, double for biases.
+        start: ``"random"`` weights, or ``"rows"``: what the classifier itself reads from the layer, as in
+            :class:`~attrib_zoo.TTAME`; then every class has a map, seen in the fit or not, and ``fit`` trains a
+            correction that all classes share.
         ce_only: the paper's ablation (*): the cross-entropy alone.
         after_pool: the layer after the last max-pooling instead (†), in networks that have one there.
         lambda_tv: λ1.
@@ -214,6 +233,7 @@ class LCAMFm(_LCAM):
         layers: Any = None,
         *,
         recipe: str = "paper",
+        start: str = "random",
         ce_only: bool = False,
         after_pool: bool = False,
         lambda_tv: float = 0.01,
@@ -229,6 +249,7 @@ class LCAMFm(_LCAM):
             model,
             layers,
             recipe=recipe,
+            start=start,
             ce_only=ce_only,
             after_pool=after_pool,
             lambda_tv=lambda_tv,
@@ -243,7 +264,7 @@ class LCAMFm(_LCAM):
 
     def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
         taps = super().resolve_layers(inputs, args)
-        if is_attention(self.model, taps[0]):
+        if is_transformer(self.model) or taps[0].grid.is_tokens:
             raise UnsupportedModelError(
                 f"LCAMFm: masks the feature maps of a convolutional network, got {taps[0].name!r} of "
                 f"{type(self.model).__name__}, a part of a transformer; use LCAMImg or TTAME"
@@ -253,7 +274,7 @@ class LCAMFm(_LCAM):
     def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
-        return decide_masking(self.model, taps, images, "raw", None, None)
+        return decide_masking(self.model, images, "raw", None, None)
 
     def _see(
         self, images: Tensor, args: tuple[Any, ...], network: nn.Module
@@ -286,6 +307,9 @@ class LCAMImg(_LCAM):
         layers: the layer to read; ``None`` for the last convolutional one (VGG-16: after its ReLU; ResNet: the last
             stage), or the last block of a transformer that has a gradient.
         recipe: ``"paper"`` or ``"released"``; see :class:`LCAMFm`.
+        start: ``"random"`` weights, or ``"rows"``: what the classifier itself reads from the layer, as in
+            :class:`~attrib_zoo.TTAME`; then every class has a map, seen in the fit or not, and ``fit`` trains a
+            correction that all classes share.
         ce_only: the paper's ablation (*): the cross-entropy alone.
         after_pool: the layer after the last max-pooling instead (†), in networks that have one there.
         lambda_tv: λ1.
@@ -325,6 +349,7 @@ class LCAMImg(_LCAM):
         layers: Any = None,
         *,
         recipe: str = "paper",
+        start: str = "random",
         ce_only: bool = False,
         after_pool: bool = False,
         lambda_tv: float = 0.01,
@@ -343,6 +368,7 @@ class LCAMImg(_LCAM):
             model,
             layers,
             recipe=recipe,
+            start=start,
             ce_only=ce_only,
             after_pool=after_pool,
             lambda_tv=lambda_tv,
@@ -360,7 +386,7 @@ class LCAMImg(_LCAM):
     def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
-        return decide_masking(self.model, taps, images, self.masking, self.mean, self.std)
+        return decide_masking(self.model, images, self.masking, self.mean, self.std)
 
     def _see(
         self, images: Tensor, args: tuple[Any, ...], network: nn.Module

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import GradientAttribution
 from attrib_zoo.backbone.layers.resolve import look
 from attrib_zoo.backbone.module import find
-from attrib_zoo.backbone.vit.attention import AttentionPass, Attentions, Matrix, find_attention, read_attention
+from attrib_zoo.backbone.vit.attention import AttentionPass, Attentions, Matrix, read_attention
 from attrib_zoo.backbone.vit.heads import precise
 from attrib_zoo.backbone.vit.prenorm import Block, PreNorm, Values, take_apart
 from attrib_zoo.errors import OptionError, TargetError, UnsupportedModelError
@@ -88,7 +88,6 @@ class TransformerLRP(AttentionMethod, GradientAttribution):
             raise OptionError(f"start_layer: must be 0 or the number of a later block, got {start_layer!r}")
         self.start_layer = start_layer
         self.row_norm = bool(row_norm)
-        self._parts: dict[tuple[int, ...], PreNorm] = {}
 
     def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         found, parts = self._apart(inputs, args)
@@ -108,19 +107,15 @@ class TransformerLRP(AttentionMethod, GradientAttribution):
 
     def _apart(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Attentions, PreNorm]:
         """Where the model attends and how it is built, for inputs of this shape; found once per shape."""
-        key = tuple(inputs.shape[1:])
-        if key not in self._parts:
-            trace = look(self.model, inputs, args)
-            self._found[key] = find_attention(self.model, inputs, args, trace)
-            found = self.attention(inputs, args)
-            self._parts[key] = take_apart(trace, found, inputs, args)
-        parts = self._parts[key]
+        found = self.attention(inputs, args)
+        trace = look(self.model, inputs, args)
+        parts = self._once("blocks", inputs, args, lambda: take_apart(trace, found, inputs, args))
         if self.start_layer >= len(parts.blocks):
             raise OptionError(
                 f"start_layer: must be below {len(parts.blocks)}, the number of blocks of "
                 f"{type(self.model).__name__}, got {self.start_layer}"
             )
-        return self.attention(inputs, args), parts
+        return found, parts
 
     def _steps(self, found: Attentions, parts: PreNorm, values: Values, attended: AttentionPass) -> Iterator[Tensor]:
         """The factors of the product, from the last block to the first that takes part."""

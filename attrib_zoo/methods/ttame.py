@@ -8,24 +8,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import forward, run
+from attrib_zoo.backbone.capture import forward, select_args
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.errors import check_choice, listed
-from attrib_zoo.masking import at_least_float32, blend, blur, mean_filter, upsample
+from attrib_zoo.errors import check_choice
+from attrib_zoo.masking import blend, blur, mean_filter, upsample
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.targets import Target, TargetQuery
+from attrib_zoo.training.checkpoint import Checkpoint
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import FIT_SCORES, area, cross_entropy, gone, order_mask, two_logits, variation
 from attrib_zoo.training.recipe import Recipe, as_recipe
-from attrib_zoo.training.rows import class_rows, starting_rows
+from attrib_zoo.training.rows import ROW_IMAGES, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
-from attrib_zoo.training.session import head_maps
+from attrib_zoo.training.session import class_count, head_maps
 
 _BRANCH_LR = 1e-3
-_ROWS_LR = 0.012  # over the root of the channels, so that a step turns a row of any length equally far
-_ROW_IMAGES = 32
 _MOST_STEPS = 200  # of a fit that is told neither epochs nor steps, where it starts from rows
 _SHARES = (0.05, 0.9)  # of the cells that the order loss shows or hides
 _BLUR = 10 / 224  # deviation of the blur that hides, as a share of the image's width
@@ -41,9 +40,9 @@ class TTAME(TrainableAttribution):
     .. math:: A_i = \mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}_{1\times1}(L_i)) + L_i), \qquad
               \mathcal{E} = \sigma(\mathrm{conv}_{1\times1}([\mathrm{up}(A_1); \dots; \mathrm{up}(A_s)]))
 
-    **The default recipe, "rows"**, starts from what the classifier knows. The row of class c in the fusing convolution
-    is the gradient of its score with respect to the layer, averaged over places and images, less the mean row of all
-    classes,
+    **recipe="rows"**, the default with fewer than 100 images per class, starts from what the classifier knows. The row
+    of class c in the fusing convolution is the gradient of its score with respect to the layer, averaged over places
+    and images, less the mean row of all classes,
 
     .. math:: w_c = \mathbb{E}_x \frac{1}{hw} \sum_{i,j} \frac{\partial S_c}{\partial L_{i,j}}, \qquad
               e_c = \sum_i (w_{c,i} - \bar w_i) L_i / s_i, \qquad
@@ -62,7 +61,7 @@ class TTAME(TrainableAttribution):
 
     where what is hidden is black, the mean colour or a blur. The correction is folded into the convolution at the end.
 
-    **recipe="paper"** is the method of the paper, from random weights: :meth:`fit` shows the frozen model the image
+    **recipe="paper"**, the default with more, is the method of the paper: :meth:`fit` shows the frozen model the image
     through the map of its own decision y, and asks it to decide alike while the map stays small (Eq. 11, 15-17):
 
     .. math:: \lambda_1 \, \mathrm{CE}(f(\mathcal{E}_y \odot x), y) + \lambda_2 (E + \lambda_3 V), \quad
@@ -83,13 +82,14 @@ class TTAME(TrainableAttribution):
         layers: see :class:`~attrib_zoo.attribution.Attribution`; ``None`` for the recipe's: ``"rows"`` reads the last
             stage of a CNN and the last three blocks of a transformer that have a gradient; the paper's are the last
             three max-pools (VGG-16), stages (ResNet-50) or blocks (ViT-B-16), and the same rule elsewhere.
-        recipe: ``"rows"``, ``"paper"``, or ``"released"``: what the authors' code does where it differs from their
-            equations, i.e. the defaults of the next options marked †, ``norm1`` of the last blocks of vision
-            transformers, and the long schedule unless ``fit`` is given ``schedule="short"``; or a
-            :class:`~attrib_zoo.training.recipe.Recipe` of your own, such as ``RECIPES["rows"].but(contrast=0)``. The
-            released variation grows with the number of maps, so there the batch size changes the trade-off; scale
-            ``lambda_variation`` by 32/B to keep it. The next options, down to ``branch_activation``, change fields of
-            the recipe; ``None`` leaves them.
+        recipe: ``"auto"``: the paper's in a fit that shows 100 images per class or more (steps times batch size, over
+            K), else ``"rows"``, as was measured to be better on either side; or one of these by name; or
+            ``"released"``: what the authors' code does where it differs from their equations, i.e. the defaults of the
+            next options marked †, ``norm1`` of the last blocks of vision transformers, and the long schedule unless
+            ``fit`` is given ``schedule="short"``; or a :class:`~attrib_zoo.training.recipe.Recipe` of your own, such as
+            ``RECIPES["rows"].but(contrast=0)``. The released variation grows with the number of maps, so there the
+            batch size changes the trade-off; scale ``lambda_variation`` by 32/B to keep it. The next options, down to
+            ``branch_activation``, change fields of the recipe; ``None`` leaves them.
         lambda_ce: λ1, weight of the cross-entropy.
         lambda_tv: λ2, weight of area and variation.
         lambda_variation: λ3, weight of the variation V inside.
@@ -103,8 +103,8 @@ class TTAME(TrainableAttribution):
         skip: the skip connection of the branches (Table 6).
         batch_norm: the batch normalisation of the branches (Table 6).
         branch_activation: ``"relu"`` or ``"sigmoid"`` (Table 6).
-        masking: ``"raw"`` (Eq. 13), ``"standardized"`` (Eq. 14), or ``"auto"``: standardised where the layers are
-            tokens or lie in self-attention blocks (Table 7).
+        masking: ``"raw"`` (Eq. 13), ``"standardized"`` (Eq. 14), or ``"auto"``: standardised for vision transformers
+            (Table 7; ``backbone.kind.is_transformer``). ``evaluate`` hides pixels as the fit did.
         score: in which sense the model decides: ``"softmax"``, one class of all, or ``"sigmoid"`` for multi-label
             heads: each class by itself. The cross-entropy of fit and the confidence of its validation follow.
         mean: of the standardisation, per channel; ``None`` for the model's own configuration, else ImageNet's.
@@ -128,7 +128,7 @@ class TTAME(TrainableAttribution):
         Networks and Vision Transformers. IEEE Access, 2024.
 
     Deviations:
-        The default recipe is this library's: start, contrast, filter, layers and loss are not the paper's, and it reads
+        The recipe "rows" is this library's: start, contrast, filter, layers and loss are not the paper's, and it reads
         the features without branches (they would be identities at the start, and a step can move the shared matrix M
         as well). With ``recipe="paper"`` what differs is the schedule: the paper's needs hundreds of thousands of
         steps; below 20 000 ``fit`` uses one that trains in few (Adam; the fusing convolution starts at zero, as a
@@ -147,7 +147,7 @@ class TTAME(TrainableAttribution):
         model: nn.Module,
         layers: Any = None,
         *,
-        recipe: str | Recipe | Mapping[str, Any] = "rows",
+        recipe: str | Recipe | Mapping[str, Any] = "auto",
         lambda_ce: float | None = None,
         lambda_tv: float | None = None,
         lambda_variation: float | None = None,
@@ -169,31 +169,39 @@ class TTAME(TrainableAttribution):
         scale: str | None = None,
     ) -> None:
         super().__init__(model, layers, upsample=upsample, smooth=smooth, scale=scale)
-        self.recipe = as_recipe(recipe).but(
-            lambda_ce=lambda_ce,
-            lambda_tv=lambda_tv,
-            lambda_variation=lambda_variation,
-            area_power=area_power,
-            variation=variation,
-            border_penalty=border_penalty,
-            area_offset=area_offset,
-            psi=psi,
-            num_layers=num_layers,
-            skip=skip,
-            batch_norm=batch_norm,
-            branch_activation=branch_activation,
-            smooth=self.smooth,
-            scale=self.scale,
-        )
-        self.smooth, self.scale = self.recipe.smooth, self.recipe.scale
+        self._changes: dict[str, Any] = {
+            "lambda_ce": lambda_ce,
+            "lambda_tv": lambda_tv,
+            "lambda_variation": lambda_variation,
+            "area_power": area_power,
+            "variation": variation,
+            "border_penalty": border_penalty,
+            "area_offset": area_offset,
+            "psi": psi,
+            "num_layers": num_layers,
+            "skip": skip,
+            "batch_norm": batch_norm,
+            "branch_activation": branch_activation,
+            "smooth": self.smooth,
+            "scale": self.scale,
+        }
+        self._automatic = isinstance(recipe, str) and recipe == "auto"  # until a fit has decided
+        self._follow("rows" if self._automatic else recipe)
         self.masking = check_choice("masking", masking, MASKINGS)
         self.score = check_choice("score", score, FIT_SCORES)
         self.mean, self.std = check_statistics(mean, std)
 
     def options(self) -> dict[str, Any]:
         """The recipe, as its name or its fields, and the options that are not part of it."""
-        own = ("masking", "score", "mean", "std", "upsample", "smooth", "scale")
-        return {"recipe": self.recipe.facts(), **{name: getattr(self, name) for name in own}}
+        own = ("masking", "score", "mean", "std", "upsample")
+        shown = {"smooth": self.smooth, "scale": self.scale}
+        if self._automatic and not self.is_fitted:
+            return {"recipe": "auto", **self._changes, **{name: getattr(self, name) for name in own}}
+        return {"recipe": self.recipe.facts(), **{name: getattr(self, name) for name in own}, **shown}
+
+    def _follow(self, recipe: str | Recipe | Mapping[str, Any]) -> None:
+        self.recipe = as_recipe(recipe).but(**self._changes)
+        self.smooth, self.scale = self.recipe.smooth, self.recipe.scale
 
     def layer_rule(self) -> tuple[str, int]:
         return self.recipe.layer_rule, self.recipe.num_layers
@@ -227,9 +235,19 @@ class TTAME(TrainableAttribution):
     def finish_network(self, network: nn.Module) -> None:
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
+    def _settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
+        """Which recipe ``"auto"`` is for this fit."""
+        if not self._automatic:
+            return
+        if saved is not None:
+            self._follow(saved.facts["options"]["recipe"])
+            return
+        count = class_count(forward(self.model, images[:1], select_args(args, torch.zeros(1).long(), len(images))))
+        self._follow("paper" if steps * len(images) >= _IMAGES_PER_CLASS * count else "rows")
+
     @property
     def _start_images(self) -> int:
-        return _ROW_IMAGES if self.recipe.start == "rows" else 0
+        return ROW_IMAGES if self.recipe.start == "rows" else 0
 
     @property
     def _most_steps(self) -> int | None:
@@ -238,38 +256,21 @@ class TTAME(TrainableAttribution):
     def _start(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
     ) -> tuple[dict[str, Any], list[str]]:
-        head: Any = network
-        rows = class_rows(self.model, images, args, taps, show_progress=show_progress)
-        outputs, features = run(self.model, images, args, taps)
-        features = [at_least_float32(f) for f in features]
-        started, silent = starting_rows(rows, features, two_logits(outputs).argmax(1))
-        if not any(bool(weight.any()) for weight in started):
-            return {}, [
-                "fit: no class has a gradient at the layers that are read (a head of zeros, or layers that the outputs "
-                "do not use), so there are no rows to start from: the maps start at zero, and only training makes them"
-            ]
-        head.start_from(started, head.reach(features))
-        told = []
-        if silent:
-            told.append(
-                f"fit: class {listed(silent, 5)} has no gradient on the {rows.images} images that the rows were taken "
-                "from, so its map starts as the mean of all classes'; fit on images of it, or on more images"
-            )
-        return {"rows": rows.described()}, told
+        return start_from_rows(self.model, network, images, args, taps, show_progress=show_progress)
 
     def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         head: Any = network
         if is_long(asked, steps, self.recipe.name) and self.recipe.start == "random":
             return Schedule(self.recipe.name, "sgd", 1e-3, weight_decay=5e-4)
         if len(head.mixing):
-            return Schedule("rows", "adam", _ROWS_LR / max(head.channels) ** 0.5)
+            return rows_schedule(head.channels)
         head.share_rows(head.reach(features))
         return Schedule("short", "adam", LOGIT_STEP, branch_lr=_BRANCH_LR)
 
     def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
-        masking = decide_masking(self.model, taps, images, self.masking, self.mean, self.std)
+        masking = decide_masking(self.model, images, self.masking, self.mean, self.std)
         psi = self.recipe.psi
         if psi == "auto":
             few = schedule.name == "short" and steps * len(images) < _IMAGES_PER_CLASS * num_classes

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attrib_zoo.backbone.layers.resolve import Tap, is_attention
+from attrib_zoo.backbone.kind import is_transformer
+from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.masking import min_max
 from attrib_zoo.masking import upsample as enlarge
@@ -62,7 +63,7 @@ class ZoomCAM(GradientCAM):
 
     def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
         taps = super().resolve_layers(inputs, args)
-        if self.layers is None and any(is_attention(self.model, tap) for tap in taps):
+        if self.layers is None and (is_transformer(self.model) or any(tap.grid.is_tokens for tap in taps)):
             raise UnsupportedModelError(
                 f"ZoomCAM: needs convolutional stages of several resolutions, got {type(self.model).__name__} with "
                 "self-attention; use LayerCAM or HiResCAM, or name the layers"

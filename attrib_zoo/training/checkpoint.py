@@ -91,7 +91,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of the model's parameters and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}  # compiled or not
+    for name, tensor in sorted(state.items()):
         if not isinstance(tensor, Tensor):
             continue
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())

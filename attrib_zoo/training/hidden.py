@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.layers.resolve import Tap, is_attention
+from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.errors import OptionError
 from attrib_zoo.masking import black, channel_stats
 
@@ -26,13 +26,11 @@ def check_statistics(mean: Statistics, std: Statistics) -> tuple[list[float] | N
     return found
 
 
-def decide_masking(
-    model: nn.Module, taps: Sequence[Tap], images: Tensor, masking: str, mean: Statistics, std: Statistics
-) -> dict[str, Any]:
+def decide_masking(model: nn.Module, images: Tensor, masking: str, mean: Statistics, std: Statistics) -> dict[str, Any]:
     """The rule, ``"raw"`` or ``"standardized"``, and the statistics that it needs; JSON-ready."""
     rule = masking
     if rule == "auto":
-        rule = "standardized" if any(is_attention(model, tap) for tap in taps) else "raw"
+        rule = "standardized" if is_transformer(model) else "raw"
     if mean is None or std is None:
         mean, std = channel_stats(model, images.shape[1])
     if len(mean) != images.shape[1] or len(std) != images.shape[1]:

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attrib_zoo.backbone.capture import run_with_graph, select_args
+from attrib_zoo.backbone.capture import run, run_with_graph, select_args
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.module import unwrap
-from attrib_zoo.errors import TrainingError
+from attrib_zoo.errors import TrainingError, listed
+from attrib_zoo.masking import at_least_float32
 from attrib_zoo.training.losses import two_logits
+from attrib_zoo.training.schedule import Schedule
 
+ROW_IMAGES = 32  # of which class_rows takes as many as its budget allows
+_RATE = 0.012  # over the root of the channels, so that a step turns a row of any length equally far
 _BUDGET = 1e12  # floating-point operations of all backward passes together: about half a minute of one core
 _CHUNK_BYTES = 64 * 2**20  # of the gradients that one call returns
 _MOST_AT_ONCE = 64
@@ -150,6 +154,41 @@ def starting_rows(rows: Rows, features: Sequence[Tensor], classes: Tensor) -> tu
         spread = torch.einsum("nc,nchw->nhw", centred[classes], maps).flatten(1).std(1, correction=0).mean()
         started.append(centred / spread if float(spread) > 0 else centred)
     return started, silent.nonzero().flatten().tolist()
+
+
+def start_from_rows(
+    model: nn.Module,
+    network: nn.Module,
+    images: Tensor,
+    args: Sequence[Any],
+    taps: Sequence[Tap],
+    *,
+    show_progress: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """Give an attention head without branches the rows of the model's classes; what was decided, and warnings."""
+    head: Any = network
+    rows = class_rows(model, images, args, taps, show_progress=show_progress)
+    outputs, features = run(model, images, args, taps)
+    features = [at_least_float32(f) for f in features]
+    started, silent = starting_rows(rows, features, two_logits(outputs).argmax(1))
+    if not any(bool(weight.any()) for weight in started):
+        return {}, [
+            "fit: no class has a gradient at the layers that are read (a head of zeros, or layers that the outputs "
+            "do not use), so there are no rows to start from: the maps start at zero, and only training makes them"
+        ]
+    head.start_from(started, head.reach(features))
+    told = []
+    if silent:
+        told.append(
+            f"fit: class {listed(silent, 5)} has no gradient on the {rows.images} images that the rows were taken "
+            "from, so its map starts as the mean of all classes'; fit on images of it, or on more images"
+        )
+    return {"rows": rows.described()}, told
+
+
+def rows_schedule(channels: Sequence[int]) -> Schedule:
+    """How the shared correction of rows is trained."""
+    return Schedule("rows", "adam", _RATE / max(channels) ** 0.5)
 
 
 def _same(first: Sequence[Tensor | None], both: Sequence[Tensor | None]) -> bool:

@@ -347,6 +347,8 @@ def read_resume(explainer: Explainer, path: str | os.PathLike[str], plan: dict[s
         )
     mine = {**plan, **explainer.options()}
     theirs = {**facts["plan"], **facts["options"]}
+    if mine.get("recipe") == "auto":  # what it came to in the fit that is continued
+        mine = plan | {name: value for name, value in explainer.options().items() if name in ("masking", "mean", "std")}
     differ = [f"{k}={mine[k]!r} (was {theirs.get(k)!r})" for k in mine if mine[k] != theirs.get(k)]
     if differ:
         raise CheckpointError(f"resume_from: must be continued with the same arguments, got {', '.join(differ)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import run
 from attrib_zoo.backbone.grid import Grid, Tap
-from attrib_zoo.backbone.layers import describe, is_attention, look, resolve
+from attrib_zoo.backbone.layers import describe, look, resolve
 from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.errors import LayerError, LayerNotFoundError, OptionError, UnsupportedModelError
 
@@ -38,6 +38,12 @@ def torchvision(name: str, **options: Any) -> nn.Module:
     from torchvision import models
 
     return hollow(getattr(models, name), weights=None, **options)
+
+
+def torchvision_vit(**options: Any) -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(**options)
 
 
 def timm(name: str, **options: Any) -> nn.Module:
@@ -65,6 +71,32 @@ PAPERS = {
 def test_the_layers_of_the_papers(name):
     build, size, expected = PAPERS[name]
     assert names(build(), size, count=3) == expected
+
+
+@pytest.mark.parametrize("depth", [3, 4])
+@pytest.mark.parametrize("patch", [16, 32])
+def test_a_patch_embedding_that_outweighs_the_blocks_is_none_of_them(patch, depth):
+    """T-TAME takes the last three blocks also where they are few and narrow."""
+    options = {"patch_size": patch, "num_layers": depth, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+    vit_of_torchvision = hollow(torchvision_vit, image_size=64, num_classes=10, **options)
+    expected = [f"encoder.layers.encoder_layer_{i}" for i in range(depth)][-3:]
+    assert names(vit_of_torchvision, count=3) == expected
+    of_timm = vit(img_size=64, patch_size=patch, embed_dim=24, depth=depth)
+    assert names(of_timm, count=3) == [f"blocks.{i}" for i in range(depth)][-3:]
+
+
+@pytest.mark.parametrize(
+    ("model", "stride", "expected"),
+    [
+        ("resnet18", 32, ["layer2", "layer3", "layer4"]),
+        ("resnet18", 16, ["layer1", "layer2", "layer4"]),
+        ("resnet18", 8, ["layer1", "layer3", "layer4"]),
+        ("resnet50d", 8, ["layer1", "layer3", "layer4"]),
+        ("regnetx_002", 8, ["s1", "s3", "s4"]),
+    ],
+)
+def test_dilated_networks_whose_stages_share_a_grid_take_no_stem(model, stride, expected):
+    assert names(timm(model, output_stride=stride), count=3) == expected
 
 
 @pytest.mark.parametrize(
@@ -605,7 +637,7 @@ def test_a_small_network_gives_what_it_has(caplog):
     assert "Sequential has 1 layers to explain, not 3" in caplog.text
 
 
-# --- describe, is_attention -------------------------------------------------------------------------------------
+# --- describe -------------------------------------------------------------------------------------------------
 
 
 def test_describe_is_a_table():
@@ -646,17 +678,6 @@ def test_every_name_in_a_description_resolves():
     for model, size in ((resnet(), 64), (swin(), 16), (vit(), 32)):
         for row in describe(model, images(size)).rows:
             assert resolve(model, row.tap.label, images(size)) == (row.tap,)
-
-
-def test_attention_is_known_by_its_projections():
-    def attends(model: nn.Module, layer: str, size: int) -> bool:
-        return is_attention(model, resolve(model, layer, images(size))[0])
-
-    assert attends(vit(), "blocks.1", 32)
-    assert attends(vit(), "blocks.1.norm1", 32)
-    assert attends(swin(), "layers.1", 16)
-    assert not attends(resnet(), "layer4", 64)
-    assert not attends(timm("test_efficientnet"), "blocks.1", 64)  # squeeze and excitation is no self-attention
 
 
 # --- nothing is left behind -------------------------------------------------------------------------------------

@@ -288,6 +288,18 @@ def test_sigmoid_scores(model):
     torch.testing.assert_close(table.values("brightness", "AD(100)"), 100 * drop.double(), rtol=1e-4, atol=1e-3)
 
 
+def test_a_fitted_explainer_is_measured_as_it_was_fitted(model):
+    one = zoo.fit(TTAME(model, masking="standardized"), IMAGES.split(3), epochs=1)
+    grey = zoo.fit(TTAME(model, mean=(0.3, 0.1, 0.2), std=(1, 1, 1)), IMAGES.split(3), epochs=1)
+    for explainer, hidden in ((one, 0.0), (grey, -torch.tensor([0.3, 0.1, 0.2]).view(1, 3, 1, 1))):
+        table = run(model, {"fitted": explainer, **CHEAP}, wanted="ad")
+        masking = hidden if isinstance(hidden, torch.Tensor) else "standardized"
+        assert_same(table, run(model, {"fitted": explainer, **CHEAP}, wanted="ad", masking=masking))
+    with pytest.raises(OptionError, match=r"masking: must be given .* one: standardized, grey: "):
+        run(model, {"one": one, "grey": grey}, wanted="ad")
+    run(model, {"one": one, "grey": grey}, wanted="ad", masking="raw")
+
+
 def test_masking_reaches_the_metrics(model):
     target = model(IMAGES).argmax(1)
     grey = torch.tensor([0.3, 0.1, 0.2])

@@ -15,6 +15,7 @@ from cam_cases import close
 from torch import nn
 
 from attrib_zoo import LCAMFm, LCAMImg
+from attrib_zoo.backbone.capture import run
 from attrib_zoo.errors import OptionError, UnsupportedModelError
 from attrib_zoo.masking import IMAGENET_MEAN, IMAGENET_STD
 from attrib_zoo.training.schedule import Schedule, build
@@ -193,19 +194,12 @@ def test_explaining_is_the_scaled_map_enlarged(cls):
 def test_feature_masks_cost_the_trunk_once_and_no_gradient_there():
     model, images = model_and_images()
     explainer = fitted(LCAMFm, model, images)
-    seen, graphs = [], []
-    with (
-        model.features[0].register_forward_hook(lambda *_: seen.append(1)),
-        model.features[2].register_forward_hook(lambda _, __, out: graphs.append(out.requires_grad)),
-        ground(model),
-    ):
-        ran = []
-        for module in (model.features[0], model.features[2]):
-            plain = module._conv_forward
-            module._conv_forward = lambda *a, plain=plain: (ran.append(1), plain(*a))[1]
+    ran, graphs = [], []
+    for module in (model.features[0], model.features[2]):
+        plain = module._conv_forward
+        module._conv_forward = lambda *a, plain=plain: (ran.append(1), plain(*a))[1]
+    with model.features[2].register_forward_hook(lambda _, __, out: graphs.append(out.requires_grad)), ground(model):
         explainer.loss_terms(explainer.network_, images, (), torch.Generator())
-        for module in (model.features[0], model.features[2]):
-            del module._conv_forward
     assert len(ran) == 2
     assert not any(graphs)
 
@@ -296,3 +290,19 @@ def test_options():
         LCAMFm(model, lambda_tv=-1)
     with pytest.raises(OptionError, match=r"std: must be positive"):
         LCAMImg(model, mean=[0.5] * 3, std=[0.5, 0, 0.5])
+
+
+@pytest.mark.parametrize("cls", [LCAMFm, LCAMImg])
+def test_lcam_may_start_from_the_rows(cls):
+    """Then its map of any class is CAM's, centred, before the first step; and unseen classes raise no warning."""
+    model = zoo.small_cnn()
+    images = zoo.batch(6)
+    explainer = zoo.fit(cls(model, start="rows", upsample=False), [images], max_steps=0)
+    features = run(model, images, (), explainer.taps(images))[1][0]
+    weight = model.head.weight.detach()
+    heat = torch.einsum("kc,nchw->nkhw", weight - weight.mean(0), features)
+    low, high = heat.amin((2, 3), keepdim=True), heat.amax((2, 3), keepdim=True)
+    torch.testing.assert_close(explainer.maps(images), (heat - low) / (high - low), rtol=1e-4, atol=1e-5)
+    trained = zoo.fit(cls(model, start="rows", upsample=False), [images], max_steps=3, lr=0.05)
+    assert trained.schedule_ == "rows"
+    assert (trained.maps(images) - explainer.maps(images)).abs().max() > 1e-3

@@ -42,7 +42,7 @@ def rows_of(model: nn.Module, images: torch.Tensor = IMAGES, **options):
 
 
 def at_start(model: nn.Module, images: torch.Tensor = IMAGES, **options) -> TTAME:
-    return zoo.fit(TTAME(model, upsample=False, **options), [images], max_steps=0)
+    return zoo.fit(TTAME(model, upsample=False, **{"recipe": "rows", **options}), [images], max_steps=0)
 
 
 # ---------------------------------------------------------------------- rows
@@ -206,8 +206,8 @@ def test_all_maps_less_their_rivals(seed, count, k):
 
 def test_layers_are_blocks_that_the_class_token_still_reads():
     model = zoo.small_vit(depth=4)
-    assert [tap.name for tap in TTAME(model).taps(zoo.batch(2))] == ["blocks.0", "blocks.1", "blocks.2"]
-    assert [tap.name for tap in TTAME(zoo.small_cnn()).taps(zoo.batch(2))] == ["stages.2"]
+    assert [tap.name for tap in TTAME(model, recipe="rows").taps(zoo.batch(2))] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [tap.name for tap in TTAME(zoo.small_cnn(), recipe="rows").taps(zoo.batch(2))] == ["stages.2"]
 
 
 # ---------------------------------------------------------------------- training
@@ -225,14 +225,14 @@ def test_the_fold_changes_no_map(kind):
             super().finish_network(network)
             seen["after"] = network(features)
 
-    zoo.fit(Watched(double(kind)), [IMAGES], max_steps=6, lr=0.05)
+    zoo.fit(Watched(double(kind), recipe="rows"), [IMAGES], max_steps=6, lr=0.05)
     torch.testing.assert_close(seen["before"], seen["after"], rtol=0, atol=1e-10)
     assert seen["after"].std() > 0
 
 
 def test_classes_that_never_come_up_move_too_and_the_best_of_them_all_is_free():
     model = double("vit")
-    start, explainer = at_start(model), TTAME(model, upsample=False)
+    start, explainer = at_start(model), TTAME(model, upsample=False, recipe="rows")
     zoo.fit(explainer, [IMAGES], max_steps=8, lr=0.02)
     unseen = (explainer.class_counts_ == 0).nonzero().flatten().tolist()
     assert unseen, "the images of this test must leave a class out"
@@ -244,7 +244,7 @@ def test_classes_that_never_come_up_move_too_and_the_best_of_them_all_is_free():
 def test_training_lowers_the_order_loss():
     model, scenes = synthetic.trained("cnn", size=16), synthetic.scenes(64, size=16)
     loader, options = scenes.inputs.split(16), {"max_steps": 60, "val_loader": [scenes.inputs]}
-    explainer = zoo.fit(TTAME(model), loader, lr=0.01, **options)
+    explainer = zoo.fit(TTAME(model, recipe="rows"), loader, lr=0.01, **options)
     losses = [entry["loss"] for entry in explainer.history_.validation]
     assert explainer.history_.validation[0]["step"] == 0
     assert min(losses) < losses[0] - 0.001
@@ -253,7 +253,7 @@ def test_training_lowers_the_order_loss():
 def test_the_best_state_is_kept_and_said():
     """A rate that wrecks the rows ends at the rows."""
     model = double("vit")
-    explainer = TTAME(model, upsample=False)
+    explainer = TTAME(model, upsample=False, recipe="rows")
     with pytest.warns(
         UserWarning, match=r"validation was best after 0 of 10 steps .* nothing that was trained is kept"
     ):
@@ -282,10 +282,10 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(tmp_path):
     model = zoo.small_vit()
     batches = list(zoo.batch(64, seed=3).split(4))
     options = {"max_steps": 12, "val_loader": [batches[0]]}
-    straight = zoo.fit(TTAME(model), batches, **options)
+    straight = zoo.fit(TTAME(model, recipe="rows"), batches, **options)
     with pytest.raises(RuntimeError, match="planned"):
-        zoo.fit(TTAME(model), Stopping(batches, 10), checkpoint_dir=tmp_path, **options)
-    again = zoo.fit(TTAME(model), batches, resume_from=tmp_path, **options)
+        zoo.fit(TTAME(model, recipe="rows"), Stopping(batches, 10), checkpoint_dir=tmp_path, **options)
+    again = zoo.fit(TTAME(model, recipe="rows"), batches, resume_from=tmp_path, **options)
     assert again.history_.validation == straight.history_.validation
     for name, weight in straight.network_.state_dict().items():
         assert torch.equal(weight, again.network_.state_dict()[name])
@@ -373,7 +373,7 @@ def test_bad_recipes(make, words):
 def test_a_head_of_zeros_starts_at_zero_and_says_so():
     model = double("cnn")
     nn.init.zeros_(model.head.weight)
-    explainer = TTAME(model)
+    explainer = TTAME(model, recipe="rows")
     with pytest.warns(UserWarning, match="no class has a gradient at the layers that are read"):
         zoo.fit(explainer, [IMAGES], max_steps=0)
     assert torch.equal(explainer.maps(IMAGES), torch.zeros(6, 5, 4, 4, dtype=torch.float64))
@@ -422,7 +422,7 @@ def test_one_value_per_image_has_two_rows_that_are_each_other_s_negative(column)
 def test_a_loader_of_one_image_and_a_model_in_training_mode():
     model = zoo.small_vit().train()
     buffers = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    explainer = zoo.fit(TTAME(model, upsample=False), [zoo.batch(1)], max_steps=2)
+    explainer = zoo.fit(TTAME(model, upsample=False, recipe="rows"), [zoo.batch(1)], max_steps=2)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(tensor, buffers[name]) for name, tensor in model.state_dict().items())
     assert explainer.maps(zoo.batch(2)).isfinite().all()
@@ -434,5 +434,42 @@ def test_a_loader_without_a_length_needs_no_steps():
             yield zoo.batch(2, seed=seed)
 
     with pytest.warns(UserWarning, match="the loader ended after 3 of 200 steps"):
-        explainer = TTAME(zoo.small_cnn()).fit(stream(), show_progress=False)
+        explainer = TTAME(zoo.small_cnn(), recipe="rows").fit(stream(), show_progress=False)
     assert explainer.n_steps_ == 3
+
+
+# ---------------------------------------------------------------------- which recipe
+
+
+def test_the_recipe_follows_the_images_per_class(tmp_path):
+    """Few images per class start from rows, 100 and more train the paper's rows; the file says which it was."""
+    model, images = zoo.small_cnn(), zoo.batch(10)
+    few, many = TTAME(model), TTAME(model)
+    assert few.options()["recipe"] == "auto"
+    zoo.fit(few, [images], max_steps=49)
+    zoo.fit(many, [images], max_steps=50)
+    assert (few.recipe.name, many.recipe.name) == ("rows", "paper")
+    assert many.network_.branches
+    assert not few.network_.branches
+    for explainer in (few, many):
+        again = TTAME.load(explainer.save(tmp_path / "explainer.safetensors"), model)
+        assert again.recipe == explainer.recipe
+        assert torch.equal(again.attribute(images), explainer.attribute(images))
+    assert zoo.fit(many, [images], max_steps=1).recipe.name == "rows"  # decided anew
+
+
+def test_an_interrupted_fit_keeps_the_recipe_that_it_came_to(tmp_path):
+    model, batches = zoo.small_cnn(), list(zoo.batch(60, seed=3).split(4))
+    with pytest.raises(RuntimeError, match="planned"):
+        zoo.fit(TTAME(model), Stopping(batches, 14), max_steps=15, checkpoint_dir=tmp_path)
+    again = zoo.fit(TTAME(model), batches, max_steps=15, resume_from=tmp_path)
+    straight = zoo.fit(TTAME(model), batches, max_steps=15)
+    assert again.recipe == straight.recipe
+    assert torch.equal(again.network_.fuser.weight, straight.network_.fuser.weight)
+
+
+def test_options_of_an_unfitted_explainer_make_the_same_one():
+    explainer = TTAME(zoo.small_cnn(), skip=False, smooth=5)
+    again = TTAME(zoo.small_cnn(), **explainer.options())
+    assert again.options() == explainer.options()
+    assert again.recipe == explainer.recipe

@@ -3,6 +3,5 @@
 from attrib_zoo.backbone.layers.resolve import RULES as RULES
 from attrib_zoo.backbone.layers.resolve import Description as Description
 from attrib_zoo.backbone.layers.resolve import describe as describe
-from attrib_zoo.backbone.layers.resolve import is_attention as is_attention
 from attrib_zoo.backbone.layers.resolve import look as look
 from attrib_zoo.backbone.layers.resolve import resolve as resolve

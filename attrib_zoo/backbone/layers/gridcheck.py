@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import call_model, frozen, listening, select_args
 from attrib_zoo.backbone.grid import Grid, Tap
+from attrib_zoo.backbone.layers.known import known, situation
 from attrib_zoo.backbone.layers.layouts import MOST_PREFIX_TOKENS, fits
 from attrib_zoo.backbone.layers.lookup import nearest
 from attrib_zoo.backbone.layers.trace import Trace
@@ -53,8 +52,6 @@ _IMAGES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 
 _log = logging.getLogger("attrib_zoo")
 _checking: ContextVar[bool] = ContextVar("attrib_zoo_grid_checks", default=True)
-_passed: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 @contextmanager
@@ -156,10 +153,8 @@ def check_grids(
     if not _checking.get():
         return
     bare = original(model)
-    with _lock:
-        done = _passed.setdefault(bare, set())
-    size = tuple(inputs.shape[1:])
-    open_taps = [tap for tap in taps if (size, tap) not in done]
+    done: set[Tap] = known(bare).get(("tested grids", situation(inputs, args)), set)
+    open_taps = [tap for tap in taps if tap not in done]
     if not everything and traced is not None:
         open_taps = [tap for tap in open_taps if not _beyond_doubt(traced, tap)]
     if not open_taps:
@@ -173,7 +168,7 @@ def check_grids(
                 verdict.tap.label,
                 type(bare).__name__,
             )
-        done.add((size, verdict.tap))
+        done.add(verdict.tap)
 
 
 def probe(model: nn.Module, taps: Sequence[Tap], inputs: Tensor, args: Sequence[Any] = ()) -> list[Verdict]:

@@ -32,8 +32,8 @@ def find_grids(trace: Trace) -> None:
         while pending and pending[-1][0] <= call.end:
             seen.add(pending.pop()[1])
         for output in call.outputs:
-            if output.shape[0:1] != (BATCH,):
-                continue
+            if output.shape[0:1] != (BATCH,) or (output.node is None and not output.on_path):
+                continue  # no batch, or none of the images: a table of positions has length 1 for any number of them
             if len(output.shape) == 3:
                 _read_tokens(output, seen, usual)
             elif len(output.shape) == 4 and not _read_image(output, seen):

@@ -61,7 +61,7 @@ def _split(label: str) -> tuple[str, int | str | None]:
 
 
 def _at_index(traced: Trace, index: int) -> Item:
-    blocks = Stages(traced).blocks()
+    blocks = Stages.of(traced).blocks()
     if index >= 0 or -index > len(blocks):
         names = ", ".join(repr(item.call.name) for item in blocks)
         raise LayerNotFoundError(

@@ -10,22 +10,22 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import frozen, run_with_graph, select_args
 from attrib_zoo.backbone.grid import Grid, Tap
+from attrib_zoo.backbone.layers.known import known, situation
 from attrib_zoo.backbone.layers.layouts import find_grids
 from attrib_zoo.backbone.layers.lookup import Layer, find_layer
 from attrib_zoo.backbone.layers.stages import Item, Stages
 from attrib_zoo.backbone.layers.trace import Trace, trace
-from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.randomness import draws_taken_back
 from attrib_zoo.errors import AttribZooError, OptionError, UnsupportedModelError, aligned
 
-__all__ = ["Description", "Grid", "Layer", "Layers", "Tap", "Trace", "describe", "is_attention", "look", "resolve"]
+__all__ = ["Description", "Grid", "Layer", "Layers", "Tap", "Trace", "describe", "look", "resolve"]
 
 Layers: TypeAlias = Layer | Sequence[Layer] | None
 
@@ -35,10 +35,17 @@ _log = logging.getLogger("attrib_zoo")
 
 
 def look(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
-    """One forward pass on two images that shows every layer and layout; what :func:`resolve` can work from."""
-    traced = trace(model, inputs, args)
-    find_grids(traced)
-    return traced
+    """A forward pass on one image that shows every layer and layout; what :func:`resolve` works from.
+
+    It runs once per model, size and type of images; again when the model has changed.
+    """
+
+    def run() -> Trace:
+        traced = trace(model, inputs, args)
+        find_grids(traced)
+        return traced
+
+    return known(model).get(("trace", situation(inputs, args)), run)
 
 
 def resolve(
@@ -103,7 +110,7 @@ def _listed(layers: Layer | Sequence[Layer]) -> list[Any]:
 
 
 def _by_rule(traced: Trace, inputs: Tensor, args: Sequence[Any], count: int, rule: str) -> list[Item]:
-    stages = Stages(traced)
+    stages = Stages.of(traced)
     if not stages.units:
         raise UnsupportedModelError(
             f"layers: no layer of {type(traced.model).__name__} puts out a map at input size "
@@ -131,9 +138,12 @@ def _with_gradient(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence
     candidates = stages.deepest()
     if len(candidates) == 1:
         return candidates[0]
+    found: Item | None = traced.derived.get("deepest with gradient")
+    if found is not None:
+        return found
     for item, reached in zip(candidates, _reached(traced, candidates, inputs, args), strict=True):
-        if reached:
-            return item
+        if reached:  # what has none today may have one when the head is trained, so that only this is kept
+            return cast("Item", traced.derived.setdefault("deepest with gradient", item))
     _log.info("no layer of %s gets a gradient; is its head untrained?", type(traced.model).__name__)
     return stages.norm(stages.last(1)[0])
 
@@ -144,8 +154,13 @@ def _live(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence[Any], co
     if items[-1].is_tokens:
         block = type(items[-1].call.module)  # a patch embedding before the first one is no block
         items = [item for item in items if type(item.call.module) is block]
-        reached = _reached(traced, items, inputs, args)
-        items = [item for item, live in zip(items, reached, strict=True) if live] or items[-count:]
+        live: list[Item] | None = traced.derived.get(("live", count))
+        if live is None:
+            reached = _reached(traced, items, inputs, args)
+            live = [item for item, has in zip(items, reached, strict=True) if has]
+            if live:  # as for the deepest with gradient
+                live = traced.derived.setdefault(("live", count), live)
+        items = live or items[-count:]
     return [item for item in items if item.output.hw == items[-1].output.hw][-count:]
 
 
@@ -244,7 +259,7 @@ def describe(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Desc
             tap = item.tap(traced)
             items[tap] = item
             takers.setdefault(tap, []).append(label if count == 1 else f"{label} ({count})")
-    items.update((item.tap(traced), item) for item in Stages(traced).units)
+    items.update((item.tap(traced), item) for item in Stages.of(traced).units)
     ordered = sorted(items.items(), key=lambda entry: entry[1].place)
     rows = [
         Row(
@@ -270,23 +285,3 @@ def _told(traced: Trace, items: Sequence[Item], inputs: Tensor, args: Sequence[A
     except AttribZooError:  # a model without gradients
         found = []
     return found if any(found) else [None] * len(items)
-
-
-def is_attention(model: nn.Module, tap: Tap) -> bool:
-    """Whether a layer belongs to a transformer: it puts out tokens, or holds or feeds self-attention.
-
-    Self-attention is known by what it is made of: projections to queries, keys and values.
-    """
-    if tap.grid.is_tokens:
-        return True
-    module = find(model, tap.name)
-    above, _, _ = tap.name.rpartition(".")
-    around = module if any(module.children()) else find(model, above)
-    return any(_attends(part) for part in around.modules())
-
-
-_PROJECTIONS = (("qkv",), ("q", "kv"), ("q", "k", "v"), ("query", "key", "value"), ("in_proj_weight",))
-
-
-def _attends(module: nn.Module) -> bool:
-    return any(all(hasattr(module, name) for name in names) for names in _PROJECTIONS)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Tap
+from attrib_zoo.backbone.kind import embeds_patches
 from attrib_zoo.backbone.layers.trace import Call, Output, Trace
 from attrib_zoo.backbone.module import is_quantised
 
@@ -81,8 +82,20 @@ class Stages:
         self._trace = trace
         self._weights = {call: _size(call.module) for call in trace.root.inside()}
         leaves = [call for call in self._weights if not any(call.module.children()) and _weighted(call)]
+        first = min(leaves, key=lambda call: call.begin, default=None)
+        if first is not None and embeds_patches(first.module):
+            # It grows with the patch and not with the network, of which a few narrow blocks hold less than it does.
+            held, around = self._weights[first], first
+            while around.parent is not None:
+                self._weights[around] -= held
+                around = around.parent
         self._spatial_leaves = {call for call in leaves if spatial(call)}
         self.units = self._main(_units(self._open()))
+
+    @classmethod
+    def of(cls, trace: Trace) -> Stages:
+        """The stages of a traced model, found once."""
+        return trace.once("stages", lambda: cls(trace))
 
     def ends(self) -> list[Item]:
         """The last unit of each grid; where the network ends in a pooling without weights, the poolings."""
@@ -114,11 +127,21 @@ class Stages:
 
     def last(self, count: int) -> list[Item]:
         """The last stage ends; where there are too few, units of the last stages are added, the deepest first."""
-        chosen = self.ends()[-count:]
+        stems = self._stems()
+        chosen = [end for end in self.ends() if end not in stems][-count:]
         spare = [unit for unit in self.units[::-1] if unit.weighted and unit not in chosen]
         deepest = chosen[-1].output.hw if chosen else None
-        spare.sort(key=lambda unit: unit.output.hw != deepest)
+        spare.sort(key=lambda unit: (unit in stems, unit.output.hw != deepest))
         return sorted(chosen + spare[: count - len(chosen)], key=lambda item: item.place)
+
+    def _stems(self) -> list[Item]:
+        """Single layers in a network of blocks: its stem. Where stages share a grid, it would be among the last three.
+
+        In a network of single layers, as VGG is, none is a stem.
+        """
+        weighted = [unit for unit in self.units if unit.weighted]
+        single = [unit for unit in weighted if sum(_is_leaf(call) for call in unit.call.inside()) < 2]
+        return single if len(single) < len(weighted) / 2 else []
 
     def deepest(self) -> list[Item]:
         """Where gradient methods may look, the deepest first: one item unless it takes a gradient to decide.
@@ -262,6 +285,10 @@ def _last_block(item: Item) -> Item:
 
 def _kind(item: Item) -> str:
     return item.output.grid.kind if item.output.grid else ""
+
+
+def _is_leaf(call: Call) -> bool:
+    return not call.children and _weighted(call)
 
 
 def _size(module: nn.Module) -> int:

@@ -1,17 +1,22 @@
 """One look at a forward pass: which modules ran, inside which, what they put out and what of it reaches the outputs.
 
-It is a real pass over two images in eval mode without a graph. A pass over fake tensors would be free, but what a model
+It is a real pass over one image in eval mode without a graph. A pass over fake tensors would be free, but what a model
 keeps from a pass (a position table in ``functools.lru_cache``, a rotary embedding stored on a module) would then be
-fake for ever after; and a pass of two images costs less than the first explanation.
+fake for ever after; and a pass of one image costs less than the first explanation.
+
+One image is enough to tell the batch axis. An output whose first axis is a multiple of the batch, such as windows, has
+length 1 there exactly where it would have length N for N images; what has length 1 for every N, such as a table of
+positions, does not depend on the images, which the flow of the pass shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar, cast
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +30,9 @@ from attrib_zoo.backbone.nested import elements, items, replaced, tensors
 from attrib_zoo.backbone.randomness import draws_taken_back
 from attrib_zoo.errors import InputError
 
-BATCH = 2  # with one image the batch axis could not be told from others of size one
+BATCH = 1
+
+_T = TypeVar("_T")
 
 
 @dataclass(eq=False)
@@ -34,7 +41,7 @@ class Output:
 
     Attributes:
         element: its place in a tuple, list or dict; None where the call puts out the tensor itself.
-        shape: with the trace's batch of 2.
+        shape: with the trace's batch of 1.
         same: the call was given this tensor, or a view of it, and hands it on.
         on_path: the model's outputs depend on it.
         grid: how it holds a map; None where it does not.
@@ -58,6 +65,7 @@ class Call:
 
     Attributes:
         name: dotted path of the module in the unwrapped model; empty for the model itself.
+        reference: to the module, weak, since a trace is kept for as long as its model lives.
         number: which run of this module it is, counted from 0.
         begin: the clock when it began; ``end`` when it ended.
         parent: the call that it ran inside.
@@ -67,7 +75,7 @@ class Call:
     """
 
     name: str
-    module: nn.Module
+    reference: ReferenceType[nn.Module] = field(repr=False)
     number: int
     begin: int
     parent: Call | None = None
@@ -75,6 +83,11 @@ class Call:
     children: list[Call] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
     cut: bool = False
+
+    @property
+    def module(self) -> nn.Module:
+        """The user's own module whose mirror ran."""
+        return _alive(self.reference)
 
     def inside(self) -> Iterator[Call]:
         """All calls within this one, in the order in which they began."""
@@ -88,16 +101,27 @@ class Trace:
     """What one forward pass showed.
 
     Attributes:
-        model: the user's own model, unwrapped. The pass ran on its mirror; the calls name the user's own modules.
         size: (H, W) of the input.
         root: the call of the model itself.
         sizes: ``(clock, (h, w))``: the spatial sizes that the pass went through.
+        derived: what was concluded from it, kept here to be concluded once.
     """
 
-    model: nn.Module
     size: tuple[int, int]
     root: Call
     sizes: list[tuple[int, tuple[int, int]]]
+    derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's own model, unwrapped. The pass ran on its mirror; the calls name the user's own modules."""
+        return self.root.module
+
+    def once(self, question: Hashable, find: Callable[[], _T]) -> _T:
+        """What ``find`` concludes from this trace, at the first time that it is asked for."""
+        if question not in self.derived:
+            return cast("_T", self.derived.setdefault(question, find()))  # two threads agree on the first answer
+        return cast("_T", self.derived[question])
 
     def calls(self) -> list[Call]:
         """Every call but the model's own, in the order in which they ended."""
@@ -109,19 +133,19 @@ class Trace:
 
 
 def trace(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
-    """Run the model once on two of the images (one, twice, where there is only one) and note what happened.
+    """Run the model once on the first image and note what happened.
 
     Hooks, modes and random state are as before when it returns, also if the model raises.
 
     Args:
         model: the model as the user has it; wrappers are looked through.
         inputs: ``(N, C, H, W)``.
-        args: further arguments of its forward; tensors with N rows are cut to the same two examples.
+        args: further arguments of its forward; tensors with N rows are cut to the same example.
     """
     if inputs.ndim != 4 or not len(inputs):
         raise InputError(f"inputs: must be images (N, C, H, W) with N > 0, got shape {tuple(inputs.shape)}")
     own = original(model)
-    rows = torch.arange(BATCH, device=inputs.device) % len(inputs)
+    rows = torch.zeros(BATCH, dtype=torch.long, device=inputs.device)
     with torch.inference_mode(False), torch.no_grad(), draws_taken_back(inputs.device), frozen(model) as bare:
         refuse_shards(bare)
         images = inputs.detach()[rows]
@@ -135,7 +159,7 @@ def trace(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
             stack.enter_context(flow)
             outputs = call_model(bare, images, select_args(args, rows, len(inputs)))
         _mark_paths(recorder.root, flow, outputs)
-    return Trace(own, (inputs.shape[2], inputs.shape[3]), recorder.root, flow.sizes)
+    return Trace((inputs.shape[2], inputs.shape[3]), recorder.root, flow.sizes)
 
 
 def layer_names(model: nn.Module) -> dict[str, nn.Module]:
@@ -158,7 +182,7 @@ class _Recorder:
         self._modules = modules
         self._flow = flow
         self._running: list[Call] = []
-        self._given: list[set[int | None]] = []
+        self._given: list[tuple[set[int | None], set[int | None]]] = []
         self._runs: dict[nn.Module, int] = {}
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -166,28 +190,43 @@ class _Recorder:
         parent = self._running[-1] if self._running else None
         self._flow.clock += 1
         name = self.names[module]
-        call = Call(name, self._modules[name], number, self._flow.clock, parent)
+        call = Call(name, ref(self._modules[name]), number, self._flow.clock, parent)
         if parent is None:
             self.root = call
         self._running.append(call)
-        self._given.append({self._flow.node(tensor) for tensor in tensors((args, kwargs))})
+        given = list(tensors((args, kwargs)))
+        self._given.append(({self._flow.node(tensor) for tensor in given}, {_address(tensor) for tensor in given}))
         self._flow.sizes.extend((call.begin, pair) for pair in _pairs((args, kwargs)))
 
     def end(self, module: nn.Module, _: Any, output: Any) -> Any:
         while self._running[-1].name != self.names[module]:  # a call that raised inside the model's own try
             self._running.pop()
             self._given.pop()
-        call, given = self._running.pop(), self._given.pop()
+        call, (nodes, places) = self._running.pop(), self._given.pop()
         call.end = self._flow.clock = self._flow.clock + 1
         if call.parent is not None:
             call.parent.children.append(call)
-        same = {key for key, tensor in elements(output).items() if self._flow.node(tensor) in given - {None}}
-        copied = _copied(output)
+        found = elements(output)
+        same = {key for key, tensor in found.items() if self._flow.node(tensor) in nodes - {None}}
+        own = self._own(output, found, places)
         call.outputs = [
             Output(element, tuple(tensor.shape), self._flow.node(tensor), same=element in same)
-            for element, tensor in elements(copied).items()
+            for element, tensor in elements(own).items()
         ]
-        return copied
+        return own
+
+    def _own(self, output: Any, found: Mapping[int | str | None, Tensor], given: set[int | None]) -> Any:
+        """The output with a node of its own for each tensor, which stands for what the module hands on.
+
+        A tensor whose memory others hold as well, because the module was given it or hands it on twice, is copied:
+        what is done with theirs is not done with this one. For all others a new node is enough.
+        """
+        places = [_address(tensor) for tensor in found.values()]
+        if any(place is None or place in given or places.count(place) > 1 for place in places):
+            return _copied(output)
+        for tensor in found.values():
+            self._flow.renew(tensor)
+        return output
 
 
 def _copied(output: Any) -> Any:
@@ -249,6 +288,13 @@ class Flow(TorchDispatchMode):
         key = _storage(tensor)
         return self._nodes[key.cdata][1] if key is not None and key.cdata in self._nodes else None
 
+    def renew(self, tensor: Tensor) -> None:
+        """Give what the tensor holds a node of its own, as a copy would have."""
+        node = self.node(tensor)
+        if node is not None:
+            self._parents.append((node,))
+            self._set(tensor, len(self._parents) - 1)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note what its outputs are made of."""
         kwargs = kwargs or {}
@@ -304,6 +350,19 @@ class Flow(TorchDispatchMode):
             for tensor in results[:1]:
                 if tensor.ndim == 4 and len(tensor) == self._batch:
                     self.sizes.append((self.clock, (tensor.shape[2], tensor.shape[3])))
+
+
+def _alive(reference: ReferenceType[nn.Module]) -> nn.Module:
+    module = reference()
+    if module is None:
+        raise RuntimeError("the model of this trace is gone; hold on to the model for as long as to what was traced")
+    return module
+
+
+def _address(tensor: Tensor) -> int | None:
+    """What tells the memory of a tensor from that of all others alive; None where it has none of its own."""
+    key = _storage(tensor)
+    return None if key is None else key.cdata
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef | None:

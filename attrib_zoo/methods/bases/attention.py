@@ -44,7 +44,6 @@ class AttentionMethod(Attribution):
         if layers is not None and self.default_layers is None:
             raise self._reads_all_layers()
         self.mean_pooling = bool(mean_pooling)
-        self._found: dict[tuple[int, ...], Attentions] = {}
 
     def _reads_all_layers(self) -> OptionError:
         return OptionError(
@@ -59,10 +58,7 @@ class AttentionMethod(Attribution):
             UnsupportedModelError: it has no attention that can be read, or its head averages tokens and
                 ``mean_pooling`` is off.
         """
-        key = tuple(inputs.shape[1:])
-        if key not in self._found:
-            self._found[key] = find_attention(self.model, inputs, args)
-        found = self._found[key]
+        found = self._once("attention", inputs, args, lambda: find_attention(self.model, inputs, args))
         if not (found.by_class_token or self.mean_pooling):
             raise UnsupportedModelError(
                 f"model: {type(self).__name__} is defined for a head that reads a class token, the head of "

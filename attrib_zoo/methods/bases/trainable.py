@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import forward_args, frozen, run
 from attrib_zoo.backbone.grid import Tap
+from attrib_zoo.backbone.module import original
 from attrib_zoo.errors import (
     BackboneMismatchError,
     CheckpointError,
@@ -25,7 +26,7 @@ from attrib_zoo.errors import (
     check_number,
     warn,
 )
-from attrib_zoo.masking import at_least_float32
+from attrib_zoo.masking import at_least_float32, black, channel_stats
 from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training import distributed, session
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read, write
@@ -33,6 +34,7 @@ from attrib_zoo.training.data import Batches, check_repeatable, total_steps
 from attrib_zoo.training.fit import State, Terms, autocast, train
 from attrib_zoo.training.history import History
 from attrib_zoo.training.schedule import OptimizerFactory, Schedule, check_optimizer
+from attrib_zoo.training.watch import Watch
 
 _Self = TypeVar("_Self", bound="TrainableAttribution")
 _SCHEDULES = ("auto", "paper", "short")
@@ -62,6 +64,8 @@ class TrainableAttribution(Attribution):
     def __init__(self, model: nn.Module, layers: Any = None, **shown: Any) -> None:
         super().__init__(model, layers, **shown)
         self._fitted: Fitted | None = None
+        self._watch: Watch | None = None
+        self._strict = True
         self._warned = False
 
     # ------------------------------------------------------------------ hooks
@@ -100,6 +104,9 @@ class TrainableAttribution(Attribution):
         :meth:`decide` does, and warnings.
         """
         return {}, []
+
+    def _settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
+        """Decide, before anything else of a fit, what depends on its size; ``images`` are the first batch."""
 
     @property
     def _start_images(self) -> int:
@@ -192,13 +199,14 @@ class TrainableAttribution(Attribution):
         plan = {"steps": steps, "seed": seed, "schedule": asked, "optimizer": named, "lr": lr}
         plan["precision"] = precision
         twin = copy.copy(self)  # the fit happens here; self changes only when it has gone well
-        twin._fitted, twin._resolved, twin._warned = None, {}, False
+        twin._fitted, twin._resolved, twin._warned, twin._strict = None, {}, False, True
         saved = None if resume_from is None else session.read_resume(twin, resume_from, plan)
         with session.ground(self.model) as like, autocast(precision, like.device):
             batches = Batches(loader, seed, like)
             if saved is not None:
                 batches.restore(saved.tensors, saved.facts["state"]["order"])
             args = forward_args(additional_forward_args)
+            twin._settle(batches.peek(), args, steps, saved)
             state, twin._fitted = session.begin(
                 twin, batches, args, plan, custom, precision == "fp16-mixed", saved, show_progress
             )
@@ -228,8 +236,10 @@ class TrainableAttribution(Attribution):
         return self
 
     def _finished(self: _Self, state: State) -> _Self:
-        network = self._so_far(state)._ready().network.eval()
+        fitted = self._so_far(state)._ready()
+        network = fitted.network.eval()
         self.finish_network(network)
+        self._watch = Watch(original(self.model), fitted.backbone)
         for parameter in network.parameters():
             parameter.grad = None
         return self
@@ -258,6 +268,7 @@ class TrainableAttribution(Attribution):
 
     def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs, features = self._features(inputs, args)
+        self._check_model()
         target = self._targets(outputs, query)
         self._warn_unseen(target.classes)
         return self._class_maps(self._network_for(features), features, target)
@@ -292,6 +303,7 @@ class TrainableAttribution(Attribution):
         with frozen(self.model), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
             outputs, features = self._features(clean, forward_args(additional_forward_args))
+            self._check_model()
             maps = session.head_maps(self._network_for(features), features, None)
             return self._as_asked(self._all_maps(outputs, maps)).to(images.dtype)
 
@@ -301,6 +313,27 @@ class TrainableAttribution(Attribution):
         outputs, features = run(self.model, inputs, args, self.taps(inputs, args))
         session.check_same(type(self).__name__, self._ready(), outputs, features)
         return outputs, [at_least_float32(f) for f in features]
+
+    def _check_model(self) -> None:
+        """Raise where the model has other weights than in the fit; what cannot be told from a call's features.
+
+        Raises:
+            BackboneMismatchError: it has; only a warning where the explainer was loaded for other weights anyway.
+        """
+        model = original(self.model)  # a mirror's weights may be copies
+        if self._watch is None or not self._watch.noticed(model):
+            return
+        kind = type(model).__name__
+        message = (
+            f"{type(self).__name__} was fitted for other weights than this {kind} has now, so its maps would explain a "
+            "model that is gone; give the model the weights it was fitted for, or fit again"
+        )
+        if self._strict:
+            raise BackboneMismatchError(
+                message + "; save it and load it with strict_backbone=False to use it all the same"
+            )
+        warn(message)
+        self._watch = Watch(model, fingerprint(model))  # one warning for each change
 
     def _network_for(self, features: Sequence[Tensor]) -> nn.Module:
         return self._ready().network.to(features[0])
@@ -359,6 +392,21 @@ class TrainableAttribution(Attribution):
     def schedule_(self) -> str:
         """Name of the schedule that was used."""
         return self._ready().schedule.name
+
+    @property
+    def masking_(self) -> str | Tensor:
+        """How the fit hid pixels, as ``masking`` of the measures: what it explains must be measured alike.
+
+        ``"raw"`` or ``"standardized"``; black as a tensor ``(1, C, 1, 1)`` where the fit was given a standardisation
+        that is not the model's own; ``"auto"`` for a method that hides none.
+        """
+        decided = self._ready().decisions
+        rule: str = decided.get("masking", "auto")
+        if rule != "raw":
+            return rule
+        mean, std = tuple(decided["mean"]), tuple(decided["std"])
+        own = tuple(map(tuple, channel_stats(self.model, len(mean))))
+        return rule if (mean, std) == own else black(mean, std, torch.zeros(1, len(mean), 1, 1))
 
     def report(self) -> str:
         """The fit in a few lines: steps, schedule, loss, classes seen, validation, warnings."""
@@ -428,7 +476,8 @@ class TrainableAttribution(Attribution):
                 f"use {facts.get('method')}.load"
             )
         explainer = cls(model, [layer for layer, _ in facts["layers"]], **facts["options"])
-        if fingerprint(explainer.model) != facts["backbone"]:
+        weights = fingerprint(explainer.model)
+        if weights != facts["backbone"]:
             message = (
                 f"path: {path} was fitted for {facts['model']} with other weights than this "
                 f"{type(explainer.model).__name__} has; load the weights it was fitted for, or fit again"
@@ -442,4 +491,6 @@ class TrainableAttribution(Attribution):
         except KeyError as missing:
             raise CheckpointError(f"path: {path} is incomplete, {missing} is not in it; fit again") from missing
         explainer.finish_network(network)
+        explainer._strict = strict_backbone
+        explainer._watch = Watch(explainer.model, weights)
         return explainer

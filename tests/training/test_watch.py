@@ -1,0 +1,113 @@
+"""A fitted explainer notices that its model is no longer the one that it was fitted for."""
+
+import copy
+
+import pytest
+import strategies as zoo
+import torch
+from torch import nn
+
+from attrib_zoo import TTAME
+from attrib_zoo.errors import BackboneMismatchError
+from attrib_zoo.training import watch as watching
+from attrib_zoo.training.checkpoint import fingerprint
+from attrib_zoo.training.watch import Watch
+
+IMAGES = zoo.batch(4)
+WORDS = r"TTAME was fitted for other weights than this SmallCNN has now"
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return zoo.fit(TTAME(zoo.small_cnn()), IMAGES.split(2), epochs=1)
+
+
+@pytest.fixture
+def explainer(fitted):
+    return copy.deepcopy(fitted)
+
+
+def quiet(model: nn.Module) -> None:
+    """Through ``.data``, which torch's counter of writes does not see."""
+    for parameter in model.parameters():
+        parameter.data.normal_()
+
+
+def top_only(model: nn.Module) -> None:
+    model.head.reset_parameters()
+
+
+def statistics(model: nn.Module) -> None:
+    model.stages[1][1].running_mean[0] += 1e-3
+
+
+def pointed_elsewhere(model: nn.Module) -> None:
+    model.head.bias.data = torch.randn_like(model.head.bias)
+
+
+def loaded(model: nn.Module) -> None:
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [quiet, top_only, statistics, pointed_elsewhere, loaded])
+def test_other_weights_in_place_are_refused(explainer, change):
+    before = copy.deepcopy(explainer.model.state_dict())
+    maps = explainer.attribute(IMAGES, 1)
+    with torch.no_grad():
+        change(explainer.model)
+    for call in (lambda: explainer.attribute(IMAGES, 1), lambda: explainer.maps(IMAGES)):
+        with pytest.raises(BackboneMismatchError, match=WORDS):
+            call()
+    explainer.model.load_state_dict(before)
+    assert torch.equal(explainer.attribute(IMAGES, 1), maps)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.load_state_dict(copy.deepcopy(m.state_dict())),
+        lambda m: m.double(),
+        lambda m: m.bfloat16(),
+        lambda m: m.requires_grad_(False),
+        lambda m: m.train(),
+    ],
+)
+def test_the_same_weights_loaded_again_converted_or_frozen_are_the_same_model(explainer, change):
+    change(explainer.model)
+    x = IMAGES.to(next(explainer.model.parameters()).dtype)
+    assert torch.isfinite(explainer.attribute(x, 1)).all()
+
+
+def test_a_conversion_does_not_hide_a_change(explainer):
+    top_only(explainer.model.double())
+    with pytest.raises(BackboneMismatchError, match=WORDS):
+        explainer.attribute(IMAGES.double(), 1)
+
+
+def test_what_was_loaded_for_other_weights_warns_once_for_each_change(explainer, tmp_path):
+    path = explainer.save(tmp_path / "explainer.safetensors")
+    other = zoo.small_cnn()
+    top_only(other)
+    with pytest.warns(UserWarning, match="other weights"):
+        loose = TTAME.load(path, other, strict_backbone=False)
+    maps = loose.attribute(IMAGES, 1)  # the model is what it was when the user said that it would do
+    for _ in range(2):
+        top_only(other)
+        with pytest.warns(UserWarning, match=WORDS):
+            loose.attribute(IMAGES, 1)
+        assert loose.attribute(IMAGES, 1).shape == maps.shape
+
+
+def test_a_loaded_explainer_is_as_strict_as_a_fitted_one(explainer, tmp_path):
+    model = copy.deepcopy(explainer.model)
+    again = TTAME.load(explainer.save(tmp_path / "explainer.safetensors"), model)
+    top_only(model)
+    with pytest.raises(BackboneMismatchError, match=WORDS):
+        again.attribute(IMAGES, 1)
+
+
+def test_an_unchanged_model_is_not_read(monkeypatch):
+    model = zoo.small_cnn()
+    watch = Watch(model, fingerprint(model))
+    monkeypatch.setattr(watching, "fingerprint", lambda _: pytest.fail("all weights were read"))
+    assert not watch.noticed(model)
