@@ -128,10 +128,12 @@ class Target:
         scores = class_scores(outputs, score)
         rows = torch.arange(len(scores), device=scores.device).unsqueeze(1)
         index = self.index.to(scores.device)
+        where = (rows, *index.unbind(-1))
         if not self.contrasts:
-            return scores[(rows, *index.unbind(-1))]
+            return scores[where]
         deeper = (place.unsqueeze(2) for place in index.unbind(-1)[1:])
-        return self.combine(scores[(rows.unsqueeze(2), self.terms.to(scores.device), *deeper)])
+        where = (rows.unsqueeze(2), self.terms.to(scores.device), *deeper)
+        return self.combine(scores[where])
 
     def rows(self, rows: Tensor) -> Target:
         """The targets of these examples, in this order (for masked copies: ``rows`` says whose copy each is)."""
@@ -358,7 +360,8 @@ def _contrasted(place: Tensor, entries: Sequence[Any], outputs: Tensor) -> Targe
         device=outputs.device,
     )
     rows = torch.arange(len(outputs), device=outputs.device)
-    logits = outputs.movedim(1, -1)[(rows, *place.unbind(1)[1:])]  # (N, K), at the place's further positions
+    where = (rows, *place.unbind(1)[1:])
+    logits = outputs.movedim(1, -1)[where]  # (N, K), at the place's further positions
     rivals = torch.arange(count - 1, device=outputs.device).expand(len(outputs), -1)
     rivals = rivals + (rivals >= place[:, :1]).long()  # all classes but the own
     best = logits.gather(1, rivals).topk(max(kept), dim=1).indices
