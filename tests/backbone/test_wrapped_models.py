@@ -259,7 +259,7 @@ def test_half_precision(method, build, size, dtype):
 
 def test_bf16_model_with_images_of_another_type():
     """The error names both types."""
-    with pytest.raises(InputError, match="weights in torch.bfloat16, got images in torch.float32"):
+    with pytest.raises(InputError, match=r"weights in torch.bfloat16, got images in torch.float32"):
         heat(resnet().to(torch.bfloat16), images())
 
 
