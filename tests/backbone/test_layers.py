@@ -770,7 +770,7 @@ def test_arguments_per_image_follow_the_batch_of_the_trace(count):
     model = Scaled().eval()
     taps = resolve(model, None, images(64, count), (torch.rand(count), torch.rand(7), 2), count=2)
     assert [tap.name for tap in taps] == ["model.layer3", "model.layer4"]
-    assert model.seen == [(2, 2, 7)]
+    assert model.seen == [(1, 1, 7)]
 
 
 def test_one_look_serves_several_questions():
