@@ -31,6 +31,7 @@ from attrib_zoo.errors import DataError, OptionError, UnsupportedModelError
 from attrib_zoo.metrics._regions import box_masks
 from attrib_zoo.synthetic.networks import seeded
 from attrib_zoo.training import checkpoint
+from attrib_zoo.training.recipe import as_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # two steps train nothing, and fit says so
 WNIDS = ("n01440764", "n01443537", "n02099601")
@@ -423,7 +424,8 @@ def test_the_variants_of_table_6(imagenet):
     assert facts["t-tame"]["layers"] == facts["no-skip-connection"]["layers"] == poolings
     assert facts["fms-from-two-layers"]["layers"] == poolings[1:]
     assert facts["fms-from-one-layer"]["layers"] == poolings[2:]
-    kinds = {n: (f["skip"], f["batch_norm"], f["branch_activation"]) for n, f in facts.items()}
+    recipes = {name: as_recipe(fact["recipe"]) for name, fact in facts.items()}
+    kinds = {name: (r.skip, r.batch_norm, r.branch_activation) for name, r in recipes.items()}
     assert kinds["t-tame"] == kinds["fms-from-one-layer"] == (True, True, "relu")
     assert kinds["no-skip-connection"] == (False, True, "relu")
     assert kinds["no-skip-no-batch-norm"] == (False, False, "relu")

@@ -99,7 +99,7 @@ def test_what_is_linear_in_the_score_subtracts_maps_of_the_same_scores(model, ki
 @pytest.mark.filterwarnings("ignore:.*never came up")
 def test_trained_maps_are_combined_before_they_are_scaled(kind):
     model = zoo.small_cnn()
-    explainer = zoo.fit(kind(model, upsample=False), [IMAGES.float()], max_steps=2)
+    explainer = zoo.fit(kind(model, upsample=False, recipe="paper"), [IMAGES.float()], max_steps=2)
     with torch.no_grad():
         for weights in explainer.network_.parameters():
             weights.add_(0.3 * zoo.normal(*weights.shape, seed=4, dtype=weights.dtype))
@@ -130,6 +130,7 @@ def test_several_contrasts_in_one_call_are_those_of_several_calls(model):
     torch.testing.assert_close(each[2], method.attribute(IMAGES, Contrast(2))[2])
 
 
+@pytest.mark.filterwarnings("ignore:ScoreCAM. no weight is positive")
 @settings(max_examples=15)
 @given(order=st.permutations(range(5)), k=st.integers(1, 6))
 def test_permuted_classes_permute_the_maps(model, order, k):
