@@ -12,6 +12,7 @@ decides for came up in the fits. Differences are paired, with 95 % intervals (1.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 from pathlib import Path
@@ -119,10 +120,71 @@ def draw(cases: dict[str, tuple[Rows, set[int], set[int]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def checks(name: str, work: Path, count: int = 96) -> list[list[object]]:
+    """Grid pointing, the encoding check and model randomisation, on the first images that results.py drew."""
+    from results import CASES as LOADED
+    from torch.utils.data import DataLoader, Subset
+
+    from attrib_zoo import TTAME, GradCAM, metrics
+
+    case = LOADED[name](work)
+    model, kept = case.model, range(count)
+    images = torch.cat([batch["image"] for batch in DataLoader(Subset(case.images, kept), batch_size=16)])
+    with torch.no_grad():
+        scores = torch.cat([model(part) for part in images.split(16)]).softmax(1)
+    sure, decided = scores.max(1)
+    mosaics = metrics.grid_mosaics(images, decided, sure, least=0.5)
+    asked = mosaics.target
+    kinds = decided.bincount(minlength=scores.shape[1]).topk(5).indices
+    explainers = {
+        "TTAME": TTAME.load(work / name / "TTAME.safetensors", model),
+        "TTAME, rows": TTAME.load(work / name / "TTAME-rows.safetensors", model),
+        "GradCAM": GradCAM(model),
+        "GradCAM, smooth 3": GradCAM(model, smooth=3),
+    }
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in other.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.weight.normal_(0, float(module.weight.std()), generator=generator)
+    found: list[list[object]] = []
+    for method, explainer in explainers.items():
+        explainer.upsample = False
+        maps = torch.cat(
+            [explainer.attribute(x, t) for x, t in zip(mosaics.inputs.split(16), asked.split(16), strict=True)]
+        )
+        grid = metrics.grid_pointing_game(None, None, maps, cell=mosaics.cell)
+        several = torch.cat([explainer.attribute_many(x, kinds.tolist())[:, :, 0] for x in images[:60].split(20)])
+        guessed = metrics.encoding_check(
+            several.flatten(0, 1), kinds.repeat(60), groups=torch.arange(60).repeat_interleave(5)
+        )
+        plain = explainer.attribute(images[:32], decided[:32])
+        if isinstance(explainer, TTAME):
+            random: TTAME | GradCAM = TTAME(other, recipe="rows", upsample=False)
+            random.fit([images[32:64]], max_steps=0, show_progress=False)
+        else:
+            random = GradCAM(other, smooth=explainer.smooth, upsample=False)
+        after = random.attribute(images[:32], decided[:32])
+        similar = metrics.spearman(plain, after)
+        value, half = mean((100 * grid).tolist())
+        alike, spread = mean(similar.tolist())
+        found.append(
+            [
+                method,
+                f"{value:.1f} ± {half:.1f} ({len(grid)})",
+                f"{100 * guessed.accuracy:.1f} (chance {100 * guessed.chance:.1f})",
+                f"{alike:.2f} ± {spread:.2f}",
+            ]
+        )
+    return found
+
+
 def main() -> None:
     """Write docs/results/warm_start.md and .png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--checks", action="store_true", help="grid pointing, encoding, randomisation too")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--raw", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
@@ -146,7 +208,11 @@ def main() -> None:
         targets = {i: int(row["target"]) for found in rows.values() for i, row in found.items()}
         seen = {i for i, target in targets.items() if known[target]}
         cases[name], numbers[name] = (rows, seen, set(targets) - seen), rows
-        lines += [f"## {title}", "", f"{sum(known)} of {len(known)} classes came up in the fit.", ""]
+        lines += [f"## {title}", ""]
+        if options.checks:
+            head = ["method", "grid pointing, % (mosaics)", "class guessed from the mask, %", "after randomisation"]
+            lines += [table(checks(name, options.work), head), ""]
+        lines += [f"{sum(known)} of {len(known)} classes came up in the fit.", ""]
         for part, images in (("all", set(targets)), ("seen", seen), ("not seen", set(targets) - seen)):
             lines += [f"### Classes: {part} ({len(images)} images)", "", means(rows, images), ""]
             lines += [line for base in BASES if base in rows for line in (differences(rows, images, base), "")]

@@ -215,8 +215,18 @@ def _fit() -> ArgumentParser:
         help="rows (T-TAME's default): from the classifier's rows; paper: the equations; released: the authors' code",
     )
     _layers(parser)
-    add("--epochs", type=PositiveInt, metavar="N", help="passes over the images (default: the paper's number)")
-    add("--max-steps", type=PositiveInt, metavar="N", help="training steps, instead of --epochs")
+    add(
+        "--epochs",
+        type=PositiveInt,
+        metavar="N",
+        help="passes over the images (default: 200 steps, or the paper's number)",
+    )
+    add(
+        "--max-steps",
+        type=NonNegativeInt,
+        metavar="N",
+        help="training steps, instead of --epochs; 0: only T-TAME's start",
+    )
     add("--schedule", default="auto", metavar="NAME", help="short, paper or auto (default): short below 20 000 steps")
     add("--lr", type=PositiveFloat, metavar="X", help="largest learning rate (default: the schedule's)")
     add("--precision", metavar="NAME", help="bf16-mixed or fp16-mixed, of the model's passes (default: its own)")

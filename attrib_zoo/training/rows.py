@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from attrib_zoo.backbone.capture import run, run_with_graph, select_args
 from attrib_zoo.backbone.grid import Tap
@@ -213,6 +212,8 @@ def _turn(count: int, number: int, share: float, device: torch.device) -> Tensor
 
 def _affordable(values: Tensor, maps: Sequence[Tensor], budget: float) -> float:
     """How many gradients the budget pays for; one is taken to see what it costs."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton along
+
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(values[0], maps, retain_graph=True, allow_unused=True)
     return budget / max(int(counter.get_total_flops()), sum(m.numel() for m in maps))

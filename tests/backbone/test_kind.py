@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from attrib_zoo.backbone.kind import is_transformer
-from attrib_zoo.metrics._scores import hidden_colour
+from attrib_zoo.metrics._scores import hidden as hidden_by_measures
 from attrib_zoo.training.hidden import decide_masking, hidden
 
 timm = pytest.importorskip("timm")
@@ -34,7 +34,8 @@ def hollow(name: str) -> nn.Module:
 def hidden_by_both(model: nn.Module) -> list[torch.Tensor]:
     images = torch.zeros(1, 3, 8, 8)
     fit = hidden(decide_masking(model, images, "auto", None, None), images)
-    return [torch.as_tensor(colour).broadcast_to(1, 3, 1, 1) for colour in (fit, hidden_colour(model, "auto", images))]
+    measured = hidden_by_measures(model, "auto", images)
+    return [torch.as_tensor(colour).broadcast_to(1, 3, 1, 1) for colour in (fit, measured)]
 
 
 @pytest.mark.parametrize("name", HYBRIDS_AND_MIXERS)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo import CAM, GradCAM, LayerCAM, TransformerLRP
-from attrib_zoo.backbone.layers import look
+from attrib_zoo.backbone.capture import frozen
+from attrib_zoo.backbone.layers import look, resolve
 from attrib_zoo.backbone.layers.known import known
 
 
@@ -50,6 +51,35 @@ def test_what_is_tested_of_tokens_is_shared_too():
     first = passes.of(lambda: GradCAM(model).attribute(x, 1))
     assert first > 5  # the trace, the gradients, the places of the grid test, and the call
     assert passes.of(lambda: GradCAM(model).attribute(x, 1)) == 1
+
+
+def test_the_layers_with_gradients_are_asked_for_once():
+    model = cases.vit(depth=4, class_token=True, global_pool="token")
+    passes, x = Passes(model), images(32)
+    for count in (1, 3):
+        passes.of(lambda n=count: resolve(model, None, x, count=n, rule="live"))
+        assert passes.of(lambda n=count: resolve(model, None, x, count=n, rule="live")) == 0
+    assert passes.of(lambda: resolve(model, None, x, count=2, rule="live")) == 1
+
+
+@pytest.mark.parametrize("weights", ["shared", "fixed", "copied"])
+def test_what_is_found_out_in_a_mirror_is_known_of_the_model(weights):
+    model = cases.vit()
+    x = images(32)
+    before = known(model).version
+    with frozen(model, weights) as mirror:
+        assert mirror is not model
+        assert known(mirror).version is known(model).version is before
+        inside = look(mirror, x)
+        gone = weakref.ref(mirror), weakref.ref(mirror.blocks)
+    del mirror
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+    assert look(model, x) is inside
+    assert inside.model is model
+    assert {call.module for call in inside.calls()} <= set(model.modules())
+    with frozen(model, weights) as again:
+        assert look(again, x) is inside
 
 
 def widened(model: nn.Module) -> None:

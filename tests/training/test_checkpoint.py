@@ -383,6 +383,15 @@ def test_fingerprints_are_of_values_names_shapes_and_types():
     assert len(found) == 9
 
 
+def test_fingerprints_do_not_depend_on_what_is_compiled():
+    """A fit runs an eager mirror, so that its fingerprint has the names without the compiler's wrappers."""
+    model = zoo.small_cnn()
+    before = fingerprint(model)
+    model.stages = torch.compile(model.stages)
+    model.head = torch.compile(model.head)
+    assert fingerprint(model) == before
+
+
 def test_fingerprints_do_not_depend_on_memory_layout():
     model = zoo.small_cnn()
     assert fingerprint(model.to(memory_format=torch.channels_last)) == fingerprint(zoo.small_cnn())

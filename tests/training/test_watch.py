@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from attrib_zoo import TTAME
+from attrib_zoo.backbone.capture import frozen
+from attrib_zoo.backbone.module import original
 from attrib_zoo.errors import BackboneMismatchError
 from attrib_zoo.training import watch as watching
 from attrib_zoo.training.checkpoint import fingerprint
@@ -82,6 +84,18 @@ def test_a_conversion_does_not_hide_a_change(explainer):
     top_only(explainer.model.double())
     with pytest.raises(BackboneMismatchError, match=WORDS):
         explainer.attribute(IMAGES.double(), 1)
+
+
+@pytest.mark.parametrize("weights", ["shared", "fixed", "copied"])
+def test_a_mirror_is_watched_as_the_model_that_it_mirrors(explainer, weights, monkeypatch):
+    maps = explainer.attribute(IMAGES, 1)
+    with monkeypatch.context() as patched, frozen(explainer.model, weights):
+        patched.setattr(watching, "fingerprint", lambda _: pytest.fail("all weights were read"))
+        assert torch.equal(explainer.attribute(IMAGES, 1), maps)
+    with frozen(explainer.model, weights):
+        top_only(original(explainer.model))
+        with pytest.raises(BackboneMismatchError, match=WORDS):
+            explainer.attribute(IMAGES, 1)
 
 
 def test_what_was_loaded_for_other_weights_warns_once_for_each_change(explainer, tmp_path):
