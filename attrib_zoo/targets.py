@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,6 +57,10 @@ class Contrast:
             raise TargetError(f"target: a Contrast must name a class, got another one: {self.target!r}")
 
 
+def _nothing() -> Tensor:
+    return torch.empty(0)
+
+
 @dataclass(frozen=True)
 class Target:
     """One or more outputs of each example, checked against the model's output.
@@ -71,11 +75,11 @@ class Target:
     """
 
     index: Tensor
-    others: Tensor = None  # type: ignore[assignment]  # filled below
-    shares: Tensor = None  # type: ignore[assignment]
+    others: Tensor = field(default_factory=_nothing)  # filled below
+    shares: Tensor = field(default_factory=_nothing)
 
     def __post_init__(self) -> None:
-        if self.others is None:
+        if self.others.ndim == 1:
             empty = self.index.new_zeros(*self.index.shape[:2], 0)
             object.__setattr__(self, "others", empty)
             object.__setattr__(self, "shares", empty.float())

@@ -330,7 +330,7 @@ class TTAME(TrainableAttribution):
         target = Target(classes.view(-1, 1, 1))
         if self.recipe.contrast:
             target = target.against(logits, self.recipe.contrast, self.recipe.contrast_weight)
-        maps = mean_filter(self._class_maps(network, features, target), self.smooth)
+        maps = mean_filter(self._class_maps(network, features, target), self.smooth or 1)
         mask = order_mask(maps, _SHARES[0] + (_SHARES[1] - _SHARES[0]) * drawn[0])
         kept = (torch.arange(count, device=images.device) + (drawn[1, 0] < 0.5)) % 2 == 0
         mask = torch.where(kept.view(-1, 1, 1, 1), mask, 1 - mask)

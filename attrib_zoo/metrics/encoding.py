@@ -160,8 +160,8 @@ def _used(labels: Tensor, images: Tensor, finite: Tensor, folds: int) -> Tensor:
 def _seen(maps: Tensor, keep: float, ties: str, seeds: Seed) -> Tensor:
     """What the classifier sees of each map, ``(N, D)`` float64."""
     masks = top_pixels(maps, keep, ties, seeds).double()
-    size = [min(_CELLS, side) for side in masks.shape[-2:]]
-    return F.adaptive_avg_pool2d(masks, size).flatten(1)
+    height, width = (min(_CELLS, side) for side in masks.shape[-2:])
+    return F.adaptive_avg_pool2d(masks, (height, width)).flatten(1)
 
 
 def _folds(labels: Tensor, images: Tensor, folds: int, generator: torch.Generator) -> Tensor:

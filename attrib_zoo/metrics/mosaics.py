@@ -174,7 +174,8 @@ def _finer(maps: Tensor, side: int) -> Tensor:
 def _members(asked: int, labels: Tensor, sure: Tensor, draw: Tensor, cells: int) -> tuple[int, int, list[int]]:
     """The asked image, its cell, and the images of all cells; none where there are too few other classes."""
     cell = int(draw[-1] * cells)
-    seen, others = {int(labels[asked])}, []
+    seen = {int(labels[asked])}
+    others: list[int] = []
     for image in draw[:-1].argsort().tolist():
         if len(others) < cells - 1 and bool(sure[image]) and int(labels[image]) not in seen:
             seen.add(int(labels[image]))
@@ -187,7 +188,8 @@ def _members(asked: int, labels: Tensor, sure: Tensor, draw: Tensor, cells: int)
 def _tiled(members: Tensor, side: int) -> Tensor:
     """``(M, side**2, C, h, w)`` to ``(M, C, side * h, side * w)``, row by row."""
     rows = members.unflatten(1, (side, side))  # (M, down, across, C, h, w)
-    return rows.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3).contiguous()
+    tiled: Tensor = rows.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3).contiguous()
+    return tiled
 
 
 def _per_image(name: str, values: Any, batch: int) -> None:

@@ -54,8 +54,8 @@ def total_steps(
         raise OptionError(
             "max_steps: must be given for a loader without a length, since the schedule needs the number of steps"
         )
-    planned = most if length is None else epochs * length
-    return min(planned, planned if most is None else most)
+    planned = [] if length is None else [epochs * length]
+    return min(planned if most is None else [*planned, most])
 
 
 def check_repeatable(val_loader: Iterable[Any] | None) -> None:

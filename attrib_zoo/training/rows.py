@@ -216,7 +216,7 @@ def _affordable(values: Tensor, maps: Sequence[Tensor], budget: float) -> float:
 
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(values[0], maps, retain_graph=True, allow_unused=True)
-    return budget / max(counter.get_total_flops(), sum(m.numel() for m in maps))
+    return budget / max(int(counter.get_total_flops()), sum(m.numel() for m in maps))
 
 
 def _gradients(values: Tensor, maps: Sequence[Tensor], taken: Tensor) -> list[Tensor | None]:
@@ -226,6 +226,7 @@ def _gradients(values: Tensor, maps: Sequence[Tensor], taken: Tensor) -> list[Te
     for some in taken.split(at_once):
         columns = torch.zeros(len(some), len(values), dtype=values.dtype, device=values.device)
         columns[torch.arange(len(some)), some] = 1
+        found: Sequence[Tensor | None]
         try:
             found = torch.autograd.grad(
                 values, maps, columns, retain_graph=True, is_grads_batched=True, allow_unused=True

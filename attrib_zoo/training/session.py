@@ -136,7 +136,7 @@ def begin(
     outputs, features = run(explainer.model, images, args, taps)
     generator = torch.Generator().manual_seed(plan["seed"])
     features = [at_least_float32(f) for f in features]
-    channels = tuple(f.shape[1] for f in features)
+    channels = _channels(taps, features)
     network = explainer.build_network(channels, class_count(outputs), generator).to(features[0])
     if explainer._start_images and saved is None:
         started, told = explainer._start(network, batches.peek(explainer._start_images), args, taps, show_progress)
@@ -185,6 +185,17 @@ def begin(
         decisions=decisions,
     )
     return state, fitted
+
+
+def _channels(taps: Sequence[Tap], features: Sequence[Tensor]) -> tuple[int, ...]:
+    """C of each layer, where there is something to learn."""
+    for tap, feature in zip(taps, features, strict=True):
+        if feature.shape[-2:].numel() == 1:
+            raise LayerError(
+                f"layers: {tap.label!r} has a map of one cell on these images, from which no explainer can learn where "
+                "to look; name a layer before it, or fit on larger images"
+            )
+    return tuple(f.shape[1] for f in features)
 
 
 def _has_hints(layers: Any) -> bool:

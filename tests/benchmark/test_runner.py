@@ -490,7 +490,7 @@ def scaled_then_enlarged(maps):
 
 @pytest.mark.parametrize("kind", [GradCAM, TTAME])
 def test_maps_are_scaled_at_layer_resolution_and_then_enlarged_once(model, kind):
-    method = kind(model, upsample=False, **({"num_layers": 1} if kind is TTAME else {}))
+    method = kind(model, upsample=False, **({"recipe": "paper", "num_layers": 1} if kind is TTAME else {}))
     if kind is TTAME:
         zoo.fit(method, [IMAGES], max_steps=3)
     target = model(IMAGES).argmax(1)

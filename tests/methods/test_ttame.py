@@ -548,13 +548,14 @@ def test_recipes_are_the_table_of_constants():
 )
 def test_options_outside_their_range(options, words):
     with pytest.raises(OptionError, match=words):
-        TTAME(zoo.small_cnn(), **options, recipe="paper")
+        TTAME(zoo.small_cnn(), **{"recipe": "paper", **options})
 
 
 def test_options_are_json_and_make_the_same_explainer():
     model = zoo.small_cnn()
-    first = TTAME(model, recipe="released", mean=(0.1, 0.2, 0.3), std=(1, 1, 1), skip=False)
-    again = TTAME(model, **json.loads(json.dumps(first.options())), recipe="paper")
+    first = TTAME(model, recipe="released", mean=(0.1, 0.2, 0.3), std=(1, 1, 1), skip=False, score="sigmoid")
+    again = TTAME(model, **json.loads(json.dumps(first.options())))
+    assert again.score == "sigmoid"
     assert again.options() == first.options()
 
 

@@ -311,6 +311,7 @@ def test_a_trainer_s_name_before_all_weights_is_taken_off(tmp_path) -> None:
     assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_torchscript_is_named(tmp_path) -> None:
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), str(tmp_path / "m.pt"))
     with pytest.raises(DataError, match=r"is a TorchScript archive.*torch.jit.load\(path\).state_dict\(\)"):
