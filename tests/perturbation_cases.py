@@ -27,11 +27,23 @@ class Counted(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.images, self.most = model, 0, 0
+        self.model, self.batches = model, []  # a list, which a mirror of the model shares
 
     def forward(self, x):
-        self.images, self.most = self.images + len(x), max(self.most, len(x))
+        self.batches.append(len(x))
         return self.model(x)
+
+    @property
+    def images(self):
+        return sum(self.batches)
+
+    @images.setter
+    def images(self, start):
+        self.batches[:] = [start] if start else []
+
+    @property
+    def most(self):
+        return max(self.batches, default=0)
 
 
 def reorder_last_stage(model, order):
