@@ -44,7 +44,7 @@ def test_convolutional_hybrids_and_mixers_are_no_transformers(name):
     assert not is_transformer(model)
     fit, measure = hidden_by_both(model)
     assert torch.equal(fit, measure)
-    assert (fit <= -1).all()  # black, standardised; the mean colour would be 0
+    assert (fit <= -1).all()  # black, standardised: -1 where mean and deviation are 0.5; the mean colour would be 0
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224"])
