@@ -32,7 +32,7 @@ ORDER = (
 
 INSIDE_FUNCTIONS = {"torchvision", "timm", "matplotlib", "PIL", "tqdm", "safetensors", "huggingface_hub"}
 PRINTS = {"cli"}
-LONGEST_FUNCTION = 60
+LONGEST_FUNCTION = 70
 
 
 class Module:
@@ -199,7 +199,7 @@ def test_the_house_keeps_the_rule(rule: Callable[[list[Module]], list[str]]):
 
 # ---------------------------------------------------------------------- the rules bite
 
-LONG = "\n".join(["def f():", "    '''Two", "    lines.'''", *["    x = 1"] * 60])
+LONG = "\n".join(["def f():", "    '''Two", "    lines.'''", *["    x = 1"] * 70])
 BACK = "def f():\n    from attrib_zoo.backbone import a"
 ALLOWED = """
 from attrib_zoo.errors import X
@@ -221,7 +221,7 @@ PLANTED = (
     (relative, {"masking.py": "from .errors import X"}, "masking:1: relative"),
     (cycles, {"backbone/a.py": "import attrib_zoo.backbone.b", "backbone/b.py": BACK}, "a -> backbone.b -> backbone.a"),
     (heavy, {"models/load.py": "import timm.models"}, "models.load:1: import timm.models inside"),
-    (long_functions, {"errors.py": LONG}, "errors.f: 61 lines"),
+    (long_functions, {"errors.py": LONG}, "errors.f: 71 lines"),
     (asserts, {"errors.py": "assert True"}, "errors:1: assert"),
     (prints, {"cli/__init__.py": "print(1)", "errors.py": "def f():\n    print(1)"}, "errors:2: print"),
     (backwards, {"attribution.py": "loss.backward()"}, "attribution:1: .backward()"),

@@ -140,8 +140,6 @@ def begin(
     network = explainer.build_network(channels, class_count(outputs), generator).to(features[0])
     if explainer._start_images and saved is None:
         started, told = explainer._start(network, batches.peek(explainer._start_images), args, taps, show_progress)
-    elif saved is not None:
-        network.load_state_dict(saved.part("network"))
     with torch.autocast(images.device.type, enabled=False):
         asked = plan["schedule"]
         own = Schedule(**asked) if isinstance(asked, dict) else None
@@ -156,6 +154,7 @@ def begin(
     decisions = {**explainer.decide(taps, images, len(counts), schedule, plan["steps"]), **started}
     if saved is not None:
         _check_layers(layers, saved)
+        network.load_state_dict(saved.part("network"))  # after the schedule, which may set rows to zero
         schedule, counts = Schedule(**saved.facts["schedule"]), saved.tensors["class_counts"]
         decisions = saved.facts["decisions"]
     optimizer, cycle = build(network, schedule, plan["steps"], custom)
