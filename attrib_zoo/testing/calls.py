@@ -215,7 +215,10 @@ class _OneOutput(nn.Module):
     def forward(self, inputs: Tensor, *args: Any) -> Tensor:
         out: Tensor = self.model(inputs, *args)
         z = out[:, 1] - self.offset
-        return {"vector": z, "column": z[:, None], "both": torch.stack([-z, z], 1)}[self.form]
+        two = {"negative": (-z, 0 * z), "positive": (0 * z, z)}
+        return (
+            {"vector": z, "column": z[:, None]}[self.form] if self.form not in two else torch.stack(two[self.form], 1)
+        )
 
 
 def _takes(explainer: Any, inputs: Tensor, **call: Any) -> bool:
@@ -228,17 +231,12 @@ def _takes(explainer: Any, inputs: Tensor, **call: Any) -> bool:
 
 @check("cnn", "vit")
 def single_output(case: Case) -> None:
-    """A model with one logit per image, (N,) or (N, 1), has the classes 0 and 1, and None follows the sign.
-
-    Methods that read probabilities are asked for logits, so that two outputs say the same as one.
-    """
+    """A model with one logit per image, (N,) or (N, 1), has the classes 0 and 1, and None follows the sign."""
     with torch.no_grad():
         z = case.model(case.inputs)[:, 1]
     offset = float(z.mean())  # so that both decisions occur
     decided = (z > offset).long().tolist()
-    scores = {name: "logit" for name, p in case.parameters().items() if p.default == "softmax"}
-    scores = {} if case.fits(case.explainer) else scores
-    single = [case.ready(_OneOutput(case.model, form, offset), **scores) for form in ("vector", "column")]
+    single = [case.ready(_OneOutput(case.model, form, offset)) for form in ("vector", "column")]
     negated = _takes(single[0], case.inputs, target=0)  # no relevance is defined for a negated logit, say
     decision: Any = None if negated else 1
     vector, column = (explainer.attribute(case.inputs, target=decision) for explainer in single)
@@ -248,11 +246,11 @@ def single_output(case: Case) -> None:
         asked = explainer.attribute(case.inputs, target=decided)
         same(vector, asked, "target=None against the sign of the logit", 1e-6)
     if not case.fits(case.explainer):  # two fits need not agree
-        both = case.ready(_OneOutput(case.model, "both", offset), **scores)
-        for target in (0, 1) if negated else (1,):
-            wanted = both.attribute(case.inputs, target=target)
+        # these logits have the class's own value, z or -z, and its probability too
+        for target, form, logits in ((0, "negative", "-z and 0"), (1, "positive", "0 and z"))[0 if negated else 1 :]:
+            wanted = case.ready(_OneOutput(case.model, form, offset)).attribute(case.inputs, target=target)
             found = single[0].attribute(case.inputs, target=target)
-            same(found, wanted, f"class {target} of the one logit z against that of the logits -z and z", 1e-6)
+            same(found, wanted, f"class {target} of the one logit z against that of the logits {logits}", 1e-6)
 
 
 @check("cnn", "vit")

@@ -70,6 +70,9 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("start", self.start, ("random", "rows"))
         check_choice("loss", self.loss, ("mask", "order"))
+        for name in ("branches", "skip", "batch_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}: must be True or False, got {getattr(self, name)!r}")
         check_choice("branch_activation", self.branch_activation, ACTIVATIONS)
         check_choice("layer_rule", self.layer_rule, ("outputs", "norms", "live"))
         check_choice("num_layers", self.num_layers, (1, 2, 3))

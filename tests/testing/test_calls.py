@@ -279,7 +279,7 @@ class OneValueIsAlwaysPositive(SmallCAM):
         return super().index(1 if single else target, outputs)
 
 
-@caught_by(single_output="class 0 of the one logit z against that of the logits -z and z")
+@caught_by(single_output="class 0 of the one logit z against that of the logits -z and 0")
 class OneValueIsNeverNegated(SmallCAM):
     def scores(self, target, outputs):
         return outputs.flatten() if outputs[0].numel() == 1 else super().scores(target, outputs)
