@@ -208,7 +208,7 @@ class AttentionHead(nn.Module):
             weight, bias = self._rows(torch.arange(len(self._bias), device=self._bias.device))
             self.fuser.weight.copy_(weight[:, :, None, None])
             self._bias.copy_(bias)
-            self.common, self.scale, self.mixing = None, None, nn.ParameterList()
+            self.common, self.scale, self.mixing = None, None, nn.ParameterList().train(self.training)
             self.fuser.requires_grad_(True)
 
     @torch.no_grad()

@@ -9,6 +9,17 @@ from typing import Any
 from attrib_zoo.errors import OptionError, check_choice, check_number
 from attrib_zoo.training.head import ACTIVATIONS
 
+_WEIGHTS = {
+    "contrast_weight": 0.0,
+    "lambda_ce": 0.0,
+    "lambda_tv": 0.0,
+    "lambda_variation": 0.0,
+    "area_power": 1e-6,
+    "border_penalty": 0.0,
+    "area_offset": 0.0,
+}
+"""Fields that are numbers, and the least that each may be."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -77,16 +88,11 @@ class Recipe:
         check_choice("layer_rule", self.layer_rule, ("outputs", "norms", "live"))
         check_choice("num_layers", self.num_layers, (1, 2, 3))
         check_number("contrast", self.contrast, least=0)
-        check_number("contrast_weight", self.contrast_weight, least=0.0)
         check_choice("scale", self.scale, ("min-max", "rank"))
-        check_number("lambda_ce", self.lambda_ce, least=0.0)
-        check_number("lambda_tv", self.lambda_tv, least=0.0)
-        check_number("lambda_variation", self.lambda_variation, least=0.0)
-        check_number("area_power", self.area_power, least=1e-6)
         check_choice("variation", self.variation, ("mean", "sum"))
-        check_number("border_penalty", self.border_penalty, least=0.0)
-        check_number("area_offset", self.area_offset, least=0.0)
         check_choice("psi", self.psi, ("auto", "random", "batch", "own"))
+        for name, least in _WEIGHTS.items():
+            object.__setattr__(self, name, check_number(name, getattr(self, name), least=least))
         if self.smooth < 1 or self.smooth % 2 == 0:
             raise OptionError(f"smooth: must be an odd number of cells, got {self.smooth!r}; 1 leaves the map as it is")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from attrib_zoo.training.data import Batches, images_of
 from attrib_zoo.training.fit import State, Terms, tell
 from attrib_zoo.training.history import History
 from attrib_zoo.training.losses import two_logits
+from attrib_zoo.training.recipe import as_recipe
 from attrib_zoo.training.schedule import OptimizerFactory, Schedule, build
 
 _FEW_STEPS = {
@@ -355,14 +356,23 @@ def read_resume(explainer: Explainer, path: str | os.PathLike[str], plan: dict[s
         raise BackboneMismatchError(
             f"resume_from: {source} belongs to a {facts['model']} with other weights; load those weights first"
         )
-    mine = {**plan, **explainer.options()}
-    theirs = {**facts["plan"], **facts["options"]}
-    if mine.get("recipe") == "auto":  # what it came to in the fit that is continued
-        mine = plan | {name: value for name, value in explainer.options().items() if name in ("masking", "mean", "std")}
+    mine = {**plan, **_spelt_out(explainer.options())}
+    theirs = {**facts["plan"], **_spelt_out(facts["options"])}
+    if mine.get("recipe") == "auto":  # what it came to in the fit that is continued, but for what was asked for
+        mine = {name: value for name, value in mine.items() if value is not None and name != "recipe"} | plan
     differ = [f"{k}={mine[k]!r} (was {theirs.get(k)!r})" for k in mine if mine[k] != theirs.get(k)]
     if differ:
         raise CheckpointError(f"resume_from: must be continued with the same arguments, got {', '.join(differ)}")
     return saved
+
+
+def _spelt_out(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with the fields of T-TAME's recipe in its place, so that each can be compared and named."""
+    recipe = options.get("recipe")
+    if recipe == "auto" or "masking" not in options or "ce_only" in options:
+        return options
+    rest = {name: value for name, value in options.items() if name != "recipe"}
+    return {**rest, **asdict(as_recipe(recipe)), "name": "recipe"}  # type: ignore[arg-type]  # as it was written
 
 
 def _check_layers(layers: tuple[tuple[str, Grid | None], ...], saved: Checkpoint) -> None:

@@ -109,7 +109,7 @@ def test_the_file_is_plain_and_says_what_it_is(explainer, saved):
     assert facts["library"]
     assert facts["layers"] == [["stages.0", None], ["stages.2", None]]
     assert facts["channels"] == [4, 8]
-    assert facts["options"]["skip"] is False
+    assert facts["options"]["recipe"]["skip"] is False
     assert facts["decisions"]["mean"] == [0.1, 0.2, 0.3]
     assert facts["backbone"] == fingerprint(explainer.model)
     assert {"class_counts", "network/fuser.weight", "history/loss"} <= names
