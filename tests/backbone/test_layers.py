@@ -558,7 +558,6 @@ def test_a_hint_without_a_size_takes_the_size_found():
         ("", LayerNotFoundError, "no layer '' in ResNet; closest: .*'layer4', 'avgpool', 'fc'"),
         (nn.Conv2d(1, 1, 1), LayerNotFoundError, "the Conv2d must be part of the ResNet to explain, but is not"),
         ("fc", LayerError, r"'fc' of ResNet must put out a map, got \(N, 5\); the nearest spatial layers are 'layer4'"),
-        ("avgpool", LayerError, r"must put out a map, got \(N, 20, 1, 1\); .*say how to read it: \('avgpool', Grid"),
         (["layer4", "layer3", "layer4"], OptionError, "each must be given once, got 'layer4' twice"),
         (["layer4", -1], OptionError, "each must be given once"),
         ([], OptionError, "must name at least one layer, got an empty list"),
@@ -580,7 +579,7 @@ def test_options_that_cannot_be():
 
 def test_five_near_layers_are_named_and_each_of_them_works():
     with pytest.raises(LayerError) as caught:
-        resolve(resnet(), "avgpool", images(64))
+        resolve(resnet(), "fc", images(64))
     near = str(caught.value).split("the nearest spatial layers are ")[1].split(";")[0].replace("'", "").split(", ")
     assert len(near) == 5
     for name in near:
@@ -688,12 +687,13 @@ class Fails(nn.Module):
 
     def __init__(self, at: int) -> None:
         super().__init__()
-        self.model, self.passes, self.at = cls_vit(), 0, at
+        self.model, self.at = cls_vit(), at
+        self.passes: list[None] = []  # a list, which a mirror of the model shares
         self.model.blocks[1].register_forward_pre_hook(self.count)
 
     def count(self, *_: Any) -> None:
-        self.passes += 1
-        if self.passes == self.at:
+        self.passes.append(None)
+        if len(self.passes) == self.at:
             raise ArithmeticError("the model's own")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -742,9 +742,10 @@ def test_what_a_model_remembers_from_the_trace_is_real():
     Remembers.tables.clear()
     model, inputs = Remembers().eval(), images(32)
     resolve(model, None, inputs, rule="gradient")
-    for kept in (*model.cache.values(), *Remembers.tables.values(), model.rope):
+    for kept in (*model.cache.values(), *Remembers.tables.values()):
         assert type(kept) is Tensor
         assert kept.grad_fn is None
+    assert model.rope is None  # set on the mirror that ran, and gone with it
     kept = model(inputs)
     Remembers.tables.clear()
     fresh = Remembers().eval()

@@ -403,7 +403,10 @@ def test_maps_of_a_wrong_shape_are_refused(model, maps, got):
         ({"wanted": "discrimination"}, "discrimination needs other_masks or other_boxes"),
         ({"wanted": "distractors"}, "distractors needs distractor_masks in the loader's dict batches"),
         ({"max_images": 0}, "max_images: must be a positive integer, got 0"),
-        ({"masking": "blur"}, "masking: must be 'auto', 'raw', 'standardized' or a tensor, got 'blur'"),
+        (
+            {"masking": "black"},
+            "masking: must be one of 'auto', 'raw', 'standardized', 'blur' or a tensor.*got 'black'",
+        ),
         ({"score": len}, "score: must be 'softmax' or 'sigmoid', got <built-in function len>"),
         ({"score": "logit"}, "score: must be 'softmax' or 'sigmoid', got 'logit'"),
     ],
@@ -460,7 +463,7 @@ def test_controls_stand_beside_the_methods_and_ignore_the_batch(model):
         whole = make(0)(IMAGES, None)
         alone = torch.cat([make(0)(image[None], None) for image in IMAGES])
         assert torch.equal(whole, alone)
-        assert whole.shape == (7, 1, 16, 16)
+        assert whole.shape == (7, 1, 7, 7)  # the grid on which they are made; measures resize as for any method
     assert not torch.equal(chance(0)(IMAGES, None), chance(1)(IMAGES, None))
     two = chance(0)(IMAGES[:2], None)
     assert not torch.equal(two[0], two[1])

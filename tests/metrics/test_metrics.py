@@ -39,10 +39,10 @@ class Probe(nn.Module):
         self.weight = nn.Parameter(torch.randn(classes, 3 * size * size, generator=generator).double() * 0.3)
         self.drop = nn.Dropout(0.5)
         self.default_cfg = {"mean": MEAN, "std": STD}
-        self.seen = 0
+        self.seen: list[int] = []  # a list, which a mirror of the model shares
 
     def forward(self, inputs: Tensor) -> Tensor:
-        self.seen += len(inputs)
+        self.seen.append(len(inputs))
         return torch.tanh(self.drop(inputs.flatten(1)) @ self.weight.T) * 2
 
 
@@ -181,9 +181,9 @@ def test_known_scores_save_the_pass_over_the_whole_images(case: Any) -> None:
     model, inputs, maps, target = case
     whole, _ = masked_confidence(model, inputs, maps, target)
     expected = average_drop(model, inputs, maps, target)
-    model.seen = 0
+    model.seen.clear()
     found = average_drop(model, inputs, maps, target, clean=whole)
-    assert model.seen == 5
+    assert sum(model.seen) == 5
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert increase_in_confidence(model, inputs, maps, target, clean=whole * 0).tolist() == [1.0] * 5
 
@@ -277,7 +277,11 @@ def test_half_precision_is_scored_in_single() -> None:
         ({"keep": 0.0}, OptionError, "keep: must be a fraction above 0 and at most 1"),
         ({"keep": 15}, OptionError, "keep: must be a fraction above 0 and at most 1"),
         ({"mask": "hard"}, OptionError, "mask: must be 'soft' or 'binary', got 'hard'"),
-        ({"masking": "black"}, OptionError, "masking: must be 'auto', 'raw', 'standardized' or a tensor"),
+        (
+            {"masking": "black"},
+            OptionError,
+            "masking: must be one of 'auto', 'raw', 'standardized', 'blur' or a tensor",
+        ),
         ({"score": "logit"}, OptionError, "score: must be 'softmax', 'sigmoid' or a function"),
         ({"ties": "none"}, OptionError, "ties: must be one of threshold, random, stable"),
         ({"clean": torch.ones(4)}, OptionError, "clean: must be one score per image (5,), got (4,)"),
