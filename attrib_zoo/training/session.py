@@ -58,7 +58,7 @@ class Explainer(Protocol):
 
     def _as_asked(self, maps: Tensor) -> Tensor: ...
 
-    def _targets(self, outputs: Tensor, query: TargetQuery) -> Target: ...
+    def choose_targets(self, outputs: Tensor, query: TargetQuery) -> Target: ...
 
     def _class_maps(self, network: nn.Module, features: Sequence[Tensor], target: Target) -> Tensor: ...
 
@@ -77,9 +77,9 @@ class Explainer(Protocol):
         """As :class:`TrainableAttribution` has it."""
 
     @property
-    def _start_images(self) -> int: ...
+    def start_images(self) -> int: ...
 
-    def _start(
+    def start_network(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
     ) -> tuple[dict[str, Any], list[str]]: ...
 
@@ -138,8 +138,8 @@ def begin(
     features = [at_least_float32(f) for f in features]
     channels = _channels(taps, features)
     network = explainer.build_network(channels, class_count(outputs), generator).to(features[0])
-    if explainer._start_images and saved is None:
-        started, told = explainer._start(network, batches.peek(explainer._start_images), args, taps, show_progress)
+    if explainer.start_images and saved is None:
+        started, told = explainer.start_network(network, batches.peek(explainer.start_images), args, taps, show_progress)
     with torch.autocast(images.device.type, enabled=False):
         asked = plan["schedule"]
         own = Schedule(**asked) if isinstance(asked, dict) else None
@@ -160,7 +160,7 @@ def begin(
     optimizer, cycle = build(network, schedule, plan["steps"], custom)
     scaler = torch.amp.GradScaler(images.device.type) if scaled else None
     state = State(network, optimizer, cycle, generator, batches, counts, scaler)
-    state.keep_best = explainer._start_images > 0
+    state.keep_best = explainer.start_images > 0
     for message in told:
         tell(state.history, message)
     if saved is not None:
@@ -260,7 +260,7 @@ def _measures(
     terms = explainer.loss_terms(explainer._ready().network, images, args, generator)
     outputs, features = explainer._features(images, args)
     rows = terms.classes.to(images.device).unsqueeze(1)
-    target = explainer._targets(outputs, TargetQuery(rows[:, 0]))
+    target = explainer.choose_targets(outputs, TargetQuery(rows[:, 0]))
     found_maps = explainer._class_maps(explainer._network_for(features), features, target)
     maps = explainer._as_asked(found_maps).to(images.dtype)
     found = {"loss": terms.loss.expand(len(images))}
