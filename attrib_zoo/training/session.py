@@ -139,7 +139,9 @@ def begin(
     channels = _channels(taps, features)
     network = explainer.build_network(channels, class_count(outputs), generator).to(features[0])
     if explainer.start_images and saved is None:
-        started, told = explainer.start_network(network, batches.peek(explainer.start_images), args, taps, show_progress)
+        started, told = explainer.start_network(
+            network, batches.peek(explainer.start_images), args, taps, show_progress
+        )
     with torch.autocast(images.device.type, enabled=False):
         asked = plan["schedule"]
         own = Schedule(**asked) if isinstance(asked, dict) else None
