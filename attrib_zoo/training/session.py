@@ -58,7 +58,8 @@ class Explainer(Protocol):
 
     def _as_asked(self, maps: Tensor) -> Tensor: ...
 
-    def choose_targets(self, outputs: Tensor, query: TargetQuery) -> Target: ...
+    def choose_targets(self, outputs: Tensor, query: TargetQuery) -> Target:
+        """As :class:`TrainableAttribution` has it."""
 
     def _class_maps(self, network: nn.Module, features: Sequence[Tensor], target: Target) -> Tensor: ...
 
@@ -77,11 +78,13 @@ class Explainer(Protocol):
         """As :class:`TrainableAttribution` has it."""
 
     @property
-    def start_images(self) -> int: ...
+    def start_images(self) -> int:
+        """As :class:`TrainableAttribution` has it."""
 
     def start_network(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
-    ) -> tuple[dict[str, Any], list[str]]: ...
+    ) -> tuple[dict[str, Any], list[str]]:
+        """As :class:`TrainableAttribution` has it."""
 
     def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
