@@ -18,7 +18,11 @@ WIDTH = 100
 
 PAGES = {
     "methods": ("Methods", "methods", ""),
-    "contract": ("What every method can do", "attribution methods.bases.trainable training.history targets errors", ""),
+    "contract": (
+        "What every method can do",
+        "attribution methods.bases.trainable training.recipe training.history targets errors",
+        "",
+    ),
     "measures-and-pictures": ("Measures and pictures", "metrics visualize", ""),
     "benchmark": (
         "Methods times measures",

@@ -100,10 +100,10 @@ class _LCAM(TrainableAttribution):
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
     @property
-    def _start_images(self) -> int:
+    def start_images(self) -> int:
         return ROW_IMAGES if self.start == "rows" else 0
 
-    def _start(
+    def start_network(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
     ) -> tuple[dict[str, Any], list[str]]:
         return start_from_rows(self.model, network, images, args, taps, show_progress=show_progress)

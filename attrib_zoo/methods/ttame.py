@@ -208,13 +208,13 @@ class TTAME(TrainableAttribution):
 
     # ------------------------------------------------------------------ explain
 
-    def _targets(self, outputs: Tensor, query: TargetQuery) -> Target:
+    def choose_targets(self, outputs: Tensor, query: TargetQuery) -> Target:
         target = query.resolve(outputs)
         if target.contrasts or not self.recipe.contrast:
             return target
         return target.against(two_logits(outputs), self.recipe.contrast, self.recipe.contrast_weight)
 
-    def _all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
+    def all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
         if not self.recipe.contrast:
             return maps
         return less_rivals(maps, two_logits(outputs), self.recipe.contrast, self.recipe.contrast_weight)
@@ -235,7 +235,7 @@ class TTAME(TrainableAttribution):
     def finish_network(self, network: nn.Module) -> None:
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
-    def _settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
+    def settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
         """Which recipe ``"auto"`` is for this fit."""
         if not self._automatic:
             return
@@ -246,14 +246,14 @@ class TTAME(TrainableAttribution):
         self._follow("paper" if steps * len(images) >= _IMAGES_PER_CLASS * count else "rows")
 
     @property
-    def _start_images(self) -> int:
+    def start_images(self) -> int:
         return ROW_IMAGES if self.recipe.start == "rows" else 0
 
     @property
-    def _most_steps(self) -> int | None:
+    def most_steps(self) -> int | None:
         return _MOST_STEPS if self.recipe.start == "rows" else None
 
-    def _start(
+    def start_network(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
     ) -> tuple[dict[str, Any], list[str]]:
         return start_from_rows(self.model, network, images, args, taps, show_progress=show_progress)

@@ -59,7 +59,8 @@ class Explainer(Protocol):
 
     def _as_asked(self, maps: Tensor) -> Tensor: ...
 
-    def _targets(self, outputs: Tensor, query: TargetQuery) -> Target: ...
+    def choose_targets(self, outputs: Tensor, query: TargetQuery) -> Target:
+        """As :class:`TrainableAttribution` has it."""
 
     def _class_maps(self, network: nn.Module, features: Sequence[Tensor], target: Target) -> Tensor: ...
 
@@ -78,11 +79,13 @@ class Explainer(Protocol):
         """As :class:`TrainableAttribution` has it."""
 
     @property
-    def _start_images(self) -> int: ...
+    def start_images(self) -> int:
+        """As :class:`TrainableAttribution` has it."""
 
-    def _start(
+    def start_network(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
-    ) -> tuple[dict[str, Any], list[str]]: ...
+    ) -> tuple[dict[str, Any], list[str]]:
+        """As :class:`TrainableAttribution` has it."""
 
     def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
@@ -139,8 +142,10 @@ def begin(
     features = [at_least_float32(f) for f in features]
     channels = _channels(taps, features)
     network = explainer.build_network(channels, class_count(outputs), generator).to(features[0])
-    if explainer._start_images and saved is None:
-        started, told = explainer._start(network, batches.peek(explainer._start_images), args, taps, show_progress)
+    if explainer.start_images and saved is None:
+        started, told = explainer.start_network(
+            network, batches.peek(explainer.start_images), args, taps, show_progress
+        )
     with torch.autocast(images.device.type, enabled=False):
         asked = plan["schedule"]
         own = Schedule(**asked) if isinstance(asked, dict) else None
@@ -161,7 +166,7 @@ def begin(
     optimizer, cycle = build(network, schedule, plan["steps"], custom)
     scaler = torch.amp.GradScaler(images.device.type) if scaled else None
     state = State(network, optimizer, cycle, generator, batches, counts, scaler)
-    state.keep_best = explainer._start_images > 0
+    state.keep_best = explainer.start_images > 0
     for message in told:
         tell(state.history, message)
     if saved is not None:
@@ -261,7 +266,7 @@ def _measures(
     terms = explainer.loss_terms(explainer._ready().network, images, args, generator)
     outputs, features = explainer._features(images, args)
     rows = terms.classes.to(images.device).unsqueeze(1)
-    target = explainer._targets(outputs, TargetQuery(rows[:, 0]))
+    target = explainer.choose_targets(outputs, TargetQuery(rows[:, 0]))
     found_maps = explainer._class_maps(explainer._network_for(features), features, target)
     maps = explainer._as_asked(found_maps).to(images.dtype)
     found = {"loss": terms.loss.expand(len(images))}

@@ -95,26 +95,26 @@ class TrainableAttribution(Attribution):
         """What is seen where a mask is 0, in standardised space."""
         raise NotImplementedError
 
-    def _start(
+    def start_network(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
     ) -> tuple[dict[str, Any], list[str]]:
         """Give a new network the weights that it starts from, out of what the model knows.
 
-        Called where :attr:`_start_images` asks for images, before the schedule is chosen; returns decisions, as
+        Called where :attr:`start_images` asks for images, before the schedule is chosen; returns decisions, as
         :meth:`decide` does, and warnings.
         """
         return {}, []
 
-    def _settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
+    def settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
         """Decide, before anything else of a fit, what depends on its size; ``images`` are the first batch."""
 
     @property
-    def _start_images(self) -> int:
-        """How many images :meth:`_start` wants; 0 where the network starts from its drawn weights."""
+    def start_images(self) -> int:
+        """How many images :meth:`start_network` wants; 0 where the network starts from its drawn weights."""
         return 0
 
     @property
-    def _most_steps(self) -> int | None:
+    def most_steps(self) -> int | None:
         """The steps of a fit that is told neither epochs nor steps, at most; ``None`` for all of its epochs."""
         return None
 
@@ -189,8 +189,8 @@ class TrainableAttribution(Attribution):
             loader,
             self.default_epochs if epochs is None else epochs,
             max_steps,
-            least=0 if self._start_images else 1,
-            most=self._most_steps if epochs is None else None,
+            least=0 if self.start_images else 1,
+            most=self.most_steps if epochs is None else None,
         )
         check_repeatable(val_loader)
         check_number("checkpoint_every", checkpoint_every, least=1)
@@ -206,7 +206,7 @@ class TrainableAttribution(Attribution):
             if saved is not None:
                 batches.restore(saved.tensors, saved.facts["state"]["order"])
             args = forward_args(additional_forward_args)
-            twin._settle(batches.peek(), args, steps, saved)
+            twin.settle(batches.peek(), args, steps, saved)
             state, twin._fitted = session.begin(
                 twin, batches, args, plan, custom, precision == "fp16-mixed", saved, show_progress
             )
@@ -269,12 +269,12 @@ class TrainableAttribution(Attribution):
     def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs, features = self._features(inputs, args)
         self._check_model()
-        target = self._targets(outputs, query)
+        target = self.choose_targets(outputs, query)
         self._warn_unseen(target.classes)
         return self._class_maps(self._network_for(features), features, target)
 
-    def _targets(self, outputs: Tensor, query: TargetQuery) -> Target:
-        """What is explained."""
+    def choose_targets(self, outputs: Tensor, query: TargetQuery) -> Target:
+        """What is explained, by default what the call asks for; a method may set other classes against it."""
         return query.resolve(outputs)
 
     @staticmethod
@@ -284,7 +284,7 @@ class TrainableAttribution(Attribution):
         found = session.head_maps(network, features, rows.flatten(1))
         return target.combine(found.unflatten(1, rows.shape[1:]))
 
-    def _all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
+    def all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
         """The maps ``(N, K, h, w)`` of all classes out of the network's own."""
         return maps
 
@@ -305,7 +305,7 @@ class TrainableAttribution(Attribution):
             outputs, features = self._features(clean, forward_args(additional_forward_args))
             self._check_model()
             maps = session.head_maps(self._network_for(features), features, None)
-            return self._as_asked(self._all_maps(outputs, maps)).to(images.dtype)
+            return self._as_asked(self.all_maps(outputs, maps)).to(images.dtype)
 
     def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         """Outputs and features of one pass, checked to be those that the network was trained on."""
