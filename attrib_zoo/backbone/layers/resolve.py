@@ -150,8 +150,9 @@ def _with_gradient(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence
 
 def _live(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence[Any], count: int) -> list[Item]:
     """The last stage ends or blocks with a gradient, as many as share the grid of the deepest of them."""
-    items = stages.last(count + 1)  # the patch tokens of the last block may have none
+    items = stages.last(1)
     if items[-1].is_tokens:
+        items = stages.last(count + 1)  # the patch tokens of the last block may have none
         block = type(items[-1].call.module)  # a patch embedding before the first one is no block
         items = [item for item in items if type(item.call.module) is block]
         live: list[Item] | None = traced.derived.get(("live", count))

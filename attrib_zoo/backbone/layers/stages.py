@@ -135,13 +135,15 @@ class Stages:
         return sorted(chosen + spare[: count - len(chosen)], key=lambda item: item.place)
 
     def _stems(self) -> list[Item]:
-        """Single layers in a network of blocks: its stem. Where stages share a grid, it would be among the last three.
+        """Single layers before the first block of a network of blocks. Where stages share a grid, they would come in.
 
-        In a network of single layers, as VGG is, none is a stem.
+        In a network of single layers, as VGG is, none is a stem; nor is one after the blocks, as EfficientNet's last.
         """
         weighted = [unit for unit in self.units if unit.weighted]
-        single = [unit for unit in weighted if sum(_is_leaf(call) for call in unit.call.inside()) < 2]
-        return single if len(single) < len(weighted) / 2 else []
+        single = [sum(_is_leaf(call) for call in unit.call.inside()) < 2 for unit in weighted]
+        if 2 * sum(single) >= len(weighted):
+            return []
+        return weighted[: single.index(False)]
 
     def deepest(self) -> list[Item]:
         """Where gradient methods may look, the deepest first: one item unless it takes a gradient to decide.
