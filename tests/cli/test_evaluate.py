@@ -148,7 +148,7 @@ def test_fewer_images_and_a_trained_explainer(files, tmp_path, capsys) -> None:
             ["--metrics", "ad,ebpg"],
             "metrics: EBPG needs the true regions of each image, .*choose from ad, ic, drop, .*road",
         ),
-        (["--masking", "grey"], "masking: must be .*'blur'.* or a tensor, got 'grey'"),
+        (["--masking", "grey"], "masking: must be one of .*'blur' or a tensor that .*, got 'grey'"),
         (["--method", "gradcma"], "no method 'gradcma'; closest: 'gradcam'"),
         (["--method", "ttame"], "ttame must be trained .*attrib-zoo fit --method ttame"),
         (["--layers", "layer9"], "no layer 'layer9'"),
