@@ -16,6 +16,7 @@ from torch import Tensor
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli.shared import explainers, load_model
 from attrib_zoo.errors import DataError, aligned
+from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.photos import cut, find_photos, open_photo, own_stems, writable_folder
 from attrib_zoo.targets import Contrast, TargetQuery, class_scores
@@ -103,8 +104,8 @@ def _explain_batch(
 
 
 def _heading(explainer: Attribution, target: int) -> str:
-    counts = getattr(explainer, "class_counts_", None)
-    return explainer.get_name() + (" (not trained on this class)" if counts is not None and counts[target] == 0 else "")
+    unseen = isinstance(explainer, TrainableAttribution) and not explainer.has_map_of(target)
+    return explainer.get_name() + (" (not trained on this class)" if unseen else "")
 
 
 def _draw(photo: _Photo, view: Tensor, columns: dict[str, Tensor], title: str) -> None:

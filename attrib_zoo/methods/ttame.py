@@ -19,7 +19,7 @@ from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import FIT_SCORES, area, cross_entropy, gone, order_mask, two_logits, variation
-from attrib_zoo.training.recipe import Recipe, as_recipe
+from attrib_zoo.training.recipe import RECIPES, Recipe, as_recipe
 from attrib_zoo.training.rows import ROW_IMAGES, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 from attrib_zoo.training.session import class_count, head_maps
@@ -185,6 +185,8 @@ class TTAME(TrainableAttribution):
             "smooth": self.smooth,
             "scale": self.scale,
         }
+        if isinstance(recipe, str):
+            check_choice("recipe", recipe, ("auto", *RECIPES))
         self._automatic = isinstance(recipe, str) and recipe == "auto"  # until a fit has decided
         self._follow("rows" if self._automatic else recipe)
         self.masking = check_choice("masking", masking, MASKINGS)

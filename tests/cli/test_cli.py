@@ -419,16 +419,21 @@ def test_classes_that_the_explainer_never_saw_are_marked(
 ) -> None:
     from attrib_zoo.cli import explain
 
+    paper = tmp_path / "paper.safetensors"
+    assert main([*fit_words(files, paper), "--recipe", "paper"]) == 0
+    capsys.readouterr()
+
     headings: list[list[str]] = []
     monkeypatch.setattr(explain, "figure", lambda images, columns, **_: headings.append(list(columns)))
-    ttame = TTAME.load(explainer, loaded.model)
-    ttame.class_counts_[:] = torch.tensor([0, 9, 0, 0, 0])
-    ttame.save(tmp_path / "e.safetensors")
-    words = ["explain", str(files / "photos/p2.png"), *usual, "--explainer", str(tmp_path / "e.safetensors")]
-    for target, heading in (("0", "TTAME (not trained on this class)"), ("1", "TTAME")):
-        assert main([*words, "--method", "gradcam,ttame", "--target", target, "--output", str(tmp_path)]) == 0
-        assert headings.pop() == ["GradCAM", heading]
-    assert capsys.readouterr().err.count("warning: TTAME: class 0 never came up in fit") == 1
+    for fitted, mark in ((paper, " (not trained on this class)"), (explainer, "")):  # rows have a map of every class
+        ttame = TTAME.load(fitted, loaded.model)
+        ttame.class_counts_[:] = torch.tensor([0, 9, 0, 0, 0])
+        ttame.save(tmp_path / "e.safetensors")
+        words = ["explain", str(files / "photos/p2.png"), *usual, "--explainer", str(tmp_path / "e.safetensors")]
+        for target, heading in (("0", f"TTAME{mark}"), ("1", "TTAME")):
+            assert main([*words, "--method", "gradcam,ttame", "--target", target, "--output", str(tmp_path)]) == 0
+            assert headings.pop() == ["GradCAM", heading]
+        assert capsys.readouterr().err.count("warning: TTAME: class 0 never came up in fit") == (1 if mark else 0)
 
 
 def test_options_can_come_from_a_file(files, usual, tmp_path) -> None:
@@ -468,8 +473,7 @@ def test_fit_is_the_librarys_fit_and_says_how_to_go_on(files, loaded, explainer,
     by_hand = TTAME(loaded.model, mean=loaded.mean, std=loaded.std)
     data = Photos(sorted((files / "photos").iterdir()), loaded.transform)
     loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, drop_last=True)
-    with pytest.warns(UserWarning, match="steps"):
-        by_hand.fit(loader, max_steps=3, show_progress=False)
+    by_hand.fit(loader, max_steps=3, show_progress=False)
     by_command = TTAME.load(output, loaded.model)
     state = by_hand.network_.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in by_command.network_.state_dict().items())
@@ -483,7 +487,12 @@ def test_fit_is_the_librarys_fit_and_says_how_to_go_on(files, loaded, explainer,
         f"attrib-zoo explain PHOTO --model test_resnet --weights {files}/w.pth --explainer '{output}'" in captured.out
     )
     assert f"TTAME.load('{output}', model)" in captured.out
-    assert captured.err.count("warning: ") >= 1
+
+
+def test_fit_without_steps_is_the_start_and_says_so(files, loaded, tmp_path, capsys) -> None:
+    assert main([*fit_words(files, tmp_path / "t.safetensors"), "--max-steps", "0"]) == 0
+    assert re.search(r"^  steps +0\b", capsys.readouterr().out, re.MULTILINE)
+    assert all(TTAME.load(tmp_path / "t.safetensors", loaded.model).has_map_of(target) for target in range(5))
 
 
 def test_an_interrupted_fit_can_be_continued_to_the_same_bits(files, explainer, tmp_path, capsys, monkeypatch) -> None:
@@ -521,7 +530,7 @@ def test_an_interrupted_fit_without_a_checkpoint_says_so(files, tmp_path, capsys
     [
         (["--output", "t.pth"], r"output: must end in \.safetensors, got 't\.pth'"),
         (["--method", "gradcam"], "gradcam needs no training; .*attrib-zoo explain PHOTO --method gradcam"),
-        (["--recipe", "secret"], "recipe: must be one of 'paper', 'released', got 'secret'"),
+        (["--recipe", "secret"], "recipe: must be one of 'auto', 'rows', 'paper', 'released', got 'secret'"),
         (["--data", "{bad}"], r"1 of 3 files are no images: .*b\.jpg; remove them, or --skip-bad"),
         (["--val", "{bad}"], r"1 of 3 files are no images: .*b\.jpg"),
         (["--data", "nowhere"], "no file or folder 'nowhere'"),

@@ -69,7 +69,7 @@ def test_the_method_explains_photographs_by_its_formula(files, usual, folder, ca
     photo = files / "photos/p1.png"
     words = ["explain", str(photo), *usual, "--method", "gradcam, liftcam:LIFTCAM", "--target", "2"]
     assert main([*words, "--output", "out"]) == 0
-    assert "p1-{gradcam,liftcam,compared}.png" in capsys.readouterr().out
+    assert "p1-{gradcam,liftcam,compared}-2-cat.png" in capsys.readouterr().out
 
     loaded = models.load(MODEL, weights=files / "w.pth", class_names=NAMES)
     with Image.open(photo) as image:
@@ -80,7 +80,7 @@ def test_the_method_explains_photographs_by_its_formula(files, usual, folder, ca
     maps = maps.detach()
     heat = ((maps * slopes).sum((-2, -1), keepdim=True) * maps).sum(1, keepdim=True).relu()
     heat = torch.nn.functional.interpolate(heat, inputs.shape[-2:], mode="bilinear")
-    with Image.open("out/p1-liftcam.png") as file:
+    with Image.open("out/p1-liftcam-2-cat.png") as file:
         drawn = np.asarray(file).astype(int)
     assert np.abs(drawn - overlay(view, heat[0])).max() <= 2
 

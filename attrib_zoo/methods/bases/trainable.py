@@ -338,11 +338,13 @@ class TrainableAttribution(Attribution):
     def _network_for(self, features: Sequence[Tensor]) -> nn.Module:
         return self._ready().network.to(features[0])
 
+    def has_map_of(self, target: int) -> bool:
+        """Whether the map of this class is worth reading: ``fit`` saw the class, or gave every class a map."""
+        ready = self._ready()
+        return "rows" in ready.decisions or bool(ready.counts[target])
+
     def _warn_unseen(self, rows: Tensor) -> None:
-        counts = self._ready().counts
-        if "rows" in self._ready().decisions:  # a map for every class, seen or not
-            return
-        unseen = [c for c in rows.unique().tolist() if counts[c] == 0]
+        unseen = [c for c in rows.unique().tolist() if not self.has_map_of(c)]
         if unseen and not self._warned:
             self._warned = True
             warn(
