@@ -570,6 +570,11 @@ def test_layers_that_cannot_be(layers, error, says):
         resolve(resnet(), layers, images(64))
 
 
+def test_a_map_of_one_cell_is_taken_by_name():
+    (tap,) = resolve(resnet(), "avgpool", images(64))
+    assert (tap.grid, tap.channels) == (Grid("nchw"), 20)
+
+
 def test_options_that_cannot_be():
     with pytest.raises(OptionError, match=r"rule: must be one of 'outputs', .*, got 'last'"):
         resolve(resnet(), None, images(64), rule="last")
