@@ -50,7 +50,7 @@ def read(folder: Path) -> Rows:
         with path.open(encoding="utf-8") as file:
             for line in file:
                 for row in json.loads(line).get("rows", []):
-                    values = {k: math.nan if v is None else 100 * v for k, v in row["values"].items()}
+                    values = {k: math.nan if v is None else round(100 * v, 2) for k, v in row["values"].items()}
                     found.setdefault(row["method"], {})[row["image"]] = {**values, "target": row["target"]}
     return {method: found[method] for method in ORDER if method in found}
 

@@ -212,7 +212,7 @@ def _fit() -> ArgumentParser:
     add(
         "--recipe",
         metavar="NAME",
-        help="rows: from the classifier's rows; paper: the equations; released: the authors' code (T-TAME: by images per class)",
+        help="rows: from the classifier's rows; paper: the equations; released: the authors' code (default: auto)",
     )
     _layers(parser)
     add(
