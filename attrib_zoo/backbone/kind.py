@@ -37,10 +37,12 @@ def is_transformer(model: nn.Module) -> bool:
         attention = attention or attends(module)
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             linear += module.in_proj_weight.numel()
-        elif isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
-            linear += module.in_features * module.out_features  # linear layers of other kinds too, as quantised ones
         elif isinstance(module, nn.Conv2d) and not embeds_patches(module):
             convolution += module.weight.numel()
+        else:  # linear layers of other kinds too, as quantised ones
+            taken, given = getattr(module, "in_features", None), getattr(module, "out_features", None)
+            if isinstance(taken, int) and isinstance(given, int):
+                linear += taken * given
     return attention and linear > convolution
 
 

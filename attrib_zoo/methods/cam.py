@@ -76,7 +76,11 @@ class CAM(GradientCAM):
     def compute_maps(
         self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
     ) -> list[Tensor]:
-        self._once("head", inputs, args, lambda: [self._check_head(inputs, args, t) for t in self.taps(inputs, args)])
+        def check_heads() -> None:
+            for tap in self.taps(inputs, args):
+                self._check_head(inputs, args, tap)
+
+        self._once("head", inputs, args, check_heads)
         return super().compute_maps(inputs, query, args, show_progress)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:

@@ -56,7 +56,9 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, but for sharded and other special tensors, which cannot be read cheaply."""
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta:
+            if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
+                continue
+            if tensor.layout is torch.strided and not tensor.is_meta:
                 yield tensor
 
 

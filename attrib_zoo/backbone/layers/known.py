@@ -75,7 +75,9 @@ def situation(inputs: Tensor, args: Sequence[Any] = ()) -> Hashable:
 def _kind(arg: Any) -> Hashable:
     if isinstance(arg, Tensor):
         return tuple(arg.shape[1:]), arg.dtype
-    return arg if isinstance(arg, (str, int, float, type(None))) else type(arg)
+    if isinstance(arg, (str, int, float, type(None))):
+        return arg
+    return type(arg).__module__, type(arg).__qualname__
 
 
 def _modules(bare: nn.Module) -> list[nn.Module]:
