@@ -473,7 +473,8 @@ def test_fit_is_the_librarys_fit_and_says_how_to_go_on(files, loaded, explainer,
     by_hand = TTAME(loaded.model, mean=loaded.mean, std=loaded.std)
     data = Photos(sorted((files / "photos").iterdir()), loaded.transform)
     loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, drop_last=True)
-    by_hand.fit(loader, max_steps=3, show_progress=False)
+    held_out = torch.utils.data.DataLoader(data, batch_size=4)
+    by_hand.fit(loader, max_steps=3, val_loader=held_out, show_progress=False)  # the best state is kept
     by_command = TTAME.load(output, loaded.model)
     state = by_hand.network_.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in by_command.network_.state_dict().items())
