@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -474,7 +475,9 @@ def test_fit_is_the_librarys_fit_and_says_how_to_go_on(files, loaded, explainer,
     data = Photos(sorted((files / "photos").iterdir()), loaded.transform)
     loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, drop_last=True)
     held_out = torch.utils.data.DataLoader(data, batch_size=4)
-    by_hand.fit(loader, max_steps=3, val_loader=held_out, show_progress=False)  # the best state is kept
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fit: validation was best")  # and that state is kept, by both
+        by_hand.fit(loader, max_steps=3, val_loader=held_out, show_progress=False)
     by_command = TTAME.load(output, loaded.model)
     state = by_hand.network_.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in by_command.network_.state_dict().items())
