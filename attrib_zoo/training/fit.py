@@ -260,6 +260,8 @@ def _return_to_best(state: State) -> None:
         return
     state.network.load_state_dict(state.best)
     step = min(losses, key=lambda step: losses[step])
+    if step and losses[max(losses)] < 1.01 * state.best_loss:  # as good: no news
+        return
     kept = "nothing that was trained is kept" if step == 0 else f"the explainer is that of step {step}"
     tell(
         state.history,
