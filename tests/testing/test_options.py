@@ -141,7 +141,7 @@ class CountsTheOutside(SmallCAM):
 @caught_by(scaling="the ranks of the default map")
 class EqualValuesInOrder(SmallCAM):
     def ranks(self, values):
-        return values.argsort(1, stable=True).argsort(1).to(values.dtype) / (values.shape[1] - 1)
+        return values.argsort(dim=1, stable=True).argsort(1).to(values.dtype) / (values.shape[1] - 1)
 
 
 @caught_by(flips="mirrored")

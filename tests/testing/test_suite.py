@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 from captum.attr import Attribution, LayerGradCam
-from contract_samples import SmallCAM, SmallMasks, SmallTrained, both
+from contract_samples import SmallCAM, SmallMasks, SmallTrained
 from planted_faults import PLANTED, assert_caught, caught_by, planted_in
 from torch import nn
 
@@ -206,7 +206,9 @@ class Probable(SmallCAM):
     def scores(self, target, outputs):
         if self.score != "softmax":
             return super().scores(target, outputs)
-        index, outputs = self.index(target, outputs), both(outputs)
+        index = self.index(target, outputs)
+        if outputs[0].numel() == 1:  # the probability of one logit z is that of the logits 0 and z
+            outputs = torch.stack([0 * outputs.flatten(), outputs.flatten()], 1)
         return outputs.softmax(1).gather(1, index[:, None])[:, 0]
 
 
