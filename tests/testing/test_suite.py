@@ -7,6 +7,7 @@ import importlib
 import warnings
 
 import pytest
+import torch
 from captum.attr import Attribution, LayerGradCam
 from contract_samples import SmallCAM, SmallMasks, SmallTrained
 from planted_faults import PLANTED, assert_caught, caught_by, planted_in
