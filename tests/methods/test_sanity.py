@@ -10,8 +10,8 @@ import pytest
 from known_weaknesses import BLIND, OFF_TARGET
 
 from attrib_zoo import synthetic
-from attrib_zoo.cli.shared import methods, table
-from attrib_zoo.errors import UnsupportedModelError
+from attrib_zoo.cli.shared import methods
+from attrib_zoo.errors import UnsupportedModelError, aligned
 from attrib_zoo.metrics.localization import class_discrimination, energy_pointing_game
 from attrib_zoo.metrics.sanity import model_randomization, randomization_order
 from attrib_zoo.metrics.similarity import spearman
@@ -88,7 +88,8 @@ def report(kind):
         name: [f"{value:.3f}" for value in (f.energy, f.chance, f.discrimination, f.randomised)]
         for name, f in found(kind).items()
     }
-    return f"\n\n{kind}, {len(case(kind)[1])} maps\n\n{table(head, [(n, *c) for n, c in cells.items()])}\n"
+    lines = aligned([head, *((name, *values) for name, values in cells.items())])
+    return "\n".join(["", "", f"{kind}, {len(case(kind)[1])} maps", "", *lines, ""])
 
 
 @pytest.mark.parametrize("kind", KINDS)

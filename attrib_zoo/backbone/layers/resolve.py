@@ -149,19 +149,19 @@ def _with_gradient(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence
 
 
 def _live(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence[Any], count: int) -> list[Item]:
-    """The last stage ends or blocks with a gradient, as many as share the grid of the deepest of them."""
-    items = stages.last(1)
-    if items[-1].is_tokens:
-        items = stages.last(count + 1)  # the patch tokens of the last block may have none
-        block = type(items[-1].call.module)  # a patch embedding before the first one is no block
-        items = [item for item in items if type(item.call.module) is block]
-        live: list[Item] | None = traced.derived.get(("live", count))
-        if live is None:
-            reached = _reached(traced, items, inputs, args)
-            live = [item for item, has in zip(items, reached, strict=True) if has]
-            if live:  # as for the deepest with gradient
-                live = traced.derived.setdefault(("live", count), live)
-        items = live or items[-count:]
+    """The last blocks of a transformer that have a gradient; of any other model the layer of ``"gradient"``."""
+    if not stages.last(1)[-1].is_tokens:
+        return [_with_gradient(traced, stages, inputs, args)]
+    items = stages.last(count + 1)  # the patch tokens of the last block may have none
+    block = type(items[-1].call.module)  # a patch embedding before the first one is no block
+    items = [item for item in items if type(item.call.module) is block]
+    live: list[Item] | None = traced.derived.get(("live", count))
+    if live is None:
+        reached = _reached(traced, items, inputs, args)
+        live = [item for item, has in zip(items, reached, strict=True) if has]
+        if live:  # as for the deepest with gradient
+            live = traced.derived.setdefault(("live", count), live)
+    items = live or items[-count:]
     return [item for item in items if item.output.hw == items[-1].output.hw][-count:]
 
 
