@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from attrib_zoo.errors import DataError, InputError, OptionError
-from attrib_zoo.visualize import figure, overlay, save_overlay
+from attrib_zoo.visualize import colour_bar, figure, overlay, picture, save_overlay
 
 PHOTO = torch.rand(3, 24, 36, generator=torch.Generator().manual_seed(0))
 PIXELS = (PHOTO * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -40,11 +40,35 @@ def test_overlay_blends_by_strength(alpha: float, name: str) -> None:
 def test_signed_maps_show_both_signs_around_the_photograph() -> None:
     signed = torch.linspace(-1, 0.5, 36).expand(24, 36)
     got = overlay(PHOTO, 7 * signed, signed=True)
-    want = blended(PHOTO.permute(1, 2, 0).numpy(), signed.numpy(), "bwr", 0.6, signed=True)
+    want = blended(PHOTO.permute(1, 2, 0).numpy(), signed.numpy(), "PuOr_r", 0.8, signed=True)
     assert np.abs(got.astype(int) - want).max() <= 1
-    blue_end, red_end = got[:, 0].mean(0), got[:, -1].mean(0)
-    assert blue_end[2] > blue_end[0] + 50  # against: blue
-    assert red_end[0] > red_end[2] + 20  # for: red, half as strong
+    against, speaks = got[:, 0].mean(0), got[:, -1].mean(0)
+    assert against[2] > against[1] + 20  # purple
+    assert speaks[0] > speaks[2] + 20  # orange, half as strong
+
+
+def lightness(pixels: np.ndarray) -> np.ndarray:
+    """CIE 1976 L*, of sRGB."""
+    linear = np.where(pixels <= 10.31, pixels / 255 / 12.92, ((pixels / 255 + 0.055) / 1.055) ** 2.4)
+    y = linear @ np.array([0.2126, 0.7152, 0.0722])
+    return np.where(y > 0.008856, 116 * np.cbrt(y) - 16, 903.3 * y)
+
+
+def test_the_strongest_evidence_is_the_brightest() -> None:
+    """On black, where colours show as they are: lightness alone, which everyone sees, tells strong from weak."""
+    light = lightness(overlay(torch.zeros(3, 24, 36), RAMP).astype(float)[0])
+    assert (np.diff(light) > 0).all()
+    assert light[-1] > 75
+    assert lightness(overlay(torch.zeros(3, 24, 36), RAMP, colormap="turbo").astype(float)[0])[-1] < 35  # the old one
+
+
+def test_the_bar_shows_the_colours_of_overlays() -> None:
+    bar = colour_bar(64, 5, alpha=0.7, colormap="viridis")
+    assert (
+        bar
+        == overlay(torch.full((3, 5, 64), 0.5), torch.linspace(0, 1, 64).expand(5, -1), alpha=0.7, colormap="viridis")
+    ).all()
+    assert (bar[:, 0] == 128).all()
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, -7.0])
@@ -79,6 +103,65 @@ def test_a_small_map_is_put_where_it_belongs() -> None:
     assert columns.min() == 27
 
 
+def test_a_map_of_a_part_lies_in_its_box_and_the_box_is_outlined() -> None:
+    """Pixels outside are those of the photograph; inside of two lines they are those of an overlay of the part."""
+    whole = overlay(PHOTO, RAMP[:, :18], box=(5.2, 3.0, 22.9, 21.4))
+    outside = np.ones((24, 36), bool)
+    outside[3:21, 5:23] = False
+    assert (whole[outside] == PIXELS[outside]).all()
+    part = overlay(PHOTO[:, 3:21, 5:23], RAMP[:, :18])
+    assert (whole[5:19, 7:21] == part[2:-2, 2:-2]).all()
+    for inset, colour in ((0, 255), (1, 0)):
+        rim = whole[3 + inset : 21 - inset, 5 + inset : 23 - inset]
+        for side in (rim[0], rim[-1], rim[:, 0], rim[:, -1]):
+            assert (side == colour).all()
+
+
+def test_a_box_of_all_or_more_than_the_photograph_has_no_outline() -> None:
+    assert (overlay(PHOTO, RAMP, box=(0.3, -0.2, 35.8, 24.1)) == overlay(PHOTO, RAMP)).all()
+    ramp = torch.linspace(0, 1, 3 * 36).expand(24, -1)
+    got = overlay(PHOTO, ramp, box=(-36, 0, 72, 24))  # of which the photograph is the middle third
+    want = blended(PHOTO.permute(1, 2, 0).numpy(), ramp[:, 36:72].numpy(), "plasma", 0.8)
+    assert np.abs(got.astype(int) - want).max() <= 1
+    with pytest.raises(
+        InputError, match=r"box: must be .* with pixels of the 36 x 24 image in it, got \(40, 0, 50, 24\)"
+    ):
+        overlay(PHOTO, RAMP, box=(40, 0, 50, 24))
+
+
+def test_a_picture_is_the_overlay_at_its_own_size_between_title_and_legend() -> None:
+    photo = torch.rand(3, 300, 400, generator=torch.Generator().manual_seed(1))
+    box = (50.0, 0.0, 350.0, 300.0)
+    plain, titled = (np.asarray(picture(photo, RAMP, title, box=box)) for title in ("", "tabby, 87 %\nGrad-CAM"))
+    assert plain.shape == (300 + 32, 400, 3)
+    assert (plain[:300] == overlay(photo, RAMP, box=box)).all()
+    head = len(titled) - len(plain)
+    assert (titled[head:] == plain).all()
+    rows = np.flatnonzero((titled[:head] < 128).any((1, 2)))
+    assert len(np.flatnonzero(np.diff(rows) > 1)) >= 1  # two lines of words
+    bar = colour_bar(208, 12)
+    legend = plain[300:]
+    assert any((legend[y : y + 12, x : x + 208] == bar).all() for y in range(20) for x in range(190))
+
+
+def test_pictures_of_tiny_and_of_huge_photographs_can_be_looked_at() -> None:
+    assert picture(PHOTO, RAMP).size == (324, 216 + 32)
+    huge = torch.rand(3, 30, 3000, generator=torch.Generator().manual_seed(1))
+    assert picture(huge, RAMP).width == 2048
+    assert picture(huge, RAMP, longest=None).width == 3000
+    small = np.asarray(picture(huge, RAMP, box=(1500, 0, 3000, 30)))[:20].astype(int)
+    shrunk = np.asarray(picture(huge, RAMP, alpha=0.0))[:20]
+    assert (small[:, :1024] == shrunk[:, :1024]).all()
+    assert np.abs(small[3:-3, 1100:] - shrunk[3:-3, 1100:]).mean() > 20
+
+
+def test_a_title_that_is_too_long_ends_in_an_ellipsis() -> None:
+    short, long = (np.asarray(picture(PHOTO, RAMP, "W" * count)) for count in (10, 100))
+    assert short.shape == long.shape
+    assert (long[:25, -8:] == 255).all()
+    assert (long[:25] < 128).sum() > (short[:25] < 128).sum()
+
+
 def test_forms_of_image_agree() -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
     want = overlay(PHOTO, RAMP)
@@ -111,7 +194,7 @@ def test_bad_input_is_named(image: object, map: object, message: str) -> None:
 def test_bad_options_are_named() -> None:
     with pytest.raises(OptionError, match=r"alpha: must be within \[0, 1\], got 2"):
         overlay(PHOTO, RAMP, alpha=2)
-    with pytest.raises(OptionError, match="no colormap 'warm'; try 'turbo'"):
+    with pytest.raises(OptionError, match=r"no colormap 'warm'.*; try 'plasma'"):
         overlay(PHOTO, RAMP, colormap="warm")
     with pytest.raises(OptionError, match="mean, std: give both"):
         overlay(PHOTO, RAMP, mean=(0.5, 0.5, 0.5))
@@ -147,7 +230,7 @@ def test_sheet_shows_each_photograph_and_its_maps(tmp_path) -> None:
     path = tmp_path / "sheet.png"
     figure(photos, {"A": [left, right], "B": [right, left]}, titles=["one", "two"], path=path)
     pixels = sheet_pixels(path)
-    assert pixels.shape == (28 + 26 + 2 * (24 + 224) + 8, 28 + 3 * 224 + 2 * 8, 3)
+    assert pixels.shape == (28 + 26 + 2 * (24 + 224) + 8 + 30, 28 + 3 * 224 + 2 * 8, 3)
     first, second = 14 + 26 + 24 + 112, 14 + 26 + 24 + 112 + 256  # rows through the middle of the pictures
     columns = [14 + j * 232 for j in range(3)]
     for row, level, lit in ((first, 51, (None, 0, 1)), (second, 153, (None, 1, 0))):
@@ -167,7 +250,23 @@ def test_sheet_across_has_the_same_pictures_in_fewer_rows(tmp_path) -> None:
 
 def test_sheet_of_wide_images_wastes_no_room(tmp_path) -> None:
     figure([torch.rand(3, 50, 100)], {"m": torch.rand(1, 1, 5, 10)}, path=tmp_path / "a.png")
-    assert sheet_pixels(tmp_path / "a.png").shape[0] == 28 + 26 + 112
+    assert sheet_pixels(tmp_path / "a.png").shape[0] == 28 + 26 + 112 + 30
+
+
+def test_a_sheet_shows_boxes_colours_and_what_they_mean(tmp_path) -> None:
+    photos = [torch.full((3, 448, 448), 0.5), torch.full((3, 300, 300), 0.5)]
+    maps = {"m": torch.ones(2, 1, 4, 4).tril()}
+    boxes = [(0.0, 0.0, 224.0, 448.0), None]
+    figure(photos, maps, boxes=boxes, colormap="viridis", alpha=0.5, path=tmp_path / "a.png", titles=["one", "two"])
+    pixels = sheet_pixels(tmp_path / "a.png")
+    second = pixels[14 + 26 + 24 :, 14 + 232 :][:224, :224]
+    assert (np.abs(second[:, 116:] - 128) <= 1).all()  # nothing beside the box
+    assert np.abs(second[150, 30] - overlay(photos[0], torch.eye(2), colormap="viridis", alpha=0.5)[0, 0]).max() <= 2
+    middle = pixels.shape[1] // 2
+    bar = colour_bar(180, 1, 0.5, "viridis")[0]
+    assert np.abs(pixels[-14 - 10, middle - 85 : middle + 85] - bar[5:175]).max() <= 6
+    with pytest.raises(InputError, match="boxes must have one entry per image, got 1 for 2 images"):
+        figure(photos, maps, boxes=boxes[:1])
 
 
 def test_titles_are_shortened_to_fit_and_never_read_as_mathematics() -> None:

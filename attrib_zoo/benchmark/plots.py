@@ -16,18 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = (
-    "#d1495b",
-    "#00798c",
-    "#edae49",
-    "#30638e",
-    "#6a994e",
-    "#8e5572",
-    "#003d5b",
-    "#bc6c25",
-    "#577590",
-    "#9a031e",
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"),
+    *("#56b4e9", "#882255", "#332288", "#117733", "#999933"),
 )
+"""Of Okabe and Ito, and of Tol: the colour-blind can tell them apart."""
+
 _MARKERS = "osD^vPX*<>"
+_GREYS = ("#444444", "#777777", "#a0a0a0")
+_DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (2, 4)))
+_CONTROL_MARKERS = ("x", "+", "1", "|", "_")
 
 
 class Numbers(Protocol):
@@ -51,37 +48,47 @@ class Numbers(Protocol):
         """Mean and interval."""
 
 
-def plot(table: Numbers) -> Figure:
+def plot(table: Numbers, across: int = 3) -> Figure:
     """A panel for each measure with a curve, and one for the first measure against the time it takes.
+
+    Args:
+        table: the numbers.
+        across: how many panels stand side by side, at most; 1 is for narrow screens.
 
     Returns:
         A matplotlib figure of its own, unknown to ``pyplot``.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     curves = [measure for measure in table.measures if measure.points]
     panels = len(curves) + 1
-    across = min(panels, 3)
+    across = min(panels, max(1, across))
+    across = 2 if (panels, across) == (4, 3) else across  # no row of one
     down = -(-panels // across)
-    sheet = Figure(figsize=(4.4 * across, 3.6 * down + 0.6), dpi=110, facecolor="white", layout="constrained")
+    shown = [method for method in table.methods if method != CHANCE]
+    beside = max(1, min(len(shown), 5 * across // 3 if across > 1 else 2))  # names in a line of the legend
+    tall = 3.6 * down + 0.25 + 0.2 * -(-len(shown) // beside)
+    sheet = Figure(figsize=(4.4 * across, tall), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(sheet)
     axes = [sheet.add_subplot(down, across, i + 1) for i in range(panels)]
     styles = _styles(table.methods, table.controls)
     for panel, measure in zip(axes, curves, strict=False):
-        for method in table.methods:
-            if method != CHANCE:
-                curve = 100 * table.curve(method, measure.name)
-                panel.plot([100 * point for point in measure.points], curve, **styles[method])
+        for method in shown:
+            curve = 100 * table.curve(method, measure.name)
+            panel.plot([100 * point for point in measure.points], curve, **styles[method])
         _dress(panel, f"{measure.name} {measure.arrow}", "pixels changed, %", "confidence, %")
     _scatter(axes[-1], table, styles)
-    handles, labels = axes[-1].get_legend_handles_labels()
-    sheet.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False, fontsize=9)
+    lines = [Line2D([], [], label=method, **styles[method]) for method in shown]
+    sheet.legend(handles=lines, loc="outside lower center", ncols=beside, frameon=False, fontsize=9, handlelength=3.2)
     return sheet
 
 
 def _scatter(panel: Axes, table: Numbers, styles: dict[str, dict[str, Any]]) -> None:
-    """The first measure against the cost, with intervals; controls have no cost worth showing."""
+    """The first measure against the cost, with intervals."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     measure = table.measures[0]
     for method in table.methods:
         if method == CHANCE:
@@ -92,18 +99,28 @@ def _scatter(panel: Axes, table: Numbers, styles: dict[str, dict[str, Any]]) -> 
         error = None if found.low != found.low else reach
         panel.errorbar([max(cost, 0.01)], [found.mean], yerr=error, capsize=2, elinewidth=0.8, label=method, **style)
     panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
     if measure.lower:
         panel.invert_yaxis()
     _dress(panel, f"{measure.name} against cost (up and left is better)", "time, × a forward pass", measure.name)
 
 
 def _styles(methods: list[str], controls: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of each method: no two alike among a hundred; controls are grey and broken lines."""
     styles: dict[str, dict[str, Any]] = {}
-    for number, method in enumerate(methods):
-        shown = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
-        if method in controls:
-            shown |= {"color": "#9aa0a6", "linestyle": "--" if number % 2 else ":"}
-        styles[method] = shown
+    for method in methods:
+        control = method in controls
+        number = sum((other in controls) == control for other in styles)
+        colours, markers = (_GREYS, _CONTROL_MARKERS) if control else (_COLOURS, _MARKERS)
+        styles[method] = {
+            "color": colours[number % len(colours)],
+            "marker": markers[(number + number // len(colours)) % len(markers)],
+            "linestyle": _DASHES[number % len(_DASHES)] if control else "-",
+            "markersize": 5 if control else 4,
+            "linewidth": 1.2 if control else 1.6,
+        }
     return styles
 
 

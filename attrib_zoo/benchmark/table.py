@@ -219,9 +219,13 @@ class Table:
         ]
         return pd.DataFrame(rows)
 
-    def plot(self) -> Figure:
-        """Curves of ROAD, insertion and deletion where measured, and a measure against the cost."""
-        return plot(self)
+    def plot(self, across: int = 3) -> Figure:
+        """Curves of ROAD, insertion and deletion where measured, and a measure against the cost.
+
+        Args:
+            across: how many panels stand side by side, at most.
+        """
+        return plot(self, across)
 
     def __str__(self) -> str:
         return self.to_text()

@@ -190,6 +190,8 @@ def _explain() -> ArgumentParser:
     add("--contrast", type=PositiveInt, metavar="K", help="why this class and not the next K, such as 3")
     _layers(parser)
     _shaping(parser)
+    add("--colormap", metavar="NAME", help="colours of the maps, by matplotlib's name (default: plasma)")
+    add("--alpha", type=float, default=0.8, metavar="X", help="opacity of strong evidence, 0 to 1 (default: 0.8)")
     add("--output", default="explanations", metavar="FOLDER", help="where pictures go (default: explanations)")
     add("--batch-size", type=PositiveInt, default=8, metavar="N", help="photographs at once (default: 8)")
     _config(parser)

@@ -20,7 +20,7 @@ from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.photos import cut, find_photos, open_photo, own_stems, writable_folder
 from attrib_zoo.targets import Contrast, TargetQuery, class_scores
-from attrib_zoo.visualize import figure, save_overlay
+from attrib_zoo.visualize import Box, check_colours, figure, picture, write_picture
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class _Photo:
 def explain(options: Any) -> str:
     """Write overlays of photographs, and say what the model saw in them."""
     folder = Path(options.output)
+    colours = {"alpha": options.alpha, "colormap": check_colours(options.alpha, options.colormap)}
     paths = find_photos(options.photos, leave_out=folder)
     for path in paths:
         open_photo(path)  # whatever cannot be read is found before anything is written
@@ -57,7 +58,7 @@ def explain(options: Any) -> str:
     rows: list[list[str]] = []
     for start in _progress(range(0, len(photos), options.batch_size)):
         batch = photos[start : start + options.batch_size]
-        rows += _explain_batch(batch, loaded, ready, target, options.contrast, options.score)
+        rows += _explain_batch(batch, loaded, ready, target, options.contrast, options.score, colours)
     headers = ["photo", "top-1 class", "confidence"]
     headers += [] if target is None else [f"explained: {loaded.class_name(target)}"]
     size = torch.zeros(1, *loaded.input_size, device=_device_of(loaded))
@@ -75,6 +76,7 @@ def _explain_batch(
     target: int | None,
     contrast: int | None,
     score: str,
+    colours: dict[str, Any],
 ) -> list[list[str]]:
     """Explain and draw a few photographs; returns their rows of the table."""
     images = [open_photo(photo.path) for photo in photos]
@@ -96,9 +98,9 @@ def _explain_batch(
         if target is not None:
             share = float(confidence[i, target])
             row.append(f"{share:.1%}")
-            title += f"      explained: {loaded.class_name(target)}  {share:.0%}"
+            title = f"explained: {loaded.class_name(target)}  {share:.0%}      decided: {title}"
         columns = {_heading(e, int(asked[i])): maps[name][i] for name, e in explainers.items()}
-        _draw(photo, loaded.view(images[i]), columns, title)
+        _draw(photo, images[i], loaded.seen(images[i]), columns, title, colours)
         rows.append([*row, photo.written])
     return rows
 
@@ -108,12 +110,13 @@ def _heading(explainer: Attribution, target: int) -> str:
     return explainer.get_name() + (" (not trained on this class)" if unseen else "")
 
 
-def _draw(photo: _Photo, view: Tensor, columns: dict[str, Tensor], title: str) -> None:
-    for file, found in zip(photo.files.values(), columns.values(), strict=False):
-        save_overlay(file, view, found)
+def _draw(photo: _Photo, image: Any, box: Box, columns: dict[str, Tensor], title: str, colours: dict[str, Any]) -> None:
+    """A picture of the whole photograph for each method, the part that the model saw outlined, and one of them all."""
+    for file, (heading, found) in zip(photo.files.values(), columns.items(), strict=False):
+        write_picture(file, picture(image, found, f"{title}\n{heading}", box=box, **colours).save)
     if len(columns) > 1:
         maps = {heading: [found] for heading, found in columns.items()}
-        figure([view], maps, titles=[title], path=photo.files["compared"])
+        figure([image], maps, titles=[title], path=photo.files["compared"], boxes=[box], **colours)
 
 
 def _asked(loaded: LoadedModel, target: int) -> str:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from attrib_zoo.errors import DataError, OptionError, TargetError, UnsupportedModelError, closest, listed, reason
 from attrib_zoo.models.weights import ask_hub, download, fit_into
-from attrib_zoo.visualize import in_colour
+from attrib_zoo.visualize import Box, in_colour
 
 _VIEW = 448  # pixels that a picture for the eye should have, about
 
@@ -50,6 +51,18 @@ class LoadedModel:
     def class_name(self, index: int) -> str:
         """The name of a class, or its number where it has none."""
         return self.class_names[index] if self.class_names else f"class {index}"
+
+    def seen(self, image: Any) -> Box:
+        """Which part of a photograph the model sees, found by sending a picture of its coordinates the same way.
+
+        Args:
+            image: the PIL image, of which only the size counts.
+
+        Returns:
+            Left, top, right and bottom edge in pixels of the photograph, to about a pixel; they lie outside of it where
+            the transform pads.
+        """
+        return _seen(self.view, image.size)
 
     def class_index(self, target: str) -> int:
         """The class that a person means: its index as digits, or its name (case does not matter).
@@ -328,6 +341,29 @@ def _source(name: str) -> _Torchvision | _Timm:
         return _Timm(bare)
     known = dict.fromkeys([*ours, *timm.list_models()])
     raise OptionError(f"model: no model {name!r} in torchvision or timm{closest(bare, known)}")
+
+
+def _seen(view: Transform, size: tuple[int, int]) -> Box:
+    """Where the columns and rows of a view lie on a photograph of that size: lines through what it shows of ramps."""
+    from PIL import Image
+
+    across, down = (max(2, round(side * min(1.0, 1024 / max(size)))) for side in size)
+    ramps = np.full((down, across, 3), 255.0)  # the third band: where there is any photograph
+    ramps[..., 0] = (np.arange(across) + 0.5) / across * 255
+    ramps[..., 1] = (np.arange(down)[:, None] + 0.5) / down * 255
+    shown = view(Image.fromarray(np.rint(ramps).astype(np.uint8))).numpy()
+    rows, columns = (np.flatnonzero(shown[2].max(axis) > 0.9) for axis in (1, 0))
+    inner = shown[:, rows][:, :, columns]
+    left, right = _ends(columns, np.median(inner[0], 0), shown.shape[2], size[0])
+    top, bottom = _ends(rows, np.median(inner[1], 1), shown.shape[1], size[1])
+    return left, top, right, bottom
+
+
+def _ends(places: Any, shares: Any, length: int, side: int) -> tuple[float, float]:
+    """Where the first and the last edge of a view lie on a side of the photograph."""
+    kept = slice(2, -2) if len(places) > 8 else slice(None)  # the rims are blurred
+    slope, offset = np.polyfit(places[kept], shares[kept], 1)
+    return float(offset - 0.5 * slope) * side, float(offset + (length - 0.5) * slope) * side
 
 
 def _enlargement(height: int, width: int) -> int:

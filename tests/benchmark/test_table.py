@@ -7,8 +7,10 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
+import matplotlib
 import pytest
 import strategies as zoo
 import torch
@@ -270,6 +272,37 @@ def test_the_plot_has_a_panel_for_each_curve_and_one_for_the_cost():
     assert scatter.containers[0].lines[0].get_xydata().tolist() == [pytest.approx([2, 40])]
     assert [text.get_text() for text in sheet.legends[0].get_texts()] == table.methods
     sheet.canvas.draw()
+
+
+def test_every_row_of_a_plot_is_told_apart_and_the_legend_shows_its_line():
+    controls = ["random map", "image edges", "centre blob", "m0, untrained", "perfect map"]
+    names = [*(f"m{i}" for i in range(40)), *controls]
+    (curve,) = [m for m in FAMILIES["road"] if "LeRF" in m.name]
+    table = by_hand({name: [0.5, 0.25] for name in names}, [curve], curve=[1.0] * len(curve.points))
+    table.records.setting = {**table.records.setting, "controls": controls}
+    sheet = table.plot()
+    drawn, handles = sheet.axes[0].lines, sheet.legends[0].legend_handles
+    looks = [[(h.get_color(), h.get_marker(), str(h.get_linestyle())) for h in lines] for lines in (drawn, handles)]
+    assert looks[0] == looks[1]
+    assert len(set(looks[0])) == len(names)
+    assert all(h.get_linestyle() != "None" and h.get_linewidth() > 1 for h in handles)
+    grey = [matplotlib.colors.to_rgb(h.get_color()) for h in handles]
+    assert [max(c) == min(c) for c in grey] == [name in controls for name in names]
+
+
+def test_panels_stand_side_by_side_or_one_below_the_other():
+    curves = [*FAMILIES["road"], *FAMILIES["insertion"]]
+    table = by_hand({"a": [0.5, 0.25]}, curves, curve=[1.0] * 20)
+    table.records.rows = {
+        key: replace(row, curves={m.name: [0.5] * len(m.points) for m in curves})
+        for key, row in table.records.rows.items()
+    }
+    for across in (1, 2):
+        sheet = table.plot(across)
+        sheet.canvas.draw()
+        boxes = [axes.get_position() for axes in sheet.axes]
+        assert len({round(box.x0, 1) for box in boxes}) == across
+        assert sheet.get_size_inches()[0] == pytest.approx(4.4 * across)
 
 
 def test_the_plot_bears_equal_values_and_one_image(monkeypatch):

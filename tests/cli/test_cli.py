@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 import attrib_zoo
 from attrib_zoo import TTAME, Contrast, GradCAM, HiResCAM, models
 from attrib_zoo.attribution import Attribution
-from attrib_zoo.cli import demo, main
+from attrib_zoo.cli import demo, explain, main
 from attrib_zoo.models.photos import Photos
-from attrib_zoo.visualize import overlay
+from attrib_zoo.visualize import picture
 
 COMMANDS = ("demo", "list", "layers", "explain", "fit", "evaluate")
 
@@ -61,11 +61,19 @@ def written(path: Path) -> np.ndarray:
         return np.asarray(file)
 
 
+def drawn_in(path: Path) -> np.ndarray:
+    """The photograph in a picture, between its title and the 32 rows of its legend; 70 rows are drawn as 280."""
+    return written(path)[-280 - 32 : -32]
+
+
 def expected(loaded: models.LoadedModel, path: Path, method: Attribution, target: Any = None) -> np.ndarray:
-    """The overlay, made with the library's own calls."""
+    """The photograph with its map, made with the library's own calls."""
     with Image.open(path) as image:
-        map = method.attribute(loaded.transform(image)[None], target)[0]
-        return overlay(loaded.view(image), map)
+        return drawn(loaded, image, method.attribute(loaded.transform(image)[None], target)[0])
+
+
+def drawn(loaded: models.LoadedModel, image: Image.Image, map: torch.Tensor) -> np.ndarray:
+    return np.asarray(picture(image, map, box=loaded.seen(image)))[:280]
 
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:
@@ -170,7 +178,7 @@ def test_explain_draws_the_decision_and_prints_what_the_model_saw(files, usual, 
         decisions.add(top)
         row = next(line for line in out.splitlines() if line.startswith(photo.name))
         assert re.split(r"\s{2,}", row) == [photo.name, NAMES[top], f"{shares[top]:.1%}", f"{photo.stem}-gradcam.png"]
-        assert close(written(tmp_path / f"new/out/{photo.stem}-gradcam.png"), expected(loaded, photo, method))
+        assert close(drawn_in(tmp_path / f"new/out/{photo.stem}-gradcam.png"), expected(loaded, photo, method))
     assert len(decisions) > 1
     assert f"gradcam reads {method.taps(torch.zeros(1, *loaded.input_size))[0].name}" in out
     assert len(list((tmp_path / "new/out").iterdir())) == 10
@@ -182,9 +190,9 @@ def test_evidence_against_the_class_is_left_plain(files, usual, loaded, tmp_path
     with Image.open(photo) as image:
         heat = HiResCAM(loaded.model).attribute(loaded.transform(image)[None])[0]
         assert heat.min() < 0
-        drawn, whole = (overlay(loaded.view(image), found) for found in (heat.clamp(min=0), heat))
-    got = written(tmp_path / "p3-hirescam.png")
-    assert close(got, drawn)
+        left, whole = (drawn(loaded, image, found) for found in (heat.clamp(min=0), heat))
+    got = drawn_in(tmp_path / "p3-hirescam.png")
+    assert close(got, left)
     assert not close(got, whole)
 
 
@@ -193,7 +201,7 @@ def test_explain_a_class_by_index_or_name(files, usual, loaded, tmp_path, capsys
     photo = files / "photos/p3.png"
     assert main(["explain", str(photo), *usual, "--target", asked, "--output", str(tmp_path)]) == 0
     method = GradCAM(loaded.model)
-    got = written(tmp_path / "p3-gradcam-2-cat.png")
+    got = drawn_in(tmp_path / "p3-gradcam-2-cat.png")
     assert close(got, expected(loaded, photo, method, 2))
     assert not close(got, expected(loaded, photo, method, 1))
     with Image.open(photo) as image:
@@ -201,6 +209,39 @@ def test_explain_a_class_by_index_or_name(files, usual, loaded, tmp_path, capsys
     out = capsys.readouterr().out
     assert "explained: cat" in out
     assert f"  {share:.1%}" in out
+
+
+def test_each_picture_names_class_confidence_and_method(files, usual, loaded, tmp_path) -> None:
+    photo = files / "photos/p3.png"
+    with Image.open(photo) as image:
+        shares = loaded.model(loaded.transform(image)[None]).softmax(1)[0]
+    top = int(shares.argmax())
+    decided = f"{NAMES[top]}  {shares[top]:.0%}"
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explain, "picture", lambda *given, **more: (told.append(given[2]), picture(*given, **more))[1])
+        words = ["explain", str(photo), *usual, "--method", "gradcam,hirescam", "--output", str(tmp_path)]
+        assert main(words) == 0
+        assert main([*words, "--target", "cat"]) == 0
+    asked = f"explained: cat  {shares[2]:.0%}      decided: {decided}"
+    assert told == [f"{title}\n{name}" for title in (decided, asked) for name in ("GradCAM", "HiResCAM")]
+
+
+def test_colours_are_chosen_before_anything_is_read(files, usual, loaded, tmp_path, capsys) -> None:
+    photo = files / "photos/p3.png"
+    words = ["explain", str(photo), *usual, "--output", str(tmp_path)]
+    assert main([*words, "--colormap", "viridis", "--alpha", "0.5"]) == 0
+    with Image.open(photo) as image:
+        heat = GradCAM(loaded.model).attribute(loaded.transform(image)[None])[0]
+        want = np.asarray(picture(image, heat, box=loaded.seen(image), colormap="viridis", alpha=0.5))[:280]
+        assert not close(want, drawn(loaded, image, heat))
+    assert close(drawn_in(tmp_path / "p3-gradcam.png"), want)
+    capsys.readouterr()
+    nothing = ["explain", "nowhere.jpg", *usual, "--output", str(tmp_path)]
+    assert "colormap: matplotlib has no colormap 'viridos'; closest: 'viridis'" in failure(
+        capsys, [*nothing, "--colormap", "viridos"]
+    )
+    assert "alpha: must be within [0, 1], got 1.5" in failure(capsys, [*nothing, "--alpha", "1.5"])
 
 
 def test_pictures_of_two_classes_stand_side_by_side(files, usual, tmp_path) -> None:
@@ -295,9 +336,9 @@ def test_explain_reads_the_layers_that_are_named(files, usual, loaded, tmp_path,
     photo = files / "photos/p1.png"
     assert main(["explain", str(photo), *usual, "--layers", "layer2", "--output", str(tmp_path)]) == 0
     assert "gradcam reads layer2\n" in capsys.readouterr().out
-    assert close(written(tmp_path / "p1-gradcam.png"), expected(loaded, photo, GradCAM(loaded.model, "layer2")))
+    assert close(drawn_in(tmp_path / "p1-gradcam.png"), expected(loaded, photo, GradCAM(loaded.model, "layer2")))
     assert main(["explain", str(photo), *usual, "--layers=-2,-1", "--output", str(tmp_path)]) == 0
-    assert close(written(tmp_path / "p1-gradcam.png"), expected(loaded, photo, GradCAM(loaded.model, [-2, -1])))
+    assert close(drawn_in(tmp_path / "p1-gradcam.png"), expected(loaded, photo, GradCAM(loaded.model, [-2, -1])))
     capsys.readouterr()
     assert "no layer 'layer9'" in failure(
         capsys, ["explain", str(photo), *usual, "--layers", "layer9", "--output", str(tmp_path)]
@@ -313,7 +354,7 @@ def test_explain_smooths_scales_and_contrasts(files, usual, loaded, explainer, t
         ("ttame", TTAME.load(explainer, loaded.model)),
     ):
         method.smooth, method.scale = 3, "rank"
-        assert close(written(tmp_path / f"p1-{name}-contrast-2.png"), expected(loaded, photo, method, Contrast(2)))
+        assert close(drawn_in(tmp_path / f"p1-{name}-contrast-2.png"), expected(loaded, photo, method, Contrast(2)))
     capsys.readouterr()
     assert "smooth: rise makes its map at the resolution of the image" in failure(
         capsys, [*words, "--method", "rise", "--smooth", "3"]
@@ -327,12 +368,12 @@ def test_photos_of_one_name_keep_their_own_pictures(usual, loaded, tmp_path) -> 
         noise(tmp_path / "in" / name, i) for i, name in enumerate(("a/cat.png", "b/cat.png", "cat.bmp", "cat-2.png"))
     ]
     assert main(["explain", *map(str, photos), *usual, "--output", str(tmp_path / "out")]) == 0
-    made = [written(path) for path in (tmp_path / "out").iterdir()]
+    made = [drawn_in(path) for path in (tmp_path / "out").iterdir()]
     assert len(made) == 4
     method = GradCAM(loaded.model)
     for photo in photos:
         want = expected(loaded, photo, method)
-        assert sum(close(picture, want) for picture in made) == 1
+        assert sum(close(found, want) for found in made) == 1
 
 
 def test_pictures_of_an_earlier_run_are_no_photos(usual, tmp_path, capsys) -> None:
@@ -402,8 +443,8 @@ def test_an_explainer_is_used_and_compared(files, usual, loaded, explainer, tmp_
     assert main([*words, "--method", "gradcam,ttame", "--target", str(seen)]) == 0
     asked = f"-{seen}-{NAMES[seen]}.png"
     assert f"p2-{{gradcam,ttame,compared}}{asked}" in capsys.readouterr().out
-    assert close(written(tmp_path / f"p2-ttame{asked}"), expected(loaded, photo, ttame, seen))
-    assert close(written(tmp_path / f"p2-gradcam{asked}"), expected(loaded, photo, GradCAM(loaded.model), seen))
+    assert close(drawn_in(tmp_path / f"p2-ttame{asked}"), expected(loaded, photo, ttame, seen))
+    assert close(drawn_in(tmp_path / f"p2-gradcam{asked}"), expected(loaded, photo, GradCAM(loaded.model), seen))
     assert written(tmp_path / f"p2-compared{asked}").shape[1] == 2 * 14 + 3 * 224 + 2 * 8
 
 
@@ -455,13 +496,21 @@ def test_a_real_photograph_is_recognised(data_dir, tmp_path, capsys) -> None:
     out = capsys.readouterr().out
     assert re.search(r"house_finch\.jpg +house finch +100\.0% +house_finch-gradcam\.png", out)
     assert "gradcam reads features.12" in out
-    picture = written(tmp_path / "out/house_finch-gradcam.png").astype(int)
+    shown = written(tmp_path / "out/house_finch-gradcam.png").astype(int)
     loaded = models.load("squeezenet1_1", weights=data_dir / "squeezenet1_1_imagenet.safetensors")
     with Image.open(tmp_path / member.name) as photo:
-        plain = (255 * loaded.view(photo)).permute(1, 2, 0).numpy()
-    colour = np.abs(picture - plain).mean(2)
-    bird, elsewhere = colour[110:250, 250:370], colour[300:, :200]  # the bird sits right of the middle
-    assert bird.mean() > 8 * elsewhere.mean()
+        plain = np.asarray(picture(photo, torch.zeros(2, 2))).astype(int)
+        left, top, right, bottom = (edge * plain.shape[1] / photo.width for edge in loaded.seen(photo))
+    colour = np.abs(shown[len(shown) - len(plain) :] - plain).mean(2)
+
+    def part(rows: tuple[float, float], columns: tuple[float, float]) -> np.ndarray:
+        y, x = ([round(a + s * (b - a)) for s in part] for a, b, part in ((top, bottom, rows), (left, right, columns)))
+        return colour[y[0] : y[1], x[0] : x[1]]
+
+    bird, elsewhere = part((0.25, 0.55), (0.55, 0.82)), part((0.67, 0.95), (0.05, 0.45))  # it sits right of the middle
+    assert bird.mean() > 5 * elsewhere.mean()
+    beside = colour[: len(plain) - 40, : round(left) - 1], colour[: len(plain) - 40, round(right) + 1 :]
+    assert all(pixels.size and (pixels == 0).all() for pixels in beside)  # the model saw nothing there
 
 
 # ---------------------------------------------------------------------- fit

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,7 +20,7 @@ from torchvision import models as torchvision_models
 
 from attrib_zoo.errors import DataError, OptionError, TargetError, UnsupportedModelError
 from attrib_zoo.models import LoadedModel, load, read_class_names
-from attrib_zoo.models.load import _source
+from attrib_zoo.models.load import _seen, _source
 
 TORCHVISION, TIMM = "shufflenet_v2_x0_5", "test_resnet"
 
@@ -253,6 +254,25 @@ def test_the_view_is_the_same_crop_enlarged(tmp_path, name: str) -> None:
     assert 0 <= view.min() < view.max() <= 1
     shrunk = nn.functional.avg_pool2d(view, factor)
     assert (shrunk - seen).abs().max() < 0.012  # a shift by two pixels would be 0.02
+
+
+@pytest.mark.parametrize("size", [(500, 320), (320, 500), (90, 70), (3000, 2000)])
+def test_the_crop_that_the_model_sees_is_found(tmp_path, size: tuple[int, int]) -> None:
+    """torchvision resizes the shorter side to 256 and keeps 224 x 224 in the middle."""
+    found = load(TORCHVISION, weights=saved(fresh(TORCHVISION), tmp_path / "w.pth"))
+    half = min(size) * 224 / 256 / 2
+    want = [size[0] / 2 - half, size[1] / 2 - half, size[0] / 2 + half, size[1] / 2 + half]
+    assert found.seen(Image.new("RGB", size)) == pytest.approx(want, abs=max(1, 0.004 * max(size)))
+
+
+def test_a_crop_that_pads_reaches_beyond_the_photograph() -> None:
+    def squeezed(image: Image.Image) -> torch.Tensor:  # to 40 x 20, in the middle of 48 x 48
+        pixels = torch.zeros(3, 48, 48)
+        small = np.asarray(image.resize((40, 20))) / 255
+        pixels[:, 14:34, 4:44] = torch.from_numpy(small).permute(2, 0, 1)
+        return pixels
+
+    assert _seen(squeezed, (400, 200)) == pytest.approx((-40, -140, 440, 340), abs=3)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
