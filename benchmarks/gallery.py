@@ -1,15 +1,15 @@
-"""The two pictures of docs/methods.md: every method on the same two photographs, and on the same two planted scenes.
+"""The pictures of docs/gallery.md and docs/methods.md: every method on the same photographs, and on planted scenes.
 
-    ATTRIB_ZOO_DATA=FOLDER python benchmarks/gallery.py photographs --explainers FOLDER [--output docs/images]
+    ATTRIB_ZOO_DATA=FOLDER python benchmarks/gallery.py photographs [--maps FILE] [--output docs/images]
     python benchmarks/gallery.py scenes
 
-Photographs: SqueezeNet 1.1 and the model's own decision. Scenes: the tiny vision transformer of
-``attrib_zoo.synthetic``, asked for one of the two objects. ``--explainers`` is a folder of fitted explainers
-(``ttame.safetensors``, ``lcamfm.safetensors`` ...) for the photographs; what is not there is fitted for ``--steps``
-steps on the photographs. Paper defaults, except RISE with ``--masks`` masks, and extremal perturbations of the scenes,
-whose grid and kernel are made for 32 pixels. Negative evidence is left out. Prints what refuses the model and the
-time of each method; ``--maps FILE`` keeps the maps, and draws those that
-are in it already.
+Photographs: two under CC BY 2.0 (their authors stand in docs/gallery.md), a small JPEG for each method, of the model's
+own decision. The model is SqueezeNet 1.1; what it does not allow is asked of EfficientNet-Lite0, then of ViT-Ti/16.
+Trained explainers are fitted on 500 other photographs: T-TAME as it starts, L-CAM for ``--steps`` steps. Scenes: the
+tiny vision transformer of ``attrib_zoo.synthetic``, asked for one of the two objects. Paper defaults, except RISE with
+``--masks`` masks, and extremal perturbations of the scenes, whose grid and kernel are made for 32 pixels. Negative
+evidence is left out. Prints what refuses the models and the time of each method; ``--maps FILE`` keeps the maps, and
+draws those that are in it already.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ from attrib_zoo.errors import AttribZooError, UnsupportedModelError
 from attrib_zoo.models.photos import Photos
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
 
-PHOTOGRAPHS = ("black stork", "wire-haired fox terrier")
+PHOTOGRAPHS = ("821aae58dc96b4b2.jpg", "fe1314dd6f75551d.jpg")
+MODELS = {
+    "squeezenet1_1": "squeezenet1_1_imagenet.safetensors",
+    "tf_efficientnet_lite0": "tf_efficientnet_lite0_imagenet.safetensors",
+    "vit_tiny_patch16_224": "vit_tiny_patch16_224_imagenet.safetensors",
+}
 SCENES = (3, 11)
 ACROSS = 8  # pictures in a row, the image included
 SMALL: dict[str, dict[str, object]] = {}
@@ -96,33 +101,52 @@ def draw(
 
 
 def photographs(options: argparse.Namespace, known: dict[str, Tensor]) -> None:
-    """SqueezeNet's decisions."""
+    """The decisions of the first model that a method allows."""
+    folder = unpacked("cc_photos")
+    told = json.loads((folder / "photos.json").read_text())
+    loaded = {name: models.load(name, weights=data() / weights) for name, weights in MODELS.items()}
+    first = next(iter(loaded.values()))
+    wanted = [next(row for row in told if row["file"] == file) for file in options.photographs]
+    photos = [Image.open(folder / row["file"]).convert("RGB") for row in wanted]
+    for row in wanted:
+        print(f"{first.class_name(row['label'])}: {row['author']}, {row['page']}, {row['licence']}")
+    places = options.output / "gallery"
+    places.mkdir(parents=True, exist_ok=True)
+    for name, model in loaded.items():
+        images = torch.stack([model.transform(photo) for photo in photos])
+        with torch.no_grad():
+            sure, target = model.model(images).softmax(1).max(1)
+        print(name, [f"{model.class_name(int(t))} {float(p):.0%}" for t, p in zip(target, sure, strict=True)])
+        settings = {"RISE": {"n_masks": options.masks}}
+        explained(model.model, images, target, settings, _fitting(model, options), known, options.without)
+        if options.maps:
+            save_file(known, options.maps)
+    _card(places / "photographs.jpg", photos, [torch.zeros(2, 2)] * 2, first)
+    for name in list(known):
+        _card(places / f"{name.lower()}.jpg", photos, known[name], first)
+
+
+def _card(path: Path, photos: list[Image.Image], maps: Any, model: models.LoadedModel) -> None:
+    """The photographs side by side, each with its map; the models all see the same crop, up to a few pixels."""
+    side = 240
+    page = Image.new("RGB", (len(photos) * (side + 6) - 6, side), "white")
+    for i, photo in enumerate(photos):
+        drawn = visualize.overlay(photo, maps[i].clamp(min=0), box=model.seen(photo))
+        page.paste(Image.fromarray(drawn).resize((side, side), Image.Resampling.LANCZOS), (i * (side + 6), 0))
+    page.save(path, quality=80, optimize=True)
+
+
+def _fitting(loaded: models.LoadedModel, options: argparse.Namespace) -> Callable[[type[Any]], Attribution]:
     folder = unpacked("imagenet_photos")
-    loaded = models.load("squeezenet1_1", weights=data() / "squeezenet1_1_imagenet.safetensors")
-    folders = {name: wnid for wnid, name in json.loads((folder / "classes.json").read_text()).values()}
-    names = {name.replace("_", " "): wnid for name, wnid in folders.items()}
-    paths = [next((folder / names[name]).glob("*.jpg")) for name in options.photographs]
-    images = torch.stack([loaded.transform(Image.open(path).convert("RGB")) for path in paths])
-    with torch.no_grad():
-        sure, target = loaded.model(images).softmax(1).max(1)
-    titles = [f"{loaded.class_name(int(t))}  {float(p):.0%}" for t, p in zip(target, sure, strict=True)]
     every = Photos(sorted(folder.glob("*/*.jpg")), loaded.transform)
 
     def fit(cls: type[TrainableAttribution]) -> Attribution:
-        kept = options.explainers / f"{cls.__name__.lower()}.safetensors" if options.explainers else None
-        if kept and kept.exists():
-            return cls.load(kept, loaded.model)
         order = torch.Generator().manual_seed(0)
         loader = DataLoader(every, batch_size=8, shuffle=True, generator=order)
-        fitted = cls(loaded.model).fit(loader, max_steps=options.steps, show_progress=False)
-        if kept:
-            fitted.save(kept)
-        return fitted
+        steps = 0 if cls.__name__ == "TTAME" else options.steps
+        return cls(loaded.model).fit(loader, max_steps=steps, show_progress=False)
 
-    settings = {"RISE": {"n_masks": options.masks}}
-    maps = explained(loaded.model, images, target, settings, fit, known, options.without)
-    views = [loaded.view(Image.open(path).convert("RGB")) for path in paths]
-    draw(options.output / "methods-photographs.jpg", views, maps, titles)
+    return fit
 
 
 def scenes(options: argparse.Namespace, known: dict[str, Tensor]) -> None:
@@ -146,8 +170,7 @@ def main() -> None:
     """Explain and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["photographs", "scenes"])
-    parser.add_argument("--photographs", nargs=2, default=PHOTOGRAPHS, metavar="CLASS")
-    parser.add_argument("--explainers", type=Path)
+    parser.add_argument("--photographs", nargs=2, default=PHOTOGRAPHS, metavar="FILE")
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     parser.add_argument("--maps", type=Path)
     parser.add_argument("--without", nargs="*", default=[], metavar="METHOD", help="unless it is in --maps")

@@ -1,4 +1,4 @@
-"""docs/methods.md, written from the classes: what there is, where it is defined, what it costs."""
+"""docs/methods.md and a table of the README, written from the classes: what there is, where it is defined, its cost."""
 
 import inspect
 import re
@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from known_weaknesses import BLIND, OFF_TARGET
-from reference_pages import _markup
 
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli.shared import methods
@@ -75,12 +74,11 @@ On the command line these are `--contrast 3`, `--smooth 3` and `--scale rank`.
 
 ## Pictures
 
-The same two photographs, explained for what SqueezeNet 1.1 decides; every map is scaled to its own range, negative
-evidence is left out:
+Every method has explained the same two photographs for what a model decides:
 
-![Two photographs and the map of each method that is defined for SqueezeNet](images/methods-photographs.jpg)
+![A zebra and a traffic light, and the part of them that the model sees](images/gallery/photographs.jpg)
 
-{about_photographs}
+Every map, and what to see in it, is in the [gallery](gallery.md).
 
 The same two scenes of `attrib_zoo.synthetic`, in which the evidence is known; a tiny vision transformer is asked for
 one of the two objects:
@@ -94,10 +92,6 @@ one of the two objects:
 F is a forward pass, B a backward pass, n a number of steps or samples; costs are per image.
 """
 
-ABOUT_PHOTOGRAPHS = """\
-RISE with 1000 masks instead of 8000; T-TAME after 1200 steps on other images, L-CAM after 100 steps on photographs. Not
-here: `CAM`, which refuses the head of SqueezeNet, and the attention methods, which need a transformer. SIDU's threshold
-takes in all white fur, and the grass beside the stork."""
 ABOUT_SCENES = """\
 T-TAME and L-CAM after 100 steps, RISE with 1000 masks; `ExtremalPerturbation` with a grid and a kernel for 32 pixels.
 Where a map is empty (the plain image), the method found no positive evidence. Weak points can be seen: with one weight
@@ -172,9 +166,7 @@ Layer-wise relevance propagation for CNNs is Captum's `LRP` and zennit's; it is 
 def methods_page() -> str:
     """The text of docs/methods.md."""
     found = by_family()
-    lines = [
-        HEAD.format(count=sum(map(len, found.values())), about_photographs=ABOUT_PHOTOGRAPHS, about_scenes=ABOUT_SCENES)
-    ]
+    lines = [HEAD.format(count=sum(map(len, found.values())), about_scenes=ABOUT_SCENES)]
     lines += overview([cls for group in found.values() for cls in group])
     for family, group in found.items():
         title, about = FAMILIES.get(family, (family, ""))
@@ -209,7 +201,7 @@ def entry(cls: type[Attribution]) -> list[str]:
     defined = limits if limits and limits[0].startswith(kinds) else [f"{kinds}.", *limits]
     defined += ["The map is the same for every target."] if cls.class_agnostic else []
     guide = f"methods/{cls.__module__.rpartition('.')[2]}.md"
-    read = [f"[formula, options, deviations](reference/methods.md#{cls.__name__.lower()})"]
+    read = [f"[formula, options, deviations](reference/methods.md#{cls.__module__}.{cls.__name__})"]
     read += [f"[a page of its own]({guide})"] if (DOCS / guide).exists() else []
     return [
         "",
@@ -229,6 +221,12 @@ def notice(cls: type[Attribution]) -> list[str]:
     """A paragraph of the docstring that begins in bold, such as a patent notice."""
     paragraphs = _markup(inspect.getdoc(cls) or "").split("\n\n")
     return [line for p in paragraphs if p.startswith("**") for line in [*wrapped(" ".join(p.split())), ""]]
+
+
+def _markup(text: str) -> str:
+    """The few reStructuredText marks that the docstrings use."""
+    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
+    return re.sub(r"::$", ":", text.replace("``", "`"), flags=re.MULTILINE)
 
 
 def sentences(text: str) -> list[str]:
@@ -259,3 +257,30 @@ def listed(found: Iterable[str]) -> str:
 def wrapped(text: str) -> list[str]:
     indent = "  " * text.startswith("* ")
     return textwrap.wrap(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+# ---------------------------------------------------------------------- the table of the README
+
+WANTED = {
+    "gradient CAM": "a map at once, nothing to train",
+    "trained": "train once, then one pass for every map",
+    "perturbation": "ask the model itself, by hiding parts; many passes",
+    "attention": "what a transformer attended to",
+    "relevance propagation": "the score shared out backwards",
+    "path": "gradients on the way from a baseline",
+    "gradient": "gradients of all layers",
+}
+"""Family -> what one who needs it looks for, in the order of how many do."""
+MARKS = {("cnn",): "¹", ("vit",): "²"}
+
+
+def methods_table() -> str:
+    """The families as people look for them, each with its methods."""
+    found = by_family()
+    rows = []
+    for family in [*WANTED, *(other for other in found if other not in WANTED)]:
+        names = [f"`{cls.__name__}`{MARKS.get(tuple(cls.models), '')}" for cls in found.get(family, [])]
+        if names:
+            rows.append(f"| {WANTED.get(family, family)} | {', '.join(names)} |")
+    table = "\n".join(["| what you want | methods |", "|---|---|", *rows])
+    return f"{table}\n\n¹ CNNs only, ² vision transformers only."
