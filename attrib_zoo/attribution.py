@@ -6,6 +6,7 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
@@ -17,7 +18,7 @@ from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.known import known, situation
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import InputError, ModelChangedError, OptionError, check_choice
-from attrib_zoo.masking import mean_filter, min_max, rank_scale, upsample
+from attrib_zoo.masking import mean_filter, min_max, placed, rank_scale, upsample
 from attrib_zoo.targets import TargetQuery
 
 if TYPE_CHECKING:  # Captum ships no type information; this is what we use of its base classes
@@ -263,8 +264,13 @@ class Attribution(_CaptumAttribution, ABC):
     ) -> Tensor:
         with frozen(self.model, weights), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
-            maps = self._as_asked(self.compute_maps(clean, query, args, show_progress), images.shape[-2:])
-            return upsample(maps, images.shape[-2:]) if self.upsample else maps
+            with self.placed(clean, args):
+                return self._enlarged(clean, query, args, show_progress)
+
+    def _enlarged(self, clean: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
+        size = clean.shape[-2:]
+        maps = self._as_asked(self.compute_maps(clean, query, args, show_progress), size)
+        return upsample(maps, size) if self.upsample else maps
 
     def _as_asked(self, maps: Tensor | Sequence[Tensor], size: Sequence[int] = ()) -> Tensor:
         """Maps ``(N, T, h, w)`` of one or several layers smoothed, joined and scaled as the options say.
@@ -286,6 +292,14 @@ class Attribution(_CaptumAttribution, ABC):
         if as_tuple and len(inputs) == 1:
             inputs = inputs[0]
         return check_images(inputs, type(self).__name__), as_tuple
+
+    def placed(self, inputs: Tensor, args: Sequence[Any] = ()) -> AbstractContextManager[None]:
+        """Inside, ``masking.upsample`` enlarges maps of this model's grids to where they lie on images of this shape.
+
+        Models that pad or crop inside have cells beyond the image, or pixels beyond the grid. ``attribute`` runs in
+        it; whoever enlarges maps that were asked for with ``upsample=False`` needs it too.
+        """
+        return placed(lambda size: layer_rules.look(self.model, inputs, args).extents.of(size))
 
     # ------------------------------------------------------------------ layers
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,14 @@ from attrib_zoo.errors import OptionError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Extent: TypeAlias = tuple[float, float, float, float]
+"""Top, bottom, left and right of what a grid covers, in heights and widths of the image: ``(0, 1, 0, 1)`` is all."""
+
+Enlarge: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]
+_ExtentOf: TypeAlias = Callable[[tuple[int, int]], Extent]
+_WHOLE: Extent = (0.0, 1.0, 0.0, 1.0)
+_extent_of: ContextVar[_ExtentOf | None] = ContextVar("attrib_zoo_extents", default=None)
 
 
 def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:
@@ -28,6 +39,20 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(wide_dtype(tensor))
 
 
+@contextmanager
+def placed(extent_of: _ExtentOf) -> Iterator[None]:
+    """Inside, :func:`upsample` takes grids of a model that pads or crops to lie where they do.
+
+    Args:
+        extent_of: what a grid of h rows and w columns covers of the image.
+    """
+    token = _extent_of.set(extent_of)
+    try:
+        yield
+    finally:
+        _extent_of.reset(token)
+
+
 def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear interpolation with half-pixel centres (``align_corners=False``), the papers' θ.
 
@@ -38,9 +63,38 @@ def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
     Returns:
         ``(N, C, H, W)``; the same tensor where the size is already right.
     """
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+    return upsampler()(maps, size)
+
+
+def upsampler() -> Enlarge:
+    """:func:`upsample` as it is here, for code that runs elsewhere (a backward pass in a thread of its own)."""
+    extent_of = _extent_of.get()
+
+    def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
+        before, after = (maps.shape[-2], maps.shape[-1]), (size[0], size[1])
+        if before == after:
+            return maps
+        covers, onto = (extent_of(before), extent_of(after)) if extent_of is not None else (_WHOLE, _WHOLE)
+        if max(abs(a - b) for a, b in zip(covers, onto, strict=True)) > _SAME_PLACE:
+            rows = _weights(before[0], covers[:2], after[0], onto[:2]).to(maps)
+            columns = _weights(before[1], covers[2:], after[1], onto[2:]).to(maps)
+            return rows @ maps @ columns.mT
+        return F.interpolate(maps, size=after, mode="bilinear", align_corners=False)
+
+    return enlarge
+
+
+_SAME_PLACE = 1e-9
+
+
+def _weights(cells: int, covers: Sequence[float], pixels: int, onto: Sequence[float]) -> Tensor:
+    """``(pixels, cells)``: linear interpolation between cells that cover one span, at pixels that cover another.
+
+    Beyond the centres of the outermost cells the value is theirs, as at the borders of an image.
+    """
+    centres = onto[0] + (torch.arange(pixels, dtype=torch.float64) + 0.5) * ((onto[1] - onto[0]) / pixels)
+    places = ((centres - covers[0]) / (covers[1] - covers[0]) * cells - 0.5).clamp(0, cells - 1)
+    return (1 - (places.unsqueeze(1) - torch.arange(cells)).abs()).clamp_min(0)
 
 
 def min_max(maps: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import glob
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,13 @@ class _Run:
             maps, cost = self._explained(name, explain, inputs, target, plain)
             asked = Question(self.model, explain, inputs, maps, target, clean, seeds, truth, self.masking, self.score)
             rows = [Row(name, start + i, d, int(target[i]), float(clean[i])) for i, d in enumerate(digests)]
-            for measure in self.measures:
-                compute = measure.chance if explain is constant else measure.compute
-                if measure.elsewhere and self.explain[name] is None:
-                    compute = None
-                _enter(measure, maps.new_full((len(inputs),), torch.nan) if compute is None else compute(asked), rows)
+            with _placed(explain, inputs):
+                for measure in self.measures:
+                    compute = measure.chance if explain is constant else measure.compute
+                    if measure.elsewhere and self.explain[name] is None:
+                        compute = None
+                    found = maps.new_full((len(inputs),), torch.nan) if compute is None else compute(asked)
+                    _enter(measure, found, rows)
             self.records.add(rows, name, cost)
 
     def _explained(
@@ -264,6 +266,12 @@ class _Attribute:
             found = self.method.attribute(inputs, target=target)
         maps: Tensor = found[0] if isinstance(found, tuple) else found
         return maps
+
+
+def _placed(explain: Explain, inputs: Tensor) -> AbstractContextManager[None]:
+    """Inside, maps of our methods lie where their grids do, also where the model pads or crops."""
+    method = getattr(explain, "method", getattr(explain, "__self__", None))  # of an untrained twin
+    return method.placed(inputs) if isinstance(method, Attribution) else nullcontext()
 
 
 def _checked(maps: Any, inputs: Tensor, name: str) -> Tensor:

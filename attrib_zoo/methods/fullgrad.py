@@ -14,7 +14,7 @@ from attrib_zoo.backbone.capture import run_from_inputs
 from attrib_zoo.backbone.kind import attends
 from attrib_zoo.backbone.module import find
 from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
-from attrib_zoo.masking import at_least_float32, min_max
+from attrib_zoo.masking import at_least_float32, min_max, upsample
 from attrib_zoo.targets import TargetQuery
 
 _CONVOLUTION = nn.modules.conv._ConvNd
@@ -103,7 +103,12 @@ class FullGrad(Attribution, GradientAttribution):
         heat = torch.zeros(len(inputs), 1, *inputs.shape[-2:], dtype=terms[0].dtype, device=inputs.device)
         for term in terms:
             scaled = min_max(term.abs().flatten(2).unsqueeze(1)).view_as(term).sum(1, keepdim=True)
-            heat += F.interpolate(scaled, size=inputs.shape[-2:], mode="bilinear", align_corners=self.align_corners)
+            size = inputs.shape[-2:]
+            heat += (
+                F.interpolate(scaled, size=size, mode="bilinear", align_corners=True)
+                if self.align_corners
+                else upsample(scaled, size)
+            )
         return heat[:, 0]
 
     def _check_sum(self, scores: Tensor, terms: list[Tensor]) -> None:

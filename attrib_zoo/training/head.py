@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attrib_zoo.masking import upsample
+from attrib_zoo.masking import Enlarge, upsampler
 
 ACTIVATIONS = ("relu", "sigmoid")
 _GATHER_BYTES = 64 * 2**20
@@ -108,15 +108,16 @@ class AttentionHead(nn.Module):
         if self.branches:
             attended = [branch(x) for branch, x in zip(self.branches, features, strict=True)]
         size = tuple(max(x.shape[axis] for x in features) for axis in (-2, -1))
+        enlarge = upsampler()
         if rows is None:
-            return self._all(attended, size)
+            return self._all(attended, size, enlarge)
         limit = max(1, _GATHER_BYTES // (rows.shape[1] * self.fuser.weight.shape[1] * self.fuser.weight.element_size()))
         if len(rows) <= limit:
-            return self._selected(rows, size, *attended)
+            return self._selected(rows, size, enlarge, *attended)
         parts = []
         for start in range(0, len(rows), limit):
             some = slice(start, start + limit)
-            inputs: tuple[Any, ...] = (rows[some], size, *(x[some] for x in attended))
+            inputs: tuple[Any, ...] = (rows[some], size, enlarge, *(x[some] for x in attended))
             parts.append(
                 checkpoint(self._selected, *inputs, use_reentrant=False, preserve_rng_state=False)
                 if torch.is_grad_enabled()
@@ -124,17 +125,17 @@ class AttentionHead(nn.Module):
             )
         return torch.cat(parts)
 
-    def _all(self, attended: list[Tensor], size: tuple[int, ...]) -> Tensor:
+    def _all(self, attended: list[Tensor], size: tuple[int, ...], enlarge: Enlarge) -> Tensor:
         weight, bias = self._rows(torch.arange(len(self._bias), device=self._bias.device))
         weights = weight[:, :, None, None].split([x.shape[1] for x in attended], dim=1)
-        logits = sum(upsample(F.conv2d(x, w), size) for x, w in zip(attended, weights, strict=True))
+        logits = sum(enlarge(F.conv2d(x, w), size) for x, w in zip(attended, weights, strict=True))
         return logits + bias.view(1, -1, 1, 1)
 
-    def _selected(self, rows: Tensor, size: tuple[int, ...], *attended: Tensor) -> Tensor:
+    def _selected(self, rows: Tensor, size: tuple[int, ...], enlarge: Enlarge, *attended: Tensor) -> Tensor:
         weight, bias = self._rows(rows)
         weights = weight.split([x.shape[1] for x in attended], dim=2)  # (N, M, C_i)
         logits = sum(
-            upsample(torch.bmm(w, x.flatten(2)).unflatten(2, x.shape[2:]), size)
+            enlarge(torch.bmm(w, x.flatten(2)).unflatten(2, x.shape[2:]), size)
             for x, w in zip(attended, weights, strict=True)
         )
         return logits + bias[:, :, None, None]

@@ -263,6 +263,13 @@ def _measures(
     explainer: Explainer, images: Tensor, args: tuple[Any, ...], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Per-image measures ``(N,)`` of one batch."""
+    with explainer.placed(images, args):
+        return _measured(explainer, images, args, generator)
+
+
+def _measured(
+    explainer: Explainer, images: Tensor, args: tuple[Any, ...], generator: torch.Generator
+) -> dict[str, Tensor]:
     terms = explainer.loss_terms(explainer._ready().network, images, args, generator)
     outputs, features = explainer._features(images, args)
     rows = terms.classes.to(images.device).unsqueeze(1)

@@ -159,7 +159,7 @@ def check_grids(
         open_taps = [tap for tap in open_taps if not _beyond_doubt(traced, tap)]
     if not open_taps:
         return
-    for verdict in probe(bare, open_taps, inputs, args):
+    for verdict in probe(bare, open_taps, inputs, args, traced=traced):
         if verdict.said == "wrong":
             raise LayerError(_refusal(bare, verdict, traced))
         if verdict.said == "undecided":
@@ -171,16 +171,23 @@ def check_grids(
         done.add(verdict.tap)
 
 
-def probe(model: nn.Module, taps: Sequence[Tap], inputs: Tensor, args: Sequence[Any] = ()) -> list[Verdict]:
+def probe(
+    model: nn.Module,
+    taps: Sequence[Tap],
+    inputs: Tensor,
+    args: Sequence[Any] = (),
+    *,
+    traced: Trace | None = None,
+) -> list[Verdict]:
     """Change four places of the first image, and say for each layer whether the right cells move.
 
     Chance makes cells move too, more so where there are few. So layers that are not clearly right are shown twelve
-    more places, four in a pass.
+    more places, four in a pass. Of a model that pads or crops the trace says what its grids cover.
     """
     finest = max((grid for tap in taps if (grid := tap.grid.hw) is not None), default=_CELLS)
     changes, boxes = _moved(model, taps, inputs, args, _PLACES, finest)
     shape = inputs.shape
-    verdicts = [_judge(tap, change, boxes, shape) for tap, change in zip(taps, changes, strict=True)]
+    verdicts = [_judge(tap, change, boxes, shape, traced) for tap, change in zip(taps, changes, strict=True)]
     unsure = [i for i, verdict in enumerate(verdicts) if verdict.said != "right" or verdict.own < _SURE]
     if not unsure:
         return verdicts
@@ -191,7 +198,8 @@ def probe(model: nn.Module, taps: Sequence[Tap], inputs: Tensor, args: Sequence[
         passes.append((where, more))
     everywhere = torch.cat([where for where, _ in passes])
     for position, i in enumerate(unsure):
-        verdicts[i] = _judge(taps[i], torch.cat([found[position] for _, found in passes]), everywhere, shape)
+        change = torch.cat([found[position] for _, found in passes])
+        verdicts[i] = _judge(taps[i], change, everywhere, shape, traced)
     return verdicts
 
 
@@ -247,8 +255,13 @@ def _side(at: float, cells: int, full: int) -> tuple[int, int]:
     return (low, high) if high > low else (min(low, full - 1), min(low, full - 1) + 1)
 
 
-def _judge(tap: Tap, change: Tensor, boxes: Tensor, shape: Sequence[int]) -> Verdict:
+def _judge(tap: Tap, change: Tensor, boxes: Tensor, shape: Sequence[int], traced: Trace | None) -> Verdict:
     readings = _readings(tap.grid, tuple(change.shape), (shape[2], shape[3]))
+    if traced is not None:
+        top, bottom, left, right = traced.extents.of(readings[0].hw)
+        low = boxes.new_tensor([top, top, left, left])
+        span = boxes.new_tensor([bottom - top, bottom - top, right - left, right - left])
+        boxes = (boxes - low) / span  # of what the grid covers, not of the image
     scores = [_score(reading.cells(change), reading.hw, boxes) for reading in readings]
     own, other = scores[0], max(scores[1:], default=0.0)
     sharpness = _sharpness(readings[0].cells(change), readings[0].hw, boxes)

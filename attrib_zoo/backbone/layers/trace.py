@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attrib_zoo.backbone.capture import call_model, frozen, select_args
 from attrib_zoo.backbone.grid import Grid
+from attrib_zoo.backbone.layers.extents import Extents
 from attrib_zoo.backbone.module import original, refuse_shards
 from attrib_zoo.backbone.nested import elements, items, replaced, tensors
 from attrib_zoo.backbone.randomness import draws_taken_back
@@ -104,12 +105,14 @@ class Trace:
         size: (H, W) of the input.
         root: the call of the model itself.
         sizes: ``(clock, (h, w))``: the spatial sizes that the pass went through.
+        extents: what grids of each size cover of the image.
         derived: what was concluded from it, kept here to be concluded once.
     """
 
     size: tuple[int, int]
     root: Call
     sizes: list[tuple[int, tuple[int, int]]]
+    extents: Extents = field(repr=False)
     derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -159,7 +162,7 @@ def trace(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
             stack.enter_context(flow)
             outputs = call_model(bare, images, select_args(args, rows, len(inputs)))
         _mark_paths(recorder.root, flow, outputs)
-    return Trace((inputs.shape[2], inputs.shape[3]), recorder.root, flow.sizes)
+    return Trace((inputs.shape[2], inputs.shape[3]), recorder.root, flow.sizes, flow.extents)
 
 
 def layer_names(model: nn.Module) -> dict[str, nn.Module]:
@@ -271,6 +274,7 @@ class Flow(TorchDispatchMode):
     Attributes:
         sizes: ``(clock, (h, w))`` of each 4-D output of a convolution, pooling, resizing or batch norm.
         clock: operations seen so far.
+        extents: what grids of each size cover of the source.
     """
 
     def __init__(self, source: Tensor) -> None:
@@ -281,6 +285,7 @@ class Flow(TorchDispatchMode):
         self._nodes: dict[int, tuple[StorageWeakRef, int]] = {}
         self._written: dict[Any, list[tuple[int, str]]] = {}
         self._batch = len(source)
+        self.extents = Extents((source.shape[-2], source.shape[-1]))
         self._set(source, 0)
 
     def node(self, tensor: Tensor) -> int | None:
@@ -313,6 +318,7 @@ class Flow(TorchDispatchMode):
             for tensor in written:
                 self._set(tensor, len(self._parents) - 1)
         self._note_size(str(func), results)
+        self.extents.see(str(func), args, results)
         return out
 
     def paths(self, sinks: Iterable[int]) -> tuple[list[int], int]:

@@ -213,7 +213,7 @@ class TrainableAttribution(Attribution):
             try:
                 train(
                     state,
-                    lambda network, images, generator: twin.loss_terms(network, images, args, generator),
+                    lambda network, images, generator: twin._terms(network, images, args, generator),
                     steps,
                     show_progress=show_progress,
                     validate=None
@@ -229,6 +229,10 @@ class TrainableAttribution(Attribution):
         self.__dict__.update(twin._finished(state).__dict__)
         session.judge(state.history)
         return self
+
+    def _terms(self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> Terms:
+        with self.placed(images, args):
+            return self.loss_terms(network, images, args, generator)
 
     def _so_far(self: _Self, state: State) -> _Self:
         fitted = self._ready()

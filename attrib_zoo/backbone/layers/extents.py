@@ -1,0 +1,155 @@
+"""Where in the image a grid lies: models that pad have cells beyond the image, those that crop pixels beyond the grid.
+
+A map is enlarged to what its grid covers and then cut to the image. Padding by an operator of torch, cutting by slices,
+and windows that tile without overlap (patch embeddings, merging, pooling) say exactly what is covered. Windows that
+overlap have no edges: their cells are spread over all that the layer was given, as the papers do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from attrib_zoo.masking import Extent
+
+Size = tuple[int, int]
+Span = tuple[float, float]
+
+_PADDING = ("constant_pad_nd", "reflection_pad2d", "replication_pad2d")
+_WINDOWS = ("aten.convolution.", "aten.max_pool2d", "aten.avg_pool2d.")
+_RESIZING = ("aten.upsample_", "adaptive_avg_pool2d", "adaptive_max_pool2d")
+
+
+class Extents:
+    """What each size of grid covers, read off the operators of a pass.
+
+    The first operator that makes a size decides, since what comes later (windows of attention are padded too) is cut
+    back; but of overlapping windows and tiles that make the same size (a shortcut) those that overlap.
+
+    Args:
+        image: (H, W).
+    """
+
+    def __init__(self, image: Size) -> None:
+        self._image = image
+        self._spans: dict[Size, tuple[Span, Span]] = {image: ((0.0, float(image[0])), (0.0, float(image[1])))}
+        self._unpadded: dict[Size, Size] = {}
+        self._spread: set[Size] = {image}
+
+    def of(self, size: Size) -> Extent:
+        """Top, bottom, left and right of what a grid covers, in heights and widths of the image."""
+        (top, bottom), (left, right) = self._of(size)
+        height, width = self._image
+        return top / height, bottom / height, left / width, right / width
+
+    def see(self, operator: str, args: Sequence[Any], results: Sequence[Tensor]) -> None:
+        """Note what an operator on something made from the image does."""
+        if not results or not args or not isinstance(args[0], Tensor) or args[0].ndim != 4 or results[0].ndim != 4:
+            return
+        given, made = args[0], results[0]
+        if any(word in operator for word in _PADDING):
+            self._pad(given, made, args[1])
+        elif operator.startswith("aten.slice."):
+            self._cut(given, made, *_bounds(*args[1:]))
+        elif any(word in operator for word in _WINDOWS):
+            kernel, stride, padding = _window(operator, args)
+            self._slide(_rows_and_columns(given), _rows_and_columns(made), kernel, stride, padding)
+        elif any(word in operator for word in _RESIZING):
+            self._set(_rows_and_columns(made), *self._of(_rows_and_columns(given)), spread=True)
+
+    def _of(self, size: Size) -> tuple[Span, Span]:
+        """Of a size that no operator made (tokens that were merged by a reshape): that of the grid it came from."""
+        if size in self._spans:
+            return self._spans[size]
+        known = list(self._spans)[::-1]
+        h, w = size
+        for whole in ([s for s in known if s == (2 * h, 2 * w)], [s for s in known if s in _doubles(size)]):
+            if whole:
+                return self._spans[whole[0]]
+        return self._spans[self._image]
+
+    def _set(self, size: Size, rows: Span, columns: Span, *, spread: bool = False) -> None:
+        if size not in self._spans or (spread and size not in self._spread):
+            self._spans[size] = rows, columns
+        if spread:
+            self._spread.add(size)
+
+    def _pad(self, given: Tensor, made: Tensor, padding: Sequence[int]) -> None:
+        pads = [*padding, 0, 0, 0, 0, 0, 0]
+        last = len(padding) >= 6 and not (pads[0] or pads[1])  # (N, h, w, C)
+        (left, right), (top, bottom) = (pads[2:4], pads[4:6]) if last else (pads[0:2], pads[2:4])
+        axes = (1, 2) if last else (2, 3)
+        before, after = _size(given, axes), _size(made, axes)
+        if before != after:
+            rows, columns = self._of(before)
+            self._set(before, rows, columns)  # before it may come to be as a cut of a grid that was padded
+            self._set(after, _widened(rows, before[0], top, bottom), _widened(columns, before[1], left, right))
+            self._unpadded.setdefault(after, self._unpadded.get(before, before))
+
+    def _cut(self, given: Tensor, made: Tensor, axis: int, start: int, step: int) -> None:
+        axis %= 4
+        for axes in ((2, 3), (1, 2)):
+            before = _size(given, axes)
+            if step == 1 and axis in axes and before in self._spans and _size(made, axes) != before:
+                spans = list(self._spans[before])
+                at, count = axes.index(axis), made.shape[axis]
+                start = max(0, start + before[at] if start < 0 else start)
+                spans[at] = _widened(spans[at], before[at], -start, start + count - before[at])
+                self._set(_size(made, axes), *spans)
+                return
+
+    def _slide(
+        self, before: Size, after: Size, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+    ) -> None:
+        if tuple(stride) == (1, 1) or any(k < s for k, s in zip(kernel, stride, strict=True)):
+            return  # the size stays, or a shortcut that leaves cells out
+        tiles = [k == s for k, s in zip(kernel, stride, strict=True)]
+        exact, spread = self._of(before), self._of(self._unpadded.get(before, before))
+        spans = [
+            _widened(exact[i], before[i], padding[i], after[i] * stride[i] - before[i] - padding[i])
+            if tiles[i]
+            else spread[i]
+            for i in range(2)
+        ]
+        self._set(after, *spans, spread=not any(tiles))
+
+
+def _widened(span: Span, cells: int, before: int, after: int) -> Span:
+    """A span of so many cells with more cells at both ends."""
+    cell = (span[1] - span[0]) / cells
+    return span[0] - before * cell, span[1] + after * cell
+
+
+def _doubles(size: Size) -> set[Size]:
+    """What every second row and column of which makes this size."""
+    return {(2 * size[0] - i, 2 * size[1] - j) for i in (0, 1) for j in (0, 1)}
+
+
+def _size(tensor: Tensor, axes: tuple[int, int]) -> Size:
+    return tensor.shape[axes[0]], tensor.shape[axes[1]]
+
+
+def _rows_and_columns(tensor: Tensor) -> Size:
+    return _size(tensor, (2, 3))
+
+
+def _bounds(axis: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> tuple[int, int, int]:
+    return axis, start or 0, step
+
+
+def _window(operator: str, args: Sequence[Any]) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """Kernel, stride and padding, each of rows and columns, of a convolution or pooling."""
+    if "convolution" in operator:
+        kernel, stride, padding, dilation = args[1].shape[2:], args[3], args[4], args[5]
+        wide = [(k - 1) * d + 1 for k, d in zip(kernel, _two(dilation), strict=True)]
+        return ([1, 1], [1, 1], [0, 0]) if args[6] else (wide, _two(stride), _two(padding))
+    kernel = _two(args[1])
+    stride = _two(args[2]) if len(args) > 2 and args[2] else kernel
+    return kernel, stride, _two(args[3]) if len(args) > 3 else [0, 0]
+
+
+def _two(value: Any) -> list[int]:
+    listed = [value] if isinstance(value, int) else list(value)
+    return listed * 2 if len(listed) == 1 else listed
