@@ -198,14 +198,19 @@ def class_scores(outputs: Tensor, score: str = "logit") -> Tensor:
     return outputs.softmax(1) if score == "softmax" else outputs.log_softmax(1)
 
 
+def scores_in(outputs: Any) -> Any:
+    """The scores in what a model returns: ``outputs.logits`` of Hugging Face's classifiers, else all of it."""
+    logits = None if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    return logits if isinstance(logits, Tensor) else outputs
+
+
 def check_outputs(outputs: object, batch: int) -> Tensor:
     """The model's output as one floating-point tensor with the batch first, or a clear error."""
+    outputs = scores_in(outputs)
     if not isinstance(outputs, Tensor):
-        advice = "wrap it in a module whose forward returns the scores alone"
-        if isinstance(getattr(outputs, "logits", None), Tensor):
-            advice += ": class Logits(torch.nn.Sequential): forward = lambda self, x: self[0](x).logits"
         raise UnsupportedModelError(
-            f"model: must return one tensor of scores (N, K), got {type(outputs).__name__}; {advice}"
+            f"model: must return one tensor of scores (N, K), or an object that has them as .logits, got "
+            f"{type(outputs).__name__}; wrap it in a module whose forward returns the scores alone"
         )
     if outputs.ndim == 0 or outputs.shape[0] != batch:
         raise UnsupportedModelError(

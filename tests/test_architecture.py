@@ -30,7 +30,16 @@ ORDER = (
 )
 """Modules and packages from the ground up: each may import what stands before it, and nothing else of the house."""
 
-INSIDE_FUNCTIONS = {"torchvision", "timm", "matplotlib", "PIL", "tqdm", "safetensors", "huggingface_hub"}
+INSIDE_FUNCTIONS = {
+    "torchvision",
+    "timm",
+    "matplotlib",
+    "PIL",
+    "tqdm",
+    "safetensors",
+    "huggingface_hub",
+    "transformers",
+}
 PRINTS = {"cli"}
 LONGEST_FUNCTION = 70
 

@@ -205,7 +205,10 @@ def test_target_holds_positions():
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ((zoo.normal(2, 3), zoo.normal(2, 3)), r"must return one tensor of scores \(N, K\), got tuple; wrap it"),
+        (
+            (zoo.normal(2, 3), zoo.normal(2, 3)),
+            r"must return one tensor of scores \(N, K\), or an object .* \.logits, got tuple; wrap it",
+        ),
         ({"logits": zoo.normal(2, 3)}, "got dict"),
         (None, "got NoneType"),
         (torch.tensor(1.0), r"one row of scores per image \(N=2\), got shape \(\)"),

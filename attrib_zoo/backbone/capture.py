@@ -24,7 +24,7 @@ from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, is_quantised, running, unwrap
 from attrib_zoo.backbone.nested import pick, put
 from attrib_zoo.errors import InputError, LayerError, ModelChangedError, UnsupportedModelError
-from attrib_zoo.targets import check_outputs
+from attrib_zoo.targets import check_outputs, scores_in
 
 __all__ = [
     "call_model",
@@ -179,9 +179,9 @@ def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tenso
 
 
 def call_model(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Any:
-    """One pass of the bare model, whatever it puts out."""
+    """One pass of the bare model, whatever it puts out; of an object with ``.logits`` these alone."""
     try:
-        return unwrap(model)(_ordinary(inputs), *map(_ordinary, args))
+        return scores_in(unwrap(model)(_ordinary(inputs), *map(_ordinary, args)))
     except RuntimeError as error:
         expected = _channels(model)
         if expected is not None and expected != inputs.shape[1]:

@@ -19,7 +19,7 @@ from attrib_zoo.errors import DataError, aligned
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.photos import cut, find_photos, open_photo, own_stems, writable_folder
-from attrib_zoo.targets import Contrast, TargetQuery, class_scores
+from attrib_zoo.targets import Contrast, TargetQuery, class_scores, scores_in
 from attrib_zoo.visualize import Box, check_colours, figure, picture, write_picture
 
 
@@ -82,7 +82,7 @@ def _explain_batch(
     images = [open_photo(photo.path) for photo in photos]
     inputs = torch.stack([loaded.transform(image) for image in images]).to(_device_of(loaded))
     with torch.no_grad():
-        outputs = loaded.model(inputs).float().cpu()
+        outputs = scores_in(loaded.model(inputs)).float().cpu()
     confidence = class_scores(outputs, score)
     decision = TargetQuery(None).resolve(outputs).classes[:, 0]
     asked = decision if target is None else torch.full_like(decision, target)

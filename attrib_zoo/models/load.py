@@ -1,10 +1,12 @@
-"""Classifiers by name, from torchvision or timm, each with its own preprocessing and class names."""
+"""Classifiers by name, from torchvision or timm, or in a folder of Hugging Face; each with its own preprocessing."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,8 @@ class LoadedModel:
     """A classifier in eval mode, and what must be known to use it on photographs.
 
     Attributes:
-        model: takes standardised ``(N, C, H, W)`` images and returns ``(N, K)`` logits, or one logit per image, whose
-            sign decides between two classes.
+        model: takes standardised ``(N, C, H, W)`` images and returns ``(N, K)`` logits, or an object that has them as
+            ``.logits``, or one logit per image, whose sign decides between two classes.
         transform: the model's own preprocessing: PIL image to standardised ``(C, H, W)``.
         view: the same crop for the eye: PIL image to ``(3, kH, kW)`` in [0, 1], enlarged by a whole number k.
         mean: per channel, of the standardisation.
@@ -109,11 +111,13 @@ def load(
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
 ) -> LoadedModel:
-    """Load a classifier by its name in torchvision or, if it is not there, in timm.
+    """Load a classifier by its name in torchvision or, if it is not there, in timm; or a folder of Hugging Face.
 
     Args:
         name: as in ``torchvision.models.list_models()`` or ``timm.list_models()``; timm's tags
-            (``resnet50.a1_in1k``) work, and ``timm/resnet50`` asks for timm's where both have one.
+            (``resnet50.a1_in1k``) work, and ``timm/resnet50`` asks for timm's where both have one. Or the path of a
+            folder that ``save_pretrained`` of a Hugging Face image classifier and of its image processor wrote, with
+            its weights and class names (``pip install 'attrib_zoo[hf]'``); nothing is downloaded for it.
         weights: a safetensors file or a PyTorch state dict; ``None`` downloads the model's own pretrained weights
             through its library (or takes them from its cache).
         num_classes: number of outputs (1 for a model of one logit, which decides between two classes); read from the
@@ -328,8 +332,100 @@ class _Timm:
         return found
 
 
-def _source(name: str) -> _Torchvision | _Timm:
+class _HuggingFace:
+    """A folder that ``save_pretrained`` of a Hugging Face image classifier and its image processor wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import transformers
+        except ImportError as error:
+            raise OptionError(
+                f"model: {str(folder)!r} holds a Hugging Face model, which needs transformers; "
+                "pip install 'attrib_zoo[hf]'"
+            ) from error
+        self.folder, self._library = folder, transformers
+        with _folder_of(folder):
+            self.config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        self.default_classes = int(self.config.num_labels)
+
+    def build(self, num_classes: int | None) -> nn.Module:
+        config = copy.deepcopy(self.config)
+        if num_classes not in (None, self.default_classes):
+            config.num_labels = num_classes
+        with _folder_of(self.folder):
+            model: nn.Module = self._library.AutoModelForImageClassification.from_config(config)
+        return model
+
+    def pretrained(self, num_classes: int | None) -> nn.Module:
+        _same_classes(str(self.folder), self.default_classes, num_classes)
+        with _folder_of(self.folder):
+            model, said = self._library.AutoModelForImageClassification.from_pretrained(
+                self.folder, local_files_only=True, output_loading_info=True
+            )
+        missing = [*said["missing_keys"], *(entry[0] for entry in said["mismatched_keys"])]
+        if missing:
+            raise DataError(
+                f"model: the weights in {str(self.folder)!r} are not those of a {type(model).__name__}: missing "
+                f"{listed(sorted(missing))}; save the fine-tuned classifier with save_pretrained"
+            )
+        return model  # type: ignore[no-any-return]
+
+    def names(self, model: nn.Module, classes: int) -> Sequence[str] | None:
+        names = [str(self.config.id2label.get(i, "")) for i in range(classes)]
+        made_up = all(name == f"LABEL_{i}" for i, name in enumerate(names))
+        return None if made_up or not all(names) else names
+
+    def preprocessing(self, model: nn.Module) -> _Preprocessing:
+        processor = self._processor()
+        transform, view = _InColour(_Processed(processor)), _InColour(self.raw(model))
+        mean, std = (
+            tuple(float(v) for v in getattr(processor, f"image_{name}", None) or ()) for name in ("mean", "std")
+        )
+        if not getattr(processor, "do_normalize", True) or not mean:
+            mean, std = (0.0,) * 3, (1.0,) * 3
+        from PIL import Image
+
+        channels, height, width = transform(Image.new("RGB", (64, 64))).shape
+        return transform, view, mean, std, (channels, height, width)
+
+    def raw(self, model: nn.Module) -> Transform:
+        """The preprocessing without the standardisation."""
+        return _Processed(self._processor(), plain=True)
+
+    def _processor(self) -> Any:
+        with _folder_of(self.folder):
+            return self._library.AutoImageProcessor.from_pretrained(self.folder, local_files_only=True)
+
+
+@contextmanager
+def _folder_of(folder: Path) -> Iterator[None]:
+    """What the library says of a folder that lacks something, in one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(
+            f"model: cannot read the Hugging Face model in {str(folder)!r} ({reason(error)}); write the folder with "
+            "model.save_pretrained(folder) and image_processor.save_pretrained(folder), of an image classifier"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Processed:
+    """A Hugging Face image processor as a transform: PIL image to ``(C, H, W)``."""
+
+    processor: Any
+    plain: bool = False
+
+    def __call__(self, image: Any) -> Tensor:
+        options = {"do_normalize": False, "do_rescale": True} if self.plain else {}
+        found = self.processor(images=image, return_tensors="pt", **options)["pixel_values"][0]
+        return torch.as_tensor(found)
+
+
+def _source(name: str) -> _Torchvision | _Timm | _HuggingFace:
     """Which library has the model, or an error with the closest names of both."""
+    if (Path(name) / "config.json").is_file():
+        return _HuggingFace(Path(name))
     import timm
     from torchvision import models
 
@@ -340,6 +436,11 @@ def _source(name: str) -> _Torchvision | _Timm:
     if library in ("", "timm") and timm.is_model(bare):
         return _Timm(bare)
     known = dict.fromkeys([*ours, *timm.list_models()])
+    if Path(name).is_dir():
+        raise OptionError(
+            f"model: the folder {name!r} holds no config.json of a Hugging Face model; write it with "
+            "model.save_pretrained(folder), or name a model of torchvision or timm and give --weights FILE"
+        )
     raise OptionError(f"model: no model {name!r} in torchvision or timm{closest(bare, known)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from engine_cases import lively, resnet, swin_of, vit
 from torch import Tensor, nn
 
-from attrib_zoo import TTAME, GradCAM, LayerCAM, ScoreCAM
+from attrib_zoo import TTAME, AttentionRollout, GenericAttention, GradCAM, LayerCAM, ScoreCAM, TransformerLRP
 from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.errors import LayerError, UnsupportedModelError
+from attrib_zoo.synthetic import tiny_cnn
 
 
 def moved(model: nn.Module, size: tuple[int, int], place: tuple[int, int], side: int, layer: Any = None) -> Tensor:
@@ -151,3 +153,82 @@ def test_without_the_hint_it_says_what_to_give():
     """Strides of 10 are no usual ones, so a size is not guessed."""
     with pytest.raises((LayerError, UnsupportedModelError), match=r"Grid\("):
         GradCAM(own_vit(), "encoder.layers.1").attribute(torch.randn(1, 3, 50, 70), 0)
+
+
+# ---------------------------------------------------------------------- views folded into the batch
+
+
+class FiveCrops(nn.Module):
+    """Averages the scores of four corners and the centre, as a test-time augmentation does."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        h, w = x.shape[2] // 4, x.shape[3] // 4
+        views = [x[:, :, a : a + 3 * h, b : b + 3 * w] for a, b in ((0, 0), (0, w), (h, 0), (h, w), (h // 2, w // 2))]
+        return self.net(torch.stack(views, 1).flatten(0, 1)).unflatten(0, (len(x), 5)).mean(1)
+
+
+@pytest.mark.parametrize("layers", [None, "net.stages.1"])
+def test_views_in_the_batch_are_told_from_a_layer_without_a_map(layers):
+    net = tiny_cnn()
+    images = torch.rand(2, 3, 32, 32)
+    with pytest.raises((UnsupportedModelError, LayerError), match=r"there are 5 for one: it folds views") as caught:
+        GradCAM(FiveCrops(net), layers).attribute(images, target=1)
+    assert "explain the network inside" in str(caught.value)
+    assert GradCAM(net).attribute(images[:, :, :24, :24], target=1).any()
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+class Adapted(nn.Module):
+    """What LoRA makes of a linear layer: the layer itself, and a product of two small matrices beside it."""
+
+    def __init__(self, layer, rank=2):
+        super().__init__()
+        self.base_layer = layer
+        self.down = nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+    def merged(self):
+        merged = copy.deepcopy(self.base_layer)
+        merged.weight.data += self.up.weight.data @ self.down.weight.data
+        return merged
+
+
+def test_attention_methods_ask_for_merged_adapters():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5).eval()
+    merged, images = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+    for block, whole in zip(model.blocks, merged.blocks, strict=True):
+        block.attn.qkv = Adapted(block.attn.qkv)
+        whole.attn.qkv = block.attn.qkv.merged()
+    for kind in (AttentionRollout, GenericAttention, TransformerLRP):
+        with pytest.raises(UnsupportedModelError, match=r"adapters \(LoRA\).*model\.merge_and_unload\(\)"):
+            kind(model).attribute(images, target=1)
+        assert kind(merged).attribute(images, target=1).any()
+    for kind in (GradCAM, LayerCAM):
+        found, wanted = (kind(m).attribute(images, target=1) for m in (model, merged))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_adapters_of_peft_are_merged_as_the_error_says():
+    peft = pytest.importorskip("peft", reason="it makes the adapters")
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5).eval()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with pytest.raises(UnsupportedModelError, match=r"model\.merge_and_unload\(\)"):
+        GenericAttention(adapted).attribute(images, target=1)
+    cam = GradCAM(adapted).attribute(images, target=1)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(GradCAM(merged).attribute(images, target=1), cam, rtol=1e-3, atol=1e-6)
+    assert GenericAttention(merged).attribute(images, target=1).any()

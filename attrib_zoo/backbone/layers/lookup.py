@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -158,7 +159,25 @@ def _rows_and_columns(output: Output, hint: Grid, image: tuple[int, int]) -> tup
     return min(sizes, key=lambda size: abs(size[0] * image[1] - size[1] * image[0]), default=None)
 
 
+def folded(calls: Iterable[Call]) -> int:
+    """How many images there are in the layers for each one given: more than 1 where a model cuts it into views."""
+    batches = [output.shape[0] for call in calls for output in call.outputs if len(output.shape) == 4]
+    return max(set(batches), key=batches.count) if batches else 1
+
+
+def several_views(what: str, views: int) -> str:
+    """What to do where a model folds views or frames into the batch."""
+    return (
+        f"model: must put out one map for each image, but in {what} there are {views} for one: it folds views, crops "
+        "or frames into the batch; explain the network inside on these views, each an image of its own, and give the "
+        "model's mean over them by hand"
+    )
+
+
 def _not_spatial(traced: Trace, call: Call) -> str:
+    views = folded(traced.calls())
+    if views > 1 and folded([call]) == views:
+        return several_views(f"{call.name!r} of {type(traced.model).__name__}", views)
     shapes = [f"(N, {', '.join(map(str, output.shape[1:]))})" for output in call.outputs] or ["no tensor"]
     near = nearest(traced, call, 5)
     advice = f"the nearest spatial layers are {', '.join(map(repr, near))}" if near else "no layer of it does"

@@ -19,7 +19,7 @@ from attrib_zoo.backbone.capture import frozen, run_with_graph, select_args
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.backbone.layers.known import known, situation
 from attrib_zoo.backbone.layers.layouts import find_grids
-from attrib_zoo.backbone.layers.lookup import Layer, find_layer
+from attrib_zoo.backbone.layers.lookup import Layer, find_layer, folded, several_views
 from attrib_zoo.backbone.layers.stages import Item, Stages
 from attrib_zoo.backbone.layers.trace import Trace, trace
 from attrib_zoo.backbone.randomness import draws_taken_back
@@ -112,6 +112,9 @@ def _listed(layers: Layer | Sequence[Layer]) -> list[Any]:
 def _by_rule(traced: Trace, inputs: Tensor, args: Sequence[Any], count: int, rule: str) -> list[Item]:
     stages = Stages.of(traced)
     if not stages.units:
+        views = folded(traced.calls())
+        if views > 1:
+            raise UnsupportedModelError(several_views(type(traced.model).__name__, views))
         raise UnsupportedModelError(
             f"layers: no layer of {type(traced.model).__name__} puts out a map at input size "
             f"{traced.size[0]}x{traced.size[1]}; name a layer and its layout, such as "

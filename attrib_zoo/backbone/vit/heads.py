@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,35 +85,64 @@ def _normed(norm: nn.Module | None, parts: Tensor) -> Tensor:
 
 
 def heads_of(module: nn.Module, name: str, dtype: torch.dtype) -> Heads:
-    """Read the weights of an attention module: timm's ``qkv`` and ``proj``, or ``nn.MultiheadAttention``.
+    """Read the weights of an attention module: timm's, Hugging Face's, or ``nn.MultiheadAttention``.
 
     Raises:
         UnsupportedModelError: it is made of other parts.
     """
     norms: tuple[Any, Any] = (None, None)
-    weight: Tensor | None
+    out: nn.Linear | None
     if isinstance(module, nn.MultiheadAttention):
-        weight, bias, out = module.in_proj_weight, module.in_proj_bias, cast(nn.Linear, module.out_proj)
+        weight, bias, out = module.in_proj_weight, module.in_proj_bias, module.out_proj
         if weight is None or module.bias_k is not None or module.add_zero_attn or not module.batch_first:
             raise refuse(name, module, "only batch_first=True with one in_proj_weight and nothing added is known")
+        count = module.num_heads
     else:
-        qkv, out = getattr(module, "qkv", None), cast(nn.Linear, getattr(module, "proj", None))
-        if not (isinstance(qkv, nn.Linear) and isinstance(out, nn.Linear) and hasattr(module, "num_heads")):
-            raise refuse(name, module, "only linear layers qkv and proj, or nn.MultiheadAttention, are known")
-        weight, bias = qkv.weight, qkv.bias
+        weight, bias = _projections(module, name)
+        out = next((o for n in _OUT if isinstance(o := getattr(module, n, None), nn.Linear)), None)
         norms = (getattr(module, "q_norm", None), getattr(module, "k_norm", None))
-    count = int(cast(int, module.num_heads))
-    if weight.shape[0] % (3 * count) or weight.shape[0] != 3 * out.in_features:
+        counts = (getattr(module, attribute, None) for attribute in ("num_heads", "num_attention_heads"))
+        count = next((value for value in counts if isinstance(value, int)), 0)
+    taken = weight.shape[0] // 3 if out is None else out.in_features  # without one the heads' results are the output
+    if not count or weight.shape[0] % (3 * count) or weight.shape[0] != 3 * taken:
         raise refuse(name, module, "queries, keys and values must have the same size")
-    scale = getattr(module, "scale", None)
-    if not isinstance(scale, (int, float)):
-        scale = (out.in_features // count) ** -0.5
+    scales = (getattr(module, attribute, None) for attribute in ("scale", "scaling"))
+    scale = next((value for value in scales if isinstance(value, (int, float))), (taken // count) ** -0.5)
     dtype = wide_dtype(dtype)
 
     def exact(weights: Tensor | None) -> Any:
         return None if weights is None else weights.detach().to(dtype)
 
-    return Heads(exact(weight), exact(bias), exact(out.weight), exact(out.bias), count, float(scale), norms)
+    out_weight = torch.eye(taken, device=weight.device) if out is None else out.weight
+    out_bias = None if out is None else out.bias
+    return Heads(exact(weight), exact(bias), exact(out_weight), exact(out_bias), count, float(scale), norms)
+
+
+_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))  # of Hugging Face, now and before
+_OUT = ("proj", "o_proj", "out_proj")
+
+
+def _projections(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the layers that make queries, keys and values of the tokens, one behind the other."""
+    qkv = getattr(module, "qkv", None)
+    if isinstance(qkv, nn.Linear):
+        return qkv.weight, qkv.bias
+    for names in _SEPARATE:
+        parts = [part for n in names if isinstance(part := getattr(module, n, None), nn.Linear)]
+        if len(parts) == 3:
+            biases = [part.weight.new_zeros(part.out_features) if part.bias is None else part.bias for part in parts]
+            weight = torch.cat([part.weight.detach() for part in parts])
+            return weight, torch.cat([bias.detach() for bias in biases])
+    adapted = any(hasattr(part, "base_layer") for part in module.modules())
+    if adapted:
+        raise refuse(
+            name,
+            module,
+            "its linear layers have adapters (LoRA), whose sum is explained after model = model.merge_and_unload()",
+        )
+    raise refuse(
+        name, module, "only linear layers qkv and proj, or q_proj, k_proj, v_proj, or nn.MultiheadAttention, are known"
+    )
 
 
 def check(name: str, module: nn.Module, again: Tensor, output: Tensor, tokens: Tensor) -> None:
