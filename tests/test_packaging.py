@@ -13,6 +13,17 @@ import attrib_zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("attrib_zoo", "pyproject.toml", "README.md", "LICENSE")
+BESIDE = (
+    "tests",
+    "docs",
+    "examples",
+    "benchmarks",
+    ".ci",
+    "setup.cfg",
+    "MANIFEST.in",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+)
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +48,23 @@ def site(wheel, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("site")
     pip("install", "--no-index", "--target", target, wheel)
     return target
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The unpacked sdist, built as the wheel is."""
+    pytest.importorskip("setuptools", minversion="77", reason="building the sdist needs setuptools 77")
+    source, out = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("sdist")
+    for name in (*SOURCES, *BESIDE):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(out)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (built,) = out.glob("*.tar.gz")
+    shutil.unpack_archive(built, out, filter="data")
+    return out / f"attrib_zoo-{attrib_zoo.__version__}"
 
 
 def pip(command: str, *arguments: object) -> None:
@@ -90,3 +118,28 @@ def test_it_brings_its_command(site):
     listed = python(site, "-m", "attrib_zoo", "list")
     assert "gradcam" in listed
     assert "ttame" in listed
+
+
+# ---------------------------------------------------------------------- the sdist
+
+
+def test_the_sdist_holds_all_that_is_here(sdist):
+    for folder in ("attrib_zoo", "tests", "docs", "examples", "benchmarks"):
+        here, there = (
+            {p.relative_to(root).as_posix() for p in (root / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"}
+            for root in (ROOT, sdist)
+        )
+        assert there == here, folder
+
+
+def test_the_sdists_tests_run_from_the_sdist(sdist):
+    """Some that read helpers, documentation and benchmarks beside them; the package is the sdist's own."""
+    some = ["tests/test_architecture.py", "tests/test_masking.py", "tests/backbone/test_grid.py"]
+    some += ["tests/test_docs.py::test_python_blocks_run[docs/how-to/threads-and-services.md]"]
+    environment = {**os.environ, "PYTHONPATH": str(sdist)}
+    call = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *some]
+    done = subprocess.run(call, cwd=sdist, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    code = "import attrib_zoo; print(attrib_zoo.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=sdist, env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == str(sdist / "attrib_zoo" / "__init__.py")

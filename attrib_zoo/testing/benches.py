@@ -218,7 +218,7 @@ class BenchViT(BenchModel):
         self.num_prefix_tokens = self.prefix
         self.patch_embed = nn.Conv2d(3, 24, 8, 8)
         self.cls_token = nn.Parameter(torch.randn(1, self.prefix, 24) * 0.5)
-        self.pos_embed = nn.Parameter(torch.randn(1, self.prefix + size[0] * size[1] // 64, 24) * 0.3)
+        self.pos_embed = nn.Parameter(torch.randn(1, self.prefix + (size[0] // 8) * (size[1] // 8), 24) * 0.3)
         self.blocks = nn.Sequential(*(_Block(24, 2) for _ in range(3)))
         self.norm = nn.LayerNorm(24)
 
@@ -277,7 +277,7 @@ def bench(name: str, size: tuple[int, int] = (32, 32), dtype: torch.dtype = torc
 
     Args:
         name: ``"cnn"``, ``"nhwc"``, ``"vit"`` or ``"registers"``.
-        size: H, W in pixels, multiples of 8.
+        size: H, W in pixels, 16 or more.
         dtype: of the model and the images; the weights are those of float32.
     """
     found = copy.deepcopy(_prototype(name, size))

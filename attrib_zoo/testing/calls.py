@@ -104,8 +104,11 @@ def tuples(case: Case) -> None:
 
 @check(*_ALL)
 def input_shape(case: Case) -> None:
-    """The map has the shape of the input, the same in every channel, as Captum's own methods return it."""
-    for size in ((32, 32), (32, 48)):
+    """The map has the shape of the input, the same in every channel, as Captum's own methods return it.
+
+    At square, wide, tall and odd sizes, which no whole number of cells fills.
+    """
+    for size in ((32, 32), (32, 48), (48, 32), (45, 33)):
         sized = case.at(size)
         found = sized.maps
         expect(bool(found.any()), "the maps are all zero")

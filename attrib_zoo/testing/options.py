@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrib_zoo.errors import UnsupportedModelError
-from attrib_zoo.masking import min_max
+from attrib_zoo.masking import min_max, upsample
 from attrib_zoo.testing.benches import MODELS, BenchModel
 from attrib_zoo.testing.suite import Case, Inapplicable, check, expect, raises, same
 
@@ -127,14 +128,39 @@ def plain_callable(case: Case) -> None:
 
 @check(*_ALL)
 def layer_resolution(case: Case) -> None:
-    """``upsample=False`` gives (N, 1, h, w), and its bilinear enlargement is the default map."""
+    """``upsample=False`` gives (N, 1, h, w), and its bilinear enlargement is the default map; at odd sizes too."""
     case.needs("upsample")
-    sized = case.at((32, 48))
-    small = sized.ready(sized.model, upsample=False).attribute(sized.inputs, target=sized.targets)
-    expect(small.ndim == 4 and small.shape[1] == 1, f"expected (N, 1, h, w), got {tuple(small.shape)}")
-    expect(small.shape[2] < 32 and small.shape[3] < 48, f"expected a layer's resolution, got {tuple(small.shape[2:])}")
-    large = F.interpolate(small, size=sized.inputs.shape[-2:], mode="bilinear", align_corners=False)
-    same(large.expand_as(sized.inputs), sized.maps, "enlarged against the default map", 1e-5)
+    for size in ((32, 48), (48, 32), (45, 33)):
+        sized = case.at(size)
+        explainer = sized.ready(sized.model, upsample=False)
+        small = explainer.attribute(sized.inputs, target=sized.targets)
+        expect(small.ndim == 4 and small.shape[1] == 1, f"expected (N, 1, h, w), got {tuple(small.shape)}")
+        h, w = small.shape[2:]
+        expect(h < size[0] and w < size[1], f"expected a layer's resolution, got {(h, w)}")
+        expect((h > w) == (size[0] > size[1]), f"images of {size}: expected rows before columns, got {(h, w)}")
+        where = getattr(explainer, "placed", None)  # what the grid covers, where the class knows it
+        with where(sized.inputs) if callable(where) else nullcontext():
+            large = upsample(small, size)
+        same(large.expand_as(sized.inputs), sized.maps, f"at {size}, enlarged against the default map", 1e-5)
+
+
+@check(*_ALL)
+def smooth_enlargement(case: Case) -> None:
+    """A map that only comes at the size of the image is not made of blocks, as cells without interpolation are.
+
+    A class whose regions have one value each (superpixels, occluded boxes) says ``piecewise_constant = True``.
+    """
+    if "upsample" in case.parameters():
+        raise Inapplicable("layer_resolution compares the two sizes")
+    if getattr(type(case.explainer), "piecewise_constant", False):
+        raise Inapplicable("it says that its maps are piecewise constant")
+    for heat in case.maps[:, 0]:
+        low, high = heat.amin(), heat.amax()
+        for axis in (0, 1):
+            before, after = heat.narrow(axis, 0, heat.shape[axis] - 1), heat.narrow(axis, 1, heat.shape[axis] - 1)
+            inner = (before > low) & (before < high)
+            flat = float((before == after)[inner].double().mean()) if int(inner.sum()) > heat.numel() // 8 else 0.0
+            expect(flat < 0.75, f"{flat:.0%} of neighbouring pixels are equal: enlarge maps bilinearly")
 
 
 def _cells(case: Case, **options: Any) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ class Snapshot:
 
     Hooks, attributes (also an instance-level ``forward`` or a flag such as ``fused_attn``), identities and training
     flags of each module; values, gradients and flags of parameters and buffers; values, versions and flags of the
-    tensors; gradient mode and the global generators of torch, NumPy and Python.
+    tensors; gradient mode, the global generators of torch, NumPy and Python, torch's global switches (threads,
+    deterministic algorithms, cuDNN, TF32, default type and device) and the warning filters.
 
     Args:
         model: the model.
@@ -100,11 +102,40 @@ def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
     }
 
 
+_SWITCHES: dict[str, Callable[[], Any]] = {
+    "torch.set_num_threads": torch.get_num_threads,
+    "torch.use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled,
+    "its warn_only": torch.is_deterministic_algorithms_warn_only_enabled,
+    "torch.autograd.set_detect_anomaly": torch.is_anomaly_enabled,
+    "torch.set_float32_matmul_precision": torch.get_float32_matmul_precision,
+    "torch.backends.cudnn.enabled": lambda: torch.backends.cudnn.enabled,
+    "torch.backends.cudnn.benchmark": lambda: torch.backends.cudnn.benchmark,
+    "torch.backends.cudnn.deterministic": lambda: torch.backends.cudnn.deterministic,
+    "torch.backends.cudnn.allow_tf32": lambda: torch.backends.cudnn.allow_tf32,
+    "torch.backends.cuda.matmul.allow_tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
+    "torch.backends.mkldnn.enabled": lambda: torch.backends.mkldnn.enabled,
+    "torch.backends.cuda.enable_flash_sdp": torch.backends.cuda.flash_sdp_enabled,
+    "torch.backends.cuda.enable_mem_efficient_sdp": torch.backends.cuda.mem_efficient_sdp_enabled,
+    "torch.backends.cuda.enable_math_sdp": torch.backends.cuda.math_sdp_enabled,
+}
+"""What a call may not leave switched, by the name under which it is switched."""
+
+
+def _setting(look: Callable[[], Any]) -> Any:
+    try:
+        return look()
+    except (AttributeError, RuntimeError):  # not in this version, or asked for by torch's newer names
+        return None
+
+
 def _process() -> dict[str, Any]:
     state: dict[str, Any] = {
         "gradient mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
         "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
+        **{name: _setting(look) for name, look in _SWITCHES.items()},
+        "warnings.filters": tuple(map(str, warnings.filters)),
         "torch's global generator": torch.get_rng_state(),
         "Python's global generator": random.getstate(),
         "nn.Module.__call__": nn.Module.__call__,

@@ -75,6 +75,11 @@ def train_mode(case: Case) -> None:
     found = case.explainer.attribute(case.inputs, target=case.targets)
     unchanged(before, "a model in training mode")
     same(found, wanted, "training mode against eval mode", 0)
+    found = case.explainer.attribute(case.inputs)
+    unchanged(before, "a model in training mode, without a target")
+    case.model.eval()
+    wanted = case.explainer.attribute(case.inputs)
+    same(found, wanted, "training mode against eval mode, without a target", 0)
 
 
 @check(*_ALL)
@@ -201,13 +206,44 @@ def copies(case: Case) -> None:
         different(found, wanted, f"{how}: the copy after its model's weights changed sign")
 
 
+@check(*_ALL)
+def memory_layouts(case: Case) -> None:
+    """Images that are not contiguous (channels last, a slice, an expanded batch, turned) get the maps of their copies.
+
+    ``x.view`` fails on them, and what reads memory instead of values sees other images.
+    """
+    ask, images, targets = case.explainer.attribute, case.inputs, case.targets
+    n, c, h, w = images.shape
+    wide = images.new_zeros(n, c + 2, 2 * h, w + 7)
+    wide[:, 1:-1, ::2, 3:-4] = images
+    for what, other in (
+        ("channels last", images.contiguous(memory_format=torch.channels_last)),
+        ("a slice of larger images", wide[:, 1:-1, ::2, 3:-4]),
+        ("images turned in memory", images.transpose(2, 3).contiguous().transpose(2, 3)),
+    ):
+        expect(not other.is_contiguous() and torch.equal(other, images), "fault of the suite: these are contiguous")
+        found = ask(other, target=targets)
+        expect(found.is_contiguous(), f"{what}: expected a contiguous map")
+        same(found, case.maps, what, 1e-4)
+    first = images[:1].expand(2, -1, -1, -1)
+    same(ask(first, target=[2, 1]), ask(first.contiguous(), target=[2, 1]), "an expanded image", 1e-4)
+
+
 @check()
 def keeps_no_tensor(case: Case) -> None:
-    """Calls leave no tensor alive but the first one's at most."""
+    """Calls leave no tensor alive but the first one's at most, and no graph at all, which holds activations."""
     explainer = case.explainer
-    explainer.attribute(case.inputs, target=case.targets)
     gc.collect()
     gc.freeze()  # so that only what comes from now on is looked at
+    try:
+        explainer.attribute(case.inputs, target=case.targets)
+        gc.collect()
+        graphs = [thing for thing in gc.get_objects() if _has_graph(thing)]
+    finally:
+        gc.unfreeze()
+    expect(not graphs, f"a call left {len(graphs)} tensor(s) alive that hold its graph, and so its activations")
+    gc.collect()
+    gc.freeze()
     try:
         counts = []
         for _ in range(2):
@@ -218,6 +254,10 @@ def keeps_no_tensor(case: Case) -> None:
     finally:
         gc.unfreeze()
     expect(counts[1] <= counts[0], f"three more calls left {counts[1] - counts[0]} more tensors alive")
+
+
+def _has_graph(thing: Any) -> bool:
+    return issubclass(type(thing), Tensor) and thing.grad_fn is not None
 
 
 @check("cnn", "vit")

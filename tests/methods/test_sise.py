@@ -337,3 +337,17 @@ def test_a_feature_map_at_the_limit_is_left_out():
     assert SISE(zoo.small_cnn()).select(torch.tensor([[-1.0, 0.0, 1e-9]])).tolist() == [[False, False, True]]
     with pytest.raises(OptionError, match=r"mu: must be a number of at least 0 and below 1, got 1.0; no feature map"):
         SISE(zoo.small_cnn(), mu=1.0)
+
+
+def test_ratios_are_counted_in_the_bin_that_they_lie_in():
+    """Ada-SISE's histogram cuts off; rounding would move every second ratio into the next bin, and the threshold."""
+    generator = torch.Generator().manual_seed(0)
+    explainer, told = AdaSISE(zoo.small_cnn()), 0
+    for _ in range(60):
+        ratios = torch.rand(9, generator=generator, dtype=torch.float64) ** 2
+        ratios[0] = 1.0
+        found = explainer.select(ratios.unsqueeze(0))[0]
+        assert found.tolist() == adaptive(ratios.numpy()).tolist()
+        rounded = (ratios * 256).round().clamp(0, 255) / 256
+        told += found.tolist() != adaptive(rounded.numpy()).tolist()
+    assert told, "fault of the test: rounding must change some selection"

@@ -7,6 +7,7 @@ import inspect
 import warnings
 
 import torch
+import torch.nn.functional as F
 from captum.attr import PerturbationAttribution
 from contract_samples import SmallCAM, SmallMasks, SmallTrained, transparent
 from planted_faults import assert_caught, caught_by, planted_in
@@ -351,6 +352,17 @@ class RowOffByOneInFit(SmallTrained):
 class RowOffByOneInAttribute(SmallTrained):
     def row(self, index):
         return (index + 1) % len(self.network_.weight)
+
+
+@caught_by(input_shape="expected shape")
+class EnlargesByAFactor(SmallCAM):
+    """By the stride of the layer: right at all sizes that are multiples of it."""
+
+    def finish(self, heat, images):
+        if self.upsample:
+            heat = F.interpolate(heat, scale_factor=8, mode="bilinear", align_corners=False)
+            return heat.expand(-1, images.shape[1], -1, -1).to(images.dtype).contiguous()
+        return super().finish(heat, images)
 
 
 @planted_in(__name__)

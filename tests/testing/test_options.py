@@ -176,6 +176,38 @@ class TokensReadByColumns(SmallCAM):
         return super().grid(activation, images)
 
 
+@caught_by(layer_resolution="rows before columns")
+class SwapsAxes(SmallCAM):
+    """Rows and columns in the wrong order; what is enlarged has the right shape all the same."""
+
+    def explain(self, images, target, args):
+        return super().explain(images, target, args).transpose(2, 3)
+
+
+@caught_by(layer_resolution="at .45, 33.")
+class EnlargesToWholeCells(SmallCAM):
+    """To a multiple of the cells, cut to the image: what the default map of an odd size is not."""
+
+    def finish(self, heat, images):
+        if self.upsample:
+            h, w = (8 * -(-side // 8) for side in images.shape[2:])
+            heat = F.interpolate(heat, (h, w), mode="bilinear", align_corners=False)
+            heat = heat[:, :, : images.shape[2], : images.shape[3]].expand_as(images)
+            return heat.to(images.dtype).contiguous()
+        return super().finish(heat, images)
+
+
+@caught_by(smooth_enlargement="enlarge maps bilinearly")
+class BlocksWithoutAnOption(SmallCAM):
+    """The nearest cell's value, of a class that has no map of its own resolution to compare with."""
+
+    def __init__(self, model, layers=None):
+        super().__init__(model, layers)
+
+    def finish(self, heat, images):
+        return F.interpolate(heat, images.shape[2:], mode="nearest").expand_as(images).to(images.dtype).contiguous()
+
+
 @planted_in(__name__)
 def test_the_check_catches_the_fault_for_its_reason(cls, name, words):
     assert_caught(cls, name, words)

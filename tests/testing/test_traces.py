@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -242,6 +243,122 @@ class TakesScriptedModels(SmallCAM):
 
     def layer(self):
         return {id(m): m for m in self.model.modules() if not isinstance(m, torch.jit.ScriptModule)}["no such layer"]
+
+
+@caught_by(train_mode="without a target")
+class TrainsWithoutATarget(SmallCAM):
+    """Eval mode only where a target is given."""
+
+    def explain(self, images, target, args):
+        if target is None:
+            for module, flag in self.flags:
+                module.training = flag
+        return super().explain(images, target, args)
+
+    @contextlib.contextmanager
+    def quiet(self):
+        self.flags = [(module, module.training) for module in self.model.modules()]
+        kept = [(name, buffer.clone()) for name, buffer in self.model.named_buffers()]
+        with super().quiet():
+            yield
+        for (_, before), buffer in zip(kept, self.model.buffers(), strict=True):
+            buffer.copy_(before)
+        del self.flags
+
+
+class Viewing(SmallCAM):
+    """Reads the images through a view of their memory."""
+
+    layouts: tuple[str, ...] = ()
+
+    def images(self, inputs):
+        images = super().images(inputs)
+        return images if images.requires_grad else self.read(images)
+
+    def read(self, images):
+        return images
+
+
+@caught_by(memory_layouts="view")
+class ViewsItsImages(Viewing):
+    def read(self, images):
+        return images.view(len(images), -1).view(images.shape)
+
+
+@caught_by(memory_layouts="channels last")
+class ReadsMemoryInOrder(Viewing):
+    def read(self, images):
+        c, h, w = images.shape[1:]
+        return images.as_strided(images.shape, (c * h * w, h * w, w, 1), images.storage_offset())
+
+
+@caught_by(memory_layouts="a slice of larger images")
+class ForgetsTheOffset(Viewing):
+    def read(self, images):
+        return images.as_strided(images.shape, images.stride(), 0)
+
+
+@caught_by(keeps_no_tensor="hold its graph")
+class KeepsTheLastGraph(SmallCAM):
+    """In a global of its module, so that no two calls' graphs are alive at once."""
+
+    def scores(self, target, outputs):
+        global LAST
+        LAST = super().scores(target, outputs)
+        return LAST
+
+
+LAST = None
+
+
+class LeavesASwitch(SmallCAM):
+    """``switch(value)`` before the call, and nothing after it."""
+
+    switch = value = None
+
+    def explain(self, images, target, args):
+        type(self).switch(self.value)
+        return super().explain(images, target, args)
+
+
+def benchmark(value):
+    torch.backends.cudnn.benchmark = value
+
+
+@caught_by(nothing_left=r"cudnn\.benchmark changed")
+class LeavesCudnn(LeavesASwitch):
+    switch, value = staticmethod(benchmark), True
+
+
+@caught_by(nothing_left="use_deterministic_algorithms changed")
+class LeavesDeterminism(LeavesASwitch):
+    switch, value = staticmethod(torch.use_deterministic_algorithms), True
+
+
+@caught_by(nothing_left="set_num_threads changed")
+class LeavesThreads(LeavesASwitch):
+    switch, value = staticmethod(torch.set_num_threads), 3
+
+
+@caught_by(nothing_left=r"warnings\.filters changed")
+class LeavesWarnings(LeavesASwitch):
+    switch, value = staticmethod(lambda _: warnings.filterwarnings("ignore", message="left behind")), None
+
+
+@caught_by(nothing_left="default device changed")
+class LeavesTheDevice(LeavesASwitch):
+    switch, value = staticmethod(torch.set_default_device), "cpu:0"
+
+
+@pytest.fixture(autouse=True)
+def switches():
+    """What the planted classes leave behind is put back."""
+    kept = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    yield
+    torch.backends.cudnn.benchmark = kept[0]
+    torch.use_deterministic_algorithms(kept[1])
+    torch.set_num_threads(kept[2])
+    torch.set_default_device(None)
 
 
 @planted_in(__name__)
