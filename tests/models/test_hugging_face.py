@@ -122,17 +122,21 @@ def swin_pair():
 
 
 PAIRS = {"vit": vit_pair, "deit": deit_pair, "swin": swin_pair}
-GRADIENT = ["GradCAM", "HiResCAM", "LayerCAM", "AblationCAM"]
+GRADIENT = ["GradCAM", "HiResCAM", "LayerCAM", "ScoreCAM"]
 ATTENTION = ["AttentionRollout", "GenericAttention", "TransformerLRP", "IIA"]
+BLOCK = {"swin": ("swin.encoder.layers.1.blocks.0", "layers.1.blocks.0")}  # tokens here, images there
 
 
 @pytest.fixture(scope="module")
 def pairs():
+    """In float64: shares of sums that nearly cancel, in TransformerLRP, amplify the rounding of float32."""
     found = {name: make() for name, make in PAIRS.items()}
     for ours, theirs in found.values():
         for module in theirs.eval().modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = next(m for m in ours.modules() if isinstance(m, nn.LayerNorm)).eps
+        ours.double()
+        theirs.double()
     return found
 
 
@@ -141,27 +145,31 @@ def pairs():
     [(p, n) for p in ("vit", "deit") for n in GRADIENT + ATTENTION] + [("swin", n) for n in GRADIENT],
 )
 def test_maps_are_those_of_timm_with_the_same_weights(pairs, pair, name):
-    ours, theirs = pairs[pair]
-    inputs = images()
-    torch.testing.assert_close(ours(inputs).logits, theirs(inputs), rtol=1e-4, atol=1e-5)
+    inputs = images().double()
+    outputs, wanted = (model(inputs) for model in pairs[pair])
+    torch.testing.assert_close(outputs.logits, wanted, rtol=1e-6, atol=1e-9)
     kind = getattr(attrib_zoo, name)
+    options = {**kind.cheap_options, **({"relu": False} if name == "GradCAM" else {})}
     for target in (1, None):
-        found, wanted = (kind(m, **kind.cheap_options).attribute(inputs, target=target) for m in (ours, theirs))
+        found, wanted = (
+            kind(model, layer, **options).attribute(inputs, target=target)
+            for model, layer in zip(pairs[pair], BLOCK.get(pair, (None, None)), strict=True)
+        )
         top = float(wanted.abs().max())
-        assert float(wanted.std()) > 1e-3 * top
-        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4 * top)
+        assert float(wanted.std()) > 1e-3 * top > 0
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * top)
 
 
 @pytest.mark.parametrize("pair", ["vit", "deit"])
-def test_ttame_reads_and_masks_as_with_timm(pairs, pair):
+def test_ttame_starts_from_the_same_rows(pairs, pair):
     ours, theirs = pairs[pair]
-    inputs = images(4)
+    inputs = images(4).double()
     found, wanted = (
         attrib_zoo.TTAME(m, recipe="rows").fit([inputs] * 2, max_steps=0, show_progress=False).attribute(inputs, 2)
         for m in (ours, theirs)
     )
     assert float(wanted.std()) > 0.05
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------- where there is no twin
@@ -176,6 +184,7 @@ def others():
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*nowhere negative")
 @pytest.mark.parametrize("kind", others())
 def test_the_map_is_that_of_the_logits_alone(kind):
     """As it is and wrapped, for every method; a model that returns a tensor is what all other tests are about."""
@@ -316,7 +325,8 @@ def test_the_command_line_explains_from_a_folder(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["explain", str(picture), *options, "--output", str(out)]) == 0
     said = capsys.readouterr().out
-    share = model(models.load(str(path)).transform(Image.open(picture))[None]).logits.softmax(1)[0, 3]
+    with torch.no_grad():
+        share = model(models.load(str(path)).transform(Image.open(picture))[None]).logits.softmax(1)[0, 3]
     assert f"{float(share):.1%}" in said
     assert len(list(out.rglob("*.png"))) + len(list(out.rglob("*.jpg"))) == 1
 
