@@ -11,7 +11,7 @@ from attrib_zoo.backbone.layers.extents import Extents
 from attrib_zoo.backbone.layers.gridcheck import probe
 from attrib_zoo.benchmark import evaluate
 from attrib_zoo.masking import placed, upsample, upsampler
-from attrib_zoo.metrics import deletion
+from attrib_zoo.metrics import average_drop, deletion
 
 SIZE = (70, 90)
 FROM_ONE_PASS = [
@@ -298,6 +298,22 @@ def test_ttame_hides_where_its_map_lies():
     features = explainer._features(inputs, ())[1]
     own = explainer.network_(features, terms.classes[:, None].to(inputs.device)).sigmoid()
     close(shown[-1], inputs * enlarged(own, (80, 96))[:, :, :70, :90].detach())
+
+
+@pytest.mark.filterwarnings("ignore:fit")
+def test_validation_measures_maps_where_they_lie():
+    model, inputs = vit(dynamic_img_pad=True), images(count=4)
+    explainer = attrib_zoo.TTAME(model, recipe="paper")
+    explainer.fit([inputs] * 2, max_steps=2, val_loader=[inputs], show_progress=False)
+    own = model(inputs).argmax(1)
+    maps = explainer.maps(inputs)[torch.arange(4), own].unsqueeze(1)
+    call = {"target": own, "masking": "standardized"}
+    with explainer.placed(inputs):
+        wanted = 100 * float(average_drop(model, inputs, maps, **call).mean())
+    stretched = 100 * float(average_drop(model, inputs, maps, **call).mean())
+    found = explainer.history_.validation[-1]["AD(100)"]
+    assert found == pytest.approx(wanted, abs=1e-3)
+    assert found != pytest.approx(stretched, abs=1e-2)
 
 
 def test_measures_enlarge_as_the_method_does():
