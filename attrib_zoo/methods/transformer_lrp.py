@@ -193,11 +193,11 @@ def _through_block(
     """
     dtype, heads = matrix.values.dtype, matrix.heads
     start, middle = values.into(block.name, dtype), values.into(block.norm, dtype)[:, rows]
-    kept, share = rules.add(relevance, middle, values.out_of(block.last, dtype)[:, rows])
+    kept, share = rules.add(relevance, middle, values.out_of(block.last[0], dtype, block.last[1])[:, rows])
     for name in reversed(block.linears):
         share = rules.linear(share, values.into(name, dtype)[:, rows], _weight(model, name, dtype))
     relevance = rules.clone(middle, kept, share)
-    kept, share = rules.add(relevance, start[:, rows], values.out_of(block.branch[0], dtype)[:, rows])
+    kept, share = rules.add(relevance, start[:, rows], values.out_of(block.branch[0], dtype, block.branch[2])[:, rows])
     context, q, keys = matrix.context[:, :, rows], matrix.q[:, :, rows], matrix.k.transpose(-2, -1)
     share = heads.apart(rules.linear(share, heads.together(context), heads.out_weight))
     at_rows, at_v = rules.matmul(share, matrix.values[:, :, rows], matrix.v, context)

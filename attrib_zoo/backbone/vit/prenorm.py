@@ -36,17 +36,17 @@ class Block:
 
     Attributes:
         name: the block; its input is x0.
-        branch: what puts out f(norm(x0)), and which entry of its output that is.
+        branch: what puts out f(norm(x0)), which entry of its output that is, and which of its runs.
         norm: the norm of the second branch; its input is x1.
         linears: the linear layers of the second branch, in the order of execution.
-        last: what puts out g(norm(x1)).
+        last: what puts out g(norm(x1)), and which of its runs: a dropout may stand behind both branches.
     """
 
     name: str
-    branch: tuple[str, int | str | None]
+    branch: tuple[str, int | str | None, int]
     norm: str
     linears: tuple[str, ...]
-    last: str
+    last: tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,16 @@ class Values:
 
     def __init__(self) -> None:
         self._inputs: dict[str, Tensor] = {}
-        self._outputs: dict[str, Tensor] = {}
+        self._outputs: dict[tuple[str, int], Tensor] = {}
         self.scores: list[Tensor] = []
 
     def into(self, name: str, dtype: torch.dtype) -> Tensor:
         """The first argument of a module."""
         return self._inputs[name].to(dtype)
 
-    def out_of(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The output of a module."""
-        return self._outputs[name].to(dtype)
+    def out_of(self, name: str, dtype: torch.dtype, run: int = 0) -> Tensor:
+        """The output of a module in one of its runs."""
+        return self._outputs[name, run].to(dtype)
 
     @contextmanager
     def listening(self, model: nn.Module, parts: PreNorm) -> Iterator[None]:
@@ -104,9 +104,12 @@ class Values:
 
                 stack.callback(find(model, name).register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-            def keep_output(name: str, element: int | str | None = None) -> None:
+            def keep_output(name: str, element: int | str | None = None, run: int = 0) -> None:
+                runs = iter(range(run, -1, -1))
+
                 def hook(_: nn.Module, __: Any, output: Any) -> None:
-                    self._outputs[name] = pick(output, element).detach().clone()
+                    if next(runs, None) == 0:
+                        self._outputs[name, run] = pick(output, element).detach().clone()
 
                 stack.callback(find(model, name).register_forward_hook(hook).remove)
 
@@ -118,7 +121,7 @@ class Values:
                 for name in (block.name, block.norm, *block.linears):
                     keep_input(name)
                 keep_output(*block.branch)
-                keep_output(block.last)
+                keep_output(block.last[0], None, block.last[1])
             keep_output(parts.tokens)
             for head in parts.heads:
                 for name in head.linears:
@@ -193,6 +196,9 @@ class _Seen:
     def output(self, call: Call) -> Any:
         return self._values[call.name, call.number][1]
 
+    def runs(self, call: Call) -> int:
+        return sum(name == call.name for name, _ in self._values)
+
     @staticmethod
     def same(one: Any, other: Any) -> bool:
         """Whether two values are equal but for rounding."""
@@ -223,7 +229,16 @@ def _block(attention: Call, block: Call, element: int | str | None, seen: _Seen)
     unknown = [leaf for leaf in leaves if leaf not in linears and _mixes(leaf)]
     if unknown or not linears:
         raise _refuse(unknown[0] if unknown else block, "no rule is known for it")
-    return Block(block.name, (branch.name, entry), children[norm].name, tuple(leaf.name for leaf in linears), last.name)
+    for part in (children[norm], *linears):
+        if seen.runs(part) > 1:
+            raise _refuse(part, "it runs several times in a forward pass")
+    return Block(
+        block.name,
+        (branch.name, entry, branch.number),
+        children[norm].name,
+        tuple(leaf.name for leaf in linears),
+        (last.name, last.number),
+    )
 
 
 def _leaves(call: Call) -> list[Call]:
