@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -102,39 +103,63 @@ def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
     }
 
 
-_SWITCHES: dict[str, Callable[[], Any]] = {
-    "torch.set_num_threads": torch.get_num_threads,
-    "torch.use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled,
-    "its warn_only": torch.is_deterministic_algorithms_warn_only_enabled,
-    "torch.autograd.set_detect_anomaly": torch.is_anomaly_enabled,
-    "torch.set_float32_matmul_precision": torch.get_float32_matmul_precision,
-    "torch.backends.cudnn.enabled": lambda: torch.backends.cudnn.enabled,
-    "torch.backends.cudnn.benchmark": lambda: torch.backends.cudnn.benchmark,
-    "torch.backends.cudnn.deterministic": lambda: torch.backends.cudnn.deterministic,
-    "torch.backends.cudnn.allow_tf32": lambda: torch.backends.cudnn.allow_tf32,
-    "torch.backends.cuda.matmul.allow_tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
-    "torch.backends.mkldnn.enabled": lambda: torch.backends.mkldnn.enabled,
-    "torch.backends.cuda.enable_flash_sdp": torch.backends.cuda.flash_sdp_enabled,
-    "torch.backends.cuda.enable_mem_efficient_sdp": torch.backends.cuda.mem_efficient_sdp_enabled,
-    "torch.backends.cuda.enable_math_sdp": torch.backends.cuda.math_sdp_enabled,
+def _of(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
+
+
+_SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch.set_num_threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch.use_deterministic_algorithms": (
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+    ),
+    "torch.set_default_device": (
+        lambda: str(torch.get_default_device()),
+        lambda value: torch.set_default_device(None if value == "cpu" else value),
+    ),
+    "torch.set_default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch.autograd.set_detect_anomaly": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    "torch.set_float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "torch.backends.cudnn.enabled": _of(torch.backends.cudnn, "enabled"),
+    "torch.backends.cudnn.benchmark": _of(torch.backends.cudnn, "benchmark"),
+    "torch.backends.cudnn.deterministic": _of(torch.backends.cudnn, "deterministic"),
+    "torch.backends.cudnn.allow_tf32": _of(torch.backends.cudnn, "allow_tf32"),
+    "torch.backends.cuda.matmul.allow_tf32": _of(torch.backends.cuda.matmul, "allow_tf32"),
+    "torch.backends.cuda.enable_flash_sdp": (
+        torch.backends.cuda.flash_sdp_enabled,
+        torch.backends.cuda.enable_flash_sdp,
+    ),
+    "torch.backends.cuda.enable_math_sdp": (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
 }
-"""What a call may not leave switched, by the name under which it is switched."""
+"""What a call may not leave switched, by the name under which it is switched: how it is read, and how it is set."""
 
 
-def _setting(look: Callable[[], Any]) -> Any:
+def _settings() -> dict[str, Any]:
+    found = {}
+    for name, (look, _) in _SWITCHES.items():
+        with suppress(AttributeError, RuntimeError):  # not in this version, or asked for by torch's newer names
+            found[name] = look()
+    return found
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Global switches that a class leaves on are put back, so that they are seen at its every call."""
+    before = _settings()
     try:
-        return look()
-    except (AttributeError, RuntimeError):  # not in this version, or asked for by torch's newer names
-        return None
+        yield
+    finally:
+        after = _settings()
+        for name, value in before.items():
+            if after.get(name) != value:
+                _SWITCHES[name][1](value)
 
 
 def _process() -> dict[str, Any]:
     state: dict[str, Any] = {
         "gradient mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
-        "default dtype": str(torch.get_default_dtype()),
-        "default device": str(torch.get_default_device()),
-        **{name: _setting(look) for name, look in _SWITCHES.items()},
+        **_settings(),
         "warnings.filters": tuple(map(str, warnings.filters)),
         "torch's global generator": torch.get_rng_state(),
         "Python's global generator": random.getstate(),

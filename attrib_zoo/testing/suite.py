@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.synthetic.networks import seeded
 from attrib_zoo.testing.benches import MODELS, BenchModel, bench
-from attrib_zoo.testing.state import Snapshot
+from attrib_zoo.testing.state import Snapshot, settings_kept
 
 Factory = Callable[..., Any]
 Check = Callable[[Factory], None]
@@ -218,7 +218,7 @@ def check(*benches: str, trainable: bool = False) -> Callable[[Callable[[Case], 
 
 def _run(name: str, body: Callable[[Case], None], case: Case) -> None:
     try:
-        with seeded(_SEED), warnings.catch_warnings():
+        with seeded(_SEED), settings_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             body(case)
     except _Broken as broken:
@@ -278,7 +278,7 @@ def _refuses(factory: Factory, name: str) -> bool:
     if name not in known:
         case = Case(factory, name)
         try:
-            with seeded(_SEED), warnings.catch_warnings():
+            with seeded(_SEED), settings_kept(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 case.build(case.model).attribute(case.inputs, target=case.targets)
         except UnsupportedModelError:
