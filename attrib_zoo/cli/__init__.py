@@ -1,4 +1,4 @@
-"""The command line: ``attrib-zoo demo | list | layers | explain | fit | evaluate | reproduce``."""
+"""The command line: ``attrib-zoo demo | list | layers | explain | app | fit | evaluate | reproduce``."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ one picture that compares them if there are several methods, and a table of what
   attrib-zoo explain cat.jpg dogs/ --model resnet50
   attrib-zoo explain cat.jpg --model resnet50 --target "tabby"
   attrib-zoo explain cat.jpg --model vit_base_patch16_224 --method gradcam,ttame --explainer ttame.safetensors
+  attrib-zoo explain photos/ --model resnet50 --no-pictures --maps safetensors --workers 4 --skip-bad --resume
+"""
+
+_APP = """\
+Serve a page on which photographs are explained: drop one, see the model's classes, choose one or two of them and up to
+four methods, and compare the maps over the photograph. Needs Gradio: pip install 'attrib_zoo[app]'.
+
+  attrib-zoo app --model resnet50
+  attrib-zoo app --model resnet50 --explainer ttame.safetensors --port 8000
 """
 
 _FIT = """\
@@ -69,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _plain_warnings(debug):
         try:
             options = _parser().parse_args(arguments)
-            print(_command(options.command)(options[options.command]))
+            told = _command(options.command)(options[options.command])
+            if told:  # the second of several processes has nothing to say
+                print(told)
         except ArgumentError as error:
             return _fail(_usage(error, arguments), debug)
         except AttribZooError as error:
@@ -85,12 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Callable[[Any], str]:
     # Here, not above: they load torch and the model libraries, which is worth the wait only where there is work to do.
-    from attrib_zoo.cli import demo, evaluate, explain, fit, layers, reproduce, shared
+    from attrib_zoo.cli import app, demo, evaluate, explain, fit, layers, reproduce, shared
 
     return {
         "demo": demo.demo,
         "list": shared.overview,
         "explain": explain.explain,
+        "app": app.app,
         "fit": fit.fit,
         "evaluate": evaluate.evaluate,
         "layers": layers.layers,
@@ -108,6 +120,7 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("list", _list(), help="the methods, what they are for and what they cost")
     commands.add_subcommand("layers", _layers_of(), help="which layers of a model can be explained")
     commands.add_subcommand("explain", _explain(), help="heat maps over photographs")
+    commands.add_subcommand("app", _app(), help="a page to try a model and its methods on")
     commands.add_subcommand("fit", _fit(), help="train an explainer for a model on a folder of images")
     commands.add_subcommand("evaluate", _evaluate(), help="measure methods on a folder of images")
     commands.add_subcommand("reproduce", _reproduce(), help="run the experiments of a paper")
@@ -185,15 +198,41 @@ def _explain() -> ArgumentParser:
     add(
         "--target",
         metavar="CLASS",
-        help="index (7, or #7) or name of the class to explain (default: the decided one)",
+        help="index (7, or #7) or name of a class to explain; several with commas (default: the decided one)",
     )
+    add("--top-k", type=PositiveInt, default=1, metavar="K", help="explain the K classes ranked first (default: 1)")
     add("--contrast", type=PositiveInt, metavar="K", help="why this class and not the next K, such as 3")
     _layers(parser)
     _shaping(parser)
     add("--colormap", metavar="NAME", help="colours of the maps, by matplotlib's name (default: plasma)")
     add("--alpha", type=float, default=0.8, metavar="X", help="opacity of strong evidence, 0 to 1 (default: 0.8)")
-    add("--output", default="explanations", metavar="FOLDER", help="where pictures go (default: explanations)")
+    add("--output", default="explanations", metavar="FOLDER", help="where the results go (default: explanations)")
+    add("--no-pictures", action="store_true", help="draw nothing")
+    add("--maps", metavar="NAME", help="also write raw maps, float16 as the layer has them: safetensors or npz")
+    add("--table", metavar="NAME", help="also write a table: jsonl or parquet (default: jsonl above 100 photographs)")
     add("--batch-size", type=PositiveInt, default=8, metavar="N", help="photographs at once (default: 8)")
+    add("--workers", type=NonNegativeInt, default=0, metavar="N", help="processes that read photographs (default: 0)")
+    add("--skip-bad", action="store_true", help="leave out files that are no images, and list them, not stop")
+    add("--resume", action="store_true", help="continue what was begun in the output folder, if anything was")
+    _config(parser)
+    _debug(parser)
+    return parser
+
+
+def _app() -> ArgumentParser:
+    parser = _plain(None, _APP)
+    add = parser.add_argument
+    _model(parser)
+    add(
+        "--method",
+        metavar="NAME[,NAME]",
+        help="methods that are chosen at first (default: gradcam, or the explainer's)",
+    )
+    add("--explainer", metavar="FILE[,FILE]", help="trained explainers, made by attrib-zoo fit for this model")
+    _layers(parser)
+    _shaping(parser)
+    add("--host", default="127.0.0.1", metavar="NAME", help="where to listen (default: 127.0.0.1, this machine only)")
+    add("--port", type=PositiveInt, default=7860, metavar="N", help="where to listen (default: 7860)")
     _config(parser)
     _debug(parser)
     return parser
@@ -318,7 +357,7 @@ def _usage(error: ArgumentError, arguments: Sequence[str]) -> str:
         key, _, rest = text.removeprefix('Parser key "').partition('": ')
         text = f"--{key.rpartition('.')[2].replace('_', '-')}: {rest}"
     command = next((word for word in arguments if not word.startswith("-")), "")
-    known = command if command in ("demo", "list", "layers", "explain", "fit", "evaluate", "reproduce") else ""
+    known = command if command in ("demo", "list", "layers", "explain", "app", "fit", "evaluate", "reproduce") else ""
     return f"{text}; see attrib-zoo {known}{' ' * bool(known)}--help"
 
 

@@ -1,108 +1,368 @@
-"""The command ``explain``: overlays of photographs, and what the model saw in them; returns the text to print."""
+"""The command ``explain``: overlays, maps and tables of a few photographs or a million; returns the text to print."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from attrib_zoo.attribution import Attribution
+from attrib_zoo.cli.parts import SKIPPED, Job, Part, check_formats, spelt
 from attrib_zoo.cli.shared import explainers, load_model
-from attrib_zoo.errors import DataError, aligned
+from attrib_zoo.cli.stream import Batch, Interval, Names, from_first, left, loader, shared_out, together, watched
+from attrib_zoo.errors import DataError, OptionError, TargetError, aligned
+from attrib_zoo.masking import upsample
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.models import LoadedModel
-from attrib_zoo.models.photos import cut, find_photos, open_photo, own_stems, writable_folder
-from attrib_zoo.targets import Contrast, TargetQuery, class_scores, scores_in
-from attrib_zoo.visualize import Box, check_colours, figure, picture, write_picture
+from attrib_zoo.models.onepass import answer
+from attrib_zoo.models.photos import cut, find_photos, own_stems, writable_folder
+from attrib_zoo.training import distributed
+from attrib_zoo.training.checkpoint import fingerprint
+from attrib_zoo.visualize import figure, save_overlay
+
+_FEW = 100  # photographs that are held in memory, and whose table is printed
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
-class _Photo:
-    """A photograph, what it is called in the table, and where its pictures go."""
+class _Task:
+    """What is asked of each photograph, and what is made of the answer.
 
-    path: Path
-    shown: str
-    stem: str
-    files: dict[str, Path]
-    asked: str
+    ``stems`` is what the pictures of each photograph are called, ``None`` where none are drawn; ``originals`` are the
+    photographs, as hashes of their paths: no picture may replace one. ``enlarge``: maps come as their layer has them.
+    """
+
+    names: Names
+    base: str
+    folder: Path
+    loaded: LoadedModel
+    explainers: dict[str, Attribution]
+    targets: list[int] | None
+    top_k: int
+    contrast: int | None
+    score: str
+    stems: Names | None
+    originals: frozenset[int]
+    enlarge: bool
 
     @property
-    def written(self) -> str:
-        kinds = list(self.files)
-        kind = kinds[0] if len(kinds) == 1 else f"{{{','.join(kinds)}}}"
-        return f"{self.stem}-{kind}{self.asked}.png"
+    def device(self) -> torch.device:
+        return next(self.loaded.model.parameters()).device
+
+    @property
+    def kinds(self) -> list[str]:
+        return [*self.explainers, "compared"] if len(self.explainers) > 1 else list(self.explainers)
+
+    def shown(self, index: int) -> str:
+        """What a photograph is called in tables."""
+        return spelt(os.path.relpath(Path(self.names[index]).absolute(), self.base))
+
+    def asked(self, target: int) -> str:
+        """What a class adds to the names of its pictures, so that they stand beside those of others."""
+        suffix = "" if self.contrast is None else f"-contrast-{self.contrast}"
+        if self.targets is None and self.top_k == 1:
+            return suffix
+        names = self.loaded.class_names
+        name = "-".join(re.findall(r"\w+", names[target])) if names else ""
+        return f"-{target}" + (f"-{cut(name, 40)}" if name else "") + suffix
+
+    def files(self, stem: str, target: int) -> dict[str, Path]:
+        """The pictures of a photograph and a class; never one of the photographs."""
+        files = {kind: self.folder / f"{stem}-{kind}{self.asked(target)}.png" for kind in self.kinds}
+        for file in files.values():
+            if hash(os.path.realpath(file)) in self.originals:
+                raise DataError(f"output: '{file}' would replace a photograph; choose another folder with --output")
+        return files
+
+    def loader(self, intervals: Sequence[Interval], options: Any) -> DataLoader[Any]:
+        """These photographs, and what of them is for the eye where pictures are drawn."""
+        view = None if self.stems is None else self.loaded.view
+        sizes = {"batch_size": options.batch_size, "workers": options.workers}
+        return loader(self.names, intervals, self.loaded.transform, view, **sizes)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What is told of one photograph: of each class its map by each method ``(h, w)``, and its pictures."""
+
+    index: int
+    decision: int
+    classes: list[int]
+    confidence: Tensor
+    maps: list[dict[str, Tensor]]
+    pictures: list[list[str]]
 
 
 def explain(options: Any) -> str:
-    """Write overlays of photographs, and say what the model saw in them."""
-    folder = Path(options.output)
-    colours = {"alpha": options.alpha, "colormap": check_colours(options.alpha, options.colormap)}
-    paths = find_photos(options.photos, leave_out=folder)
-    for path in paths:
-        open_photo(path)  # whatever cannot be read is found before anything is written
+    """Write overlays, maps and tables of photographs, and say what the model saw in them."""
+    check_formats(options.maps, options.table)
+    if options.target is not None and options.top_k > 1:
+        raise OptionError("top_k: explains the classes that the model ranks first; leave it or --target out")
+    with together():
+        names = from_first(lambda: Names(find_photos(options.photos, leave_out=Path(options.output))))
+        few = len(names) <= _FEW and distributed.world_size() == 1
+        task = _task(options, names)
+        if few and not (options.maps or options.table or options.resume):
+            return _few(options, task)
+        return _job(options, task, few)
+
+
+def _task(options: Any, names: Names) -> _Task:
     loaded = load_model(options)
-    target = None if options.target is None else loaded.class_index(options.target)
+    targets = None if options.target is None else _targets(loaded, options.target)
+    if options.top_k > loaded.num_classes:
+        raise OptionError(f"top_k: the model has {loaded.num_classes} classes, got {options.top_k}")
     ready = explainers(options, loaded)
-    asked = "" if target is None else _asked(loaded, target)
-    asked += "" if options.contrast is None else f"-contrast-{options.contrast}"
-    photos = _plan(paths, folder, list(ready), asked)
-    writable_folder(folder)
+    for explainer in ready.values():
+        explainer.upsample = not (options.maps or options.no_pictures)
+    pictures = not options.no_pictures
+    task = _Task(
+        names=names,
+        base=_base(names),
+        folder=Path(options.output),
+        loaded=loaded,
+        explainers=ready,
+        targets=targets,
+        top_k=options.top_k,
+        contrast=options.contrast,
+        score=options.score,
+        stems=Names(own_stems([Path(name) for name in names])) if pictures else None,
+        originals=frozenset(hash(os.path.realpath(name)) for name in names) if pictures else frozenset(),
+        enlarge=bool(options.maps),
+    )
+    if pictures and len(names) <= _FEW and options.top_k == 1:  # said before anything is written
+        for stem in task.stems or ():
+            for target in targets or [0]:
+                task.files(stem, target)
+    return task
 
-    rows: list[list[str]] = []
-    for start in _progress(range(0, len(photos), options.batch_size)):
-        batch = photos[start : start + options.batch_size]
-        rows += _explain_batch(batch, loaded, ready, target, options.contrast, options.score, colours)
-    headers = ["photo", "top-1 class", "confidence"]
-    headers += [] if target is None else [f"explained: {loaded.class_name(target)}"]
-    size = torch.zeros(1, *loaded.input_size, device=_device_of(loaded))
-    room = max(map(len, ready))
-    reads = [f"{name:{room}} reads {', '.join(t.name for t in e.taps(size))}" for name, e in ready.items()]
-    count = sum(len(photo.files) for photo in photos)
-    footer = "\n".join([*reads, f"{count} picture{'s' * (count > 1)} in {folder}{os.sep}"])
-    return "\n".join([*aligned([[*headers, "files"], *rows], rule=True), "", footer])
+
+def _base(names: Names) -> str:
+    """The folder that all photographs lie in or below."""
+    base = ""
+    for name in names:
+        parent = str(Path(name).absolute().parent)
+        if parent != base:
+            base = os.path.commonpath([base or parent, parent])
+    return base
 
 
-def _explain_batch(
-    photos: Sequence[_Photo],
-    loaded: LoadedModel,
-    explainers: dict[str, Attribution],
-    target: int | None,
-    contrast: int | None,
-    score: str,
-    colours: dict[str, Any],
-) -> list[list[str]]:
-    """Explain and draw a few photographs; returns their rows of the table."""
-    images = [open_photo(photo.path) for photo in photos]
-    inputs = torch.stack([loaded.transform(image) for image in images]).to(_device_of(loaded))
-    with torch.no_grad():
-        outputs = scores_in(loaded.model(inputs)).float().cpu()
-    confidence = class_scores(outputs, score)
-    decision = TargetQuery(None).resolve(outputs).classes[:, 0]
-    asked = decision if target is None else torch.full_like(decision, target)
-    shown = sys.stderr.isatty()  # long methods draw a bar of their own
-    wanted = asked.tolist() if contrast is None else Contrast(contrast, target=asked.tolist())
-    maps = {name: e.attribute(inputs, wanted, show_progress=shown) for name, e in explainers.items()}
-    maps = {name: found.cpu().clamp(min=0) for name, found in maps.items()}  # what speaks for the class
+def _targets(loaded: LoadedModel, text: str) -> list[int]:
+    """The classes of ``--target``: one, whose name may have commas, or several with commas between them."""
+    try:
+        return [loaded.class_index(text)]
+    except TargetError:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if len(parts) < 2:
+            raise
+    return list(dict.fromkeys(loaded.class_index(part) for part in parts))
+
+
+# ---------------------------------------------------------------------- a few photographs
+
+
+def _few(options: Any, task: _Task) -> str:
+    """Read all photographs, then draw and print: whatever cannot be read is found before anything is written."""
+    batches = list(watched(task.loader([(0, len(task.names))], options)))
+    wrong = [why for batch in batches for why in batch.wrong.values()]
+    if wrong and not options.skip_bad:
+        raise DataError(wrong[0])
+    if len(wrong) == len(task.names):
+        raise DataError(f"none of the photographs can be read, {len(wrong)} in all; the first: {wrong[0]}")
+    if task.stems is not None:
+        writable_folder(task.folder)
+    lines = [line for batch in _progress(batches, len(batches)) for line in _lines(task, batch)]
+    count = sum(len(pictures) for line in lines for pictures in line.pictures)
+    drawn = [f"{count} picture{'s' * (count > 1)} in {task.folder}{os.sep}"] if count else []
+    return "\n".join([*_table(task, lines), "", *_reads(task), *drawn, *(f"left out: {why}" for why in wrong)])
+
+
+def _table(task: _Task, lines: Sequence[_Line]) -> list[str]:
+    """What the model saw in each photograph, as columns of text."""
+    name = task.loaded.class_name
+    headers = ["photo", "top-1 class", "confidence"] if task.top_k == 1 else ["photo", f"top-{task.top_k} classes"]
+    headers += [f"explained: {name(target)}" for target in task.targets or ()]
     rows = []
-    for i, photo in enumerate(photos):
-        top, sure = loaded.class_name(int(decision[i])), float(confidence[i, decision[i]])
-        row = [photo.shown, top, f"{sure:.1%}"]
-        title = f"{top}  {sure:.0%}"
-        if target is not None:
-            share = float(confidence[i, target])
-            row.append(f"{share:.1%}")
-            title = f"explained: {loaded.class_name(target)}  {share:.0%}      decided: {title}"
-        columns = {_heading(e, int(asked[i])): maps[name][i] for name, e in explainers.items()}
-        _draw(photo, images[i], loaded.seen(images[i]), columns, title, colours)
-        rows.append([*row, photo.written])
-    return rows
+    for line in lines:
+        row = [task.shown(line.index)]
+        if task.top_k > 1:
+            row.append(", ".join(f"{name(c)} {float(line.confidence[c]):.1%}" for c in line.classes))
+        else:
+            row += [name(line.decision), f"{float(line.confidence[line.decision]):.1%}"]
+        row += [f"{float(line.confidence[target]):.1%}" for target in task.targets or ()]
+        if task.stems is not None:
+            asked = [task.asked(target) for target in line.classes]
+            row.append(f"{task.stems[line.index]}-{_either(task.kinds)}{_either(asked)}.png")
+        rows.append(row)
+    return aligned([[*headers, "files"] if task.stems is not None else headers, *rows], rule=True)
+
+
+def _either(words: Sequence[str]) -> str:
+    """Several endings of file names as a shell would write them."""
+    return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
+
+
+def _reads(task: _Task) -> list[str]:
+    """Which layers each method reads."""
+    size = torch.zeros(1, *task.loaded.input_size, device=task.device)
+    room = max(map(len, task.explainers))
+    return [f"{name:{room}} reads {', '.join(t.name for t in e.taps(size))}" for name, e in task.explainers.items()]
+
+
+# ---------------------------------------------------------------------- a job
+
+
+def _job(options: Any, task: _Task, few: bool) -> str:
+    """Go through the photographs in parts, each written when it is complete."""
+    job = Job(task.folder, _facts(options, task), options.maps, options.table or (None if few else "jsonl"))
+    done = from_first(lambda: job.begin(options.resume))
+    mine = shared_out(left(len(task.names), done), options.batch_size)
+    try:
+        lines = _run(options, task, job, mine, keep=few and not options.resume)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command continues with --resume") from None
+    finally:
+        if distributed.world_size() == 1:
+            with suppress(DataError):
+                job.finish()
+    distributed.everyone(None)  # all are done
+    explained, skipped = from_first(job.finish)
+    if not distributed.is_first():
+        return ""
+    if not explained:
+        raise DataError(f"none of the photographs can be read, {skipped} in all; see '{task.folder / SKIPPED}'")
+    left_out = f", {skipped} left out: {task.folder / SKIPPED}" if skipped else ""
+    written = [f"table: {task.folder}/table/*.{job.table}"] if job.table else []
+    written += [f"maps: {task.folder}/maps/*.{job.maps}"] if job.maps else []
+    written += [f"pictures: {task.folder}/*.png"] if task.stems is not None else []
+    table = [*_table(task, lines), ""] if lines else []
+    told = f"{explained} photograph{'s' * (explained != 1)} explained{left_out}"
+    return "\n".join([*table, *_reads(task), told, *written])
+
+
+def _facts(options: Any, task: _Task) -> dict[str, Any]:
+    """What makes a job this job and no other."""
+    networks = {
+        name: fingerprint(explainer.network_)
+        for name, explainer in task.explainers.items()
+        if isinstance(explainer, TrainableAttribution)
+    }
+    return {
+        "photos": len(task.names),
+        "names": task.names.digest(),
+        "model": options.model,
+        "weights": fingerprint(task.loaded.model),
+        "methods": {name: repr(explainer) for name, explainer in task.explainers.items()},
+        "explainers": networks,
+        "targets": task.targets,
+        "top_k": task.top_k,
+        "contrast": task.contrast,
+        "score": task.score,
+        "maps": options.maps,
+        "table": options.table,
+        "pictures": task.stems is not None,
+    }
+
+
+def _run(options: Any, task: _Task, job: Job, mine: Sequence[Interval], *, keep: bool) -> list[_Line]:
+    """Explain these photographs; what is complete is written, whatever ends the run."""
+    kept: list[_Line] = []
+    batches = task.loader(mine, options)
+    part = job.part(0)
+    try:
+        for batch in _progress(watched(batches), len(batches)):
+            if part.stop != batch.interval[0]:
+                part.write()
+                part = job.part(batch.interval[0])
+            if batch.wrong and not options.skip_bad:
+                why = next(iter(batch.wrong.values()))
+                raise DataError(f"{why}, or leave it out with --skip-bad; --resume continues")
+            lines = _lines(task, batch)
+            for index, why in batch.wrong.items():
+                part.skip(task.shown(index), why)
+            for line in lines:
+                _note(task, part, line)
+            part.reach(batch.interval[1])
+            kept += lines if keep else []
+            if part.due:
+                part = part.write()
+    except BaseException:
+        with suppress(DataError):  # the first error is the one to report
+            part.write()
+        raise
+    part.write()
+    return kept
+
+
+def _note(task: _Task, part: Part, line: _Line) -> None:
+    for i, target in enumerate(line.classes):
+        row: dict[str, Any] = {
+            "photo": task.shown(line.index),
+            "class": target,
+            "name": task.loaded.class_name(target),
+            "confidence": round(float(line.confidence[target]), 6),
+            "decision": line.decision,
+        }
+        if task.stems is not None:
+            row["pictures"] = line.pictures[i]
+        part.add(row, line.maps[i])
+
+
+# ---------------------------------------------------------------------- a batch
+
+
+def _lines(task: _Task, batch: Batch) -> list[_Line]:
+    """Explain and draw the photographs of a batch."""
+    if batch.images is None:
+        return []
+    found = answer(
+        task.explainers,
+        batch.images.to(task.device),
+        targets=task.targets,
+        top_k=task.top_k,
+        contrast=task.contrast,
+        score=task.score,
+        show_progress=sys.stderr.isatty(),  # long methods draw a bar of their own
+    )
+    confidence, decisions, classes = found.confidence.float().cpu(), found.decision.tolist(), found.classes.tolist()
+    maps = {name: heat.float().cpu() for name, heat in found.maps.items()}
+    lines = []
+    for i, index in enumerate(batch.good):
+        each = [{name: heat[i, t] for name, heat in maps.items()} for t in range(len(classes[i]))]
+        line = _Line(index, decisions[i], classes[i], confidence[i], each, [])
+        view = batch.views[i]
+        if view is not None:
+            line.pictures.extend(_draw(task, line, view, batch.images.shape[-2:]))
+        lines.append(line)
+    return lines
+
+
+def _draw(task: _Task, line: _Line, view: Tensor, size: Sequence[int]) -> Iterator[list[str]]:
+    """The pictures of a photograph, for each class; returns their names."""
+    name, stem = task.loaded.class_name, (task.stems or {})[line.index]
+    top = f"{name(line.decision)}  {float(line.confidence[line.decision]):.0%}"
+    for target, maps in zip(line.classes, line.maps, strict=True):
+        files = task.files(stem, target)
+        heats = {key: heat.clamp(min=0) for key, heat in maps.items()}  # what speaks for the class
+        if task.enlarge:
+            heats = {key: upsample(heat[None, None], size)[0, 0] for key, heat in heats.items()}
+        for key, heat in heats.items():
+            save_overlay(files[key], view, heat)
+        if len(heats) > 1:
+            asked = f"      explained: {name(target)}  {float(line.confidence[target]):.0%}"
+            title = top + (asked if task.targets is not None or task.top_k > 1 else "")
+            columns = {_heading(task.explainers[key], target): [heat] for key, heat in heats.items()}
+            figure([view], columns, titles=[title], path=files["compared"])
+        yield [file.name for file in files.values()]
 
 
 def _heading(explainer: Attribution, target: int) -> str:
@@ -110,42 +370,8 @@ def _heading(explainer: Attribution, target: int) -> str:
     return explainer.get_name() + (" (not trained on this class)" if unseen else "")
 
 
-def _draw(photo: _Photo, image: Any, box: Box, columns: dict[str, Tensor], title: str, colours: dict[str, Any]) -> None:
-    """A picture of the whole photograph for each method, the part that the model saw outlined, and one of them all."""
-    for file, (heading, found) in zip(photo.files.values(), columns.items(), strict=False):
-        write_picture(file, picture(image, found, f"{title}\n{heading}", box=box, **colours).save)
-    if len(columns) > 1:
-        maps = {heading: [found] for heading, found in columns.items()}
-        figure([image], maps, titles=[title], path=photo.files["compared"], boxes=[box], **colours)
-
-
-def _asked(loaded: LoadedModel, target: int) -> str:
-    """What a class that was asked for adds to the names of its pictures, so that they stand beside those of others."""
-    name = "-".join(re.findall(r"\w+", loaded.class_names[target])) if loaded.class_names else ""
-    return f"-{target}" + (f"-{cut(name, 40)}" if name else "")
-
-
-def _plan(paths: Sequence[Path], folder: Path, names: list[str], asked: str) -> list[_Photo]:
-    """Which files will be written; never one of the photographs."""
-    base = os.path.commonpath([path.absolute().parent for path in paths])
-    kinds = [*names, "compared"] if len(names) > 1 else names
-    photos = []
-    for path, stem in zip(paths, own_stems(paths), strict=True):
-        files = {kind: folder / f"{stem}-{kind}{asked}.png" for kind in kinds}
-        photos.append(_Photo(path, os.path.relpath(path.absolute(), base), stem, files, asked))
-    own = {path.resolve() for path in paths}
-    for photo in photos:
-        for file in photo.files.values():
-            if file.resolve() in own:
-                raise DataError(f"output: '{file}' would replace a photograph; choose another folder with --output")
-    return photos
-
-
-def _device_of(loaded: LoadedModel) -> torch.device:
-    return next(loaded.model.parameters()).device
-
-
-def _progress(steps: range) -> Iterator[int]:
+def _progress(batches: Iterable[_Value], count: int) -> Iterator[_Value]:
     from tqdm.auto import tqdm
 
-    return iter(tqdm(steps, desc="explain", unit="batch", disable=None if len(steps) > 1 else True, leave=False))
+    off = None if count > 1 and distributed.is_first() else True
+    return iter(tqdm(batches, total=count, desc="explain", unit="batch", disable=off, leave=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -95,7 +96,8 @@ def load_model(options: Any) -> LoadedModel:
     names = None if options.classes is None else read_class_names(options.classes)
     device = options.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun: a process for each GPU
+        device = own if torch.cuda.is_available() else "cpu"
     return load(options.model, weights=options.weights, class_names=names, device=device)
 
 

@@ -1,0 +1,231 @@
+"""Photographs as a stream: their names in little memory, each decoded once, shared out among torchrun's processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from attrib_zoo.errors import AttribZooError, DataError, reason
+from attrib_zoo.models.photos import open_photo
+from attrib_zoo.training import distributed
+
+Interval = tuple[int, int]
+"""Photographs by their numbers, from the first to before the second."""
+
+CHUNK = 512
+"""Photographs that a process takes at a time, and as many as one file of maps holds."""
+
+_Value = TypeVar("_Value")
+
+
+class Names(Sequence[str]):
+    """Many file names as one string of bytes: 60 bytes each where a list of paths takes 500.
+
+    Processes that read photographs share it; reading a list would copy it into each, for the count of its references.
+    """
+
+    def __init__(self, names: Iterable[str | os.PathLike[str]]) -> None:
+        text, ends = bytearray(), array("q", [0])
+        for name in names:
+            text += os.fsencode(name)
+            ends.append(len(text))
+        self._text, self._ends = bytes(text), ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]])
+
+    def digest(self) -> str:
+        """A checksum of all names and their order."""
+        return hashlib.sha256(self._text + self._ends.tobytes()).hexdigest()[:32]
+
+
+@dataclass
+class Batch:
+    """Photographs as they come from the loader.
+
+    Attributes:
+        interval: their numbers.
+        good: the numbers of those that could be read.
+        images: ``(N, C, H, W)`` of the good ones; ``None`` where there is none.
+        views: for the eye, uint8 ``(3, H, W)`` each; ``None`` where no picture is drawn.
+        wrong: number -> what is wrong with the file.
+    """
+
+    interval: Interval
+    good: list[int] = field(default_factory=list)
+    images: Tensor | None = None
+    views: list[Tensor | None] = field(default_factory=list)
+    wrong: dict[int, str] = field(default_factory=dict)
+
+
+_Item = tuple[int, Tensor | None, Tensor | None, str]
+
+
+class _Reader(Dataset[_Item]):
+    """Each photograph decoded once: for the model, and from the same decoded image for the eye."""
+
+    def __init__(self, names: Names, transform: Callable[[Any], Tensor], view: Callable[[Any], Tensor] | None) -> None:
+        self.names, self.transform, self.view = names, transform, view
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> _Item:
+        path = Path(self.names[index])
+        try:
+            photo = open_photo(path)
+        except DataError as error:
+            return index, None, None, str(error)
+        try:
+            image = self.transform(photo)
+            view = None if self.view is None else (self.view(photo) * 255).round().to(torch.uint8)
+        except Exception as error:  # a photograph of one pixel by a million, say
+            return index, None, None, f"'{path}' cannot be brought to the model's size ({reason(error)}); remove it"
+        return index, image, view, ""
+
+
+class _Steps:
+    """Batches of numbers that do not cross the ends of intervals."""
+
+    def __init__(self, intervals: Sequence[Interval], batch_size: int) -> None:
+        self.intervals, self.batch_size = intervals, batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start, stop in self.intervals:
+            for first in range(start, stop, self.batch_size):
+                yield list(range(first, min(first + self.batch_size, stop)))
+
+    def __len__(self) -> int:
+        return sum(-(-(stop - start) // self.batch_size) for start, stop in self.intervals)
+
+
+def _collate(items: Sequence[_Item]) -> Batch:
+    batch = Batch((items[0][0], items[-1][0] + 1))
+    images = []
+    for index, image, view, wrong in items:
+        if image is None:
+            batch.wrong[index] = wrong
+        else:
+            images.append(image)
+            batch.good.append(index)
+            batch.views.append(view)
+    batch.images = torch.stack(images) if images else None
+    return batch
+
+
+def loader(
+    names: Names,
+    intervals: Sequence[Interval],
+    transform: Callable[[Any], Tensor],
+    view: Callable[[Any], Tensor] | None,
+    *,
+    batch_size: int,
+    workers: int,
+) -> DataLoader[Any]:
+    """Batches of the photographs in these intervals, in their order; ``workers`` processes read a little ahead."""
+    steps: Any = _Steps(intervals, batch_size)
+    reader = _Reader(names, transform, view)
+    return DataLoader(reader, batch_sampler=steps, num_workers=workers, collate_fn=_collate)
+
+
+def watched(batches: DataLoader[Any]) -> Iterator[Batch]:
+    """The loader's batches; a reading process that dies ends in a sentence.
+
+    Raises:
+        DataError: it died.
+    """
+    it = iter(batches)
+    while True:
+        try:
+            batch = next(it)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            raise DataError(
+                f"workers: a process that reads photographs ended ({reason(error)}), as when memory runs out; use "
+                "fewer --workers"
+            ) from error
+        yield batch
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def left(count: int, done: Iterable[Interval]) -> list[Interval]:
+    """What is left of so many photographs."""
+    found, first = [], 0
+    for start, stop in sorted(done):
+        if first < start:
+            found.append((first, start))
+        first = max(first, stop)
+    return [*found, (first, count)] if first < count else found
+
+
+def shared_out(intervals: Sequence[Interval], batch_size: int) -> list[Interval]:
+    """The part of this process, in pieces: every so-many-th, and as many photographs as the others have."""
+    size, rank = distributed.world_size(), distributed.rank()
+    whole = sum(stop - start for start, stop in intervals)
+    turns = max(1, round(whole / (size * CHUNK)))
+    piece = max(batch_size, -(-whole // (size * turns)))
+    found, before = [], 0
+    for start, stop in intervals:
+        first = start
+        while first < stop:
+            number, into = divmod(before + first - start, piece)
+            last = min(stop, first + piece - into)
+            if number % size == rank:
+                found.append((first, last))
+            first = last
+        before += stop - start
+    return found
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the processes that ``torchrun`` started; alone, nothing happens."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=365))  # the first to end waits for the last
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def from_first(find: Callable[[], _Value]) -> _Value:
+    """What the first process finds, in all of them; its error too."""
+    held: tuple[Any, AttribZooError | None] = (None, None)
+    if distributed.is_first():
+        try:
+            held = find(), None
+        except AttribZooError as error:
+            if distributed.world_size() == 1:
+                raise
+            held = None, error
+    value, error = distributed.everyone(held)[0]
+    if error is not None:
+        raise error
+    found: _Value = value
+    return found
