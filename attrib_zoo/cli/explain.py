@@ -230,10 +230,6 @@ def _job(options: Any, task: _Task, few: bool) -> str:
         lines = _run(options, task, job, mine, keep=few and not options.resume)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues with --resume") from None
-    finally:
-        if distributed.world_size() == 1:
-            with suppress(DataError):
-                job.finish()
     distributed.everyone(None)  # all are done
     explained, skipped = from_first(job.finish)
     if not distributed.is_first():
@@ -298,6 +294,7 @@ def _run(options: Any, task: _Task, job: Job, mine: Sequence[Interval], *, keep:
     except BaseException:
         with suppress(DataError):  # the first error is the one to report
             part.write()
+            job.finish()
         raise
     part.write()
     return kept
@@ -348,7 +345,7 @@ def _lines(task: _Task, batch: Batch) -> list[_Line]:
 
 def _draw(task: _Task, line: _Line, view: Tensor, size: Sequence[int]) -> Iterator[list[str]]:
     """The pictures of a photograph, for each class; returns their names."""
-    name, stem = task.loaded.class_name, (task.stems or {})[line.index]
+    name, stem = task.loaded.class_name, "" if task.stems is None else task.stems[line.index]
     top = f"{name(line.decision)}  {float(line.confidence[line.decision]):.0%}"
     for target, maps in zip(line.classes, line.maps, strict=True):
         files = task.files(stem, target)
