@@ -60,7 +60,7 @@ def studio(files: Path) -> Studio:
 def test_maps_are_those_of_the_library(studio, files, loaded, tmp_path) -> None:
     sight = studio.look(files / "wide.png")
     image = loaded.transform(Image.open(files / "wide.png"))[None]
-    shares = loaded.model(image).softmax(1)[0]
+    shares = loaded.model(image).softmax(1)[0].detach()
     assert torch.allclose(sight.confidence, shares, atol=1e-6)
     assert [index for _, index, _ in studio.top(sight)] == shares.argsort(descending=True).tolist()
     found, wrong = studio.explain(sight, [2, 4], ["gradcam", "hirescam"])

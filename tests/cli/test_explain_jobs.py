@@ -92,7 +92,7 @@ def test_maps_and_table_are_those_of_the_library(files, loaded, words, tmp_path,
     methods = {"gradcam": GradCAM(loaded.model, upsample=False), "layercam": LayerCAM(loaded.model, upsample=False)}
     for first, second in zip(found[::2], found[1::2], strict=True):
         image = photo(files, loaded, first["photo"])
-        share = loaded.model(image).softmax(1)[0]
+        share = loaded.model(image).softmax(1)[0].detach()
         best = share.argsort(descending=True)[:2].tolist()
         assert [first["class"], second["class"]] == best
         assert first["decision"] == second["decision"] == best[0]
@@ -133,7 +133,7 @@ def test_several_classes_have_pictures_of_their_own(files, words, loaded, tmp_pa
         "p3-gradcam-2-cat.png",
         "p3-gradcam-4-elk.png",
     ]
-    share = loaded.model(photo(files, loaded, "p3.png")).softmax(1)[0]
+    share = loaded.model(photo(files, loaded, "p3.png")).softmax(1)[0].detach()
     out = capsys.readouterr().out
     assert "p3-gradcam{-2-cat,-4-elk}.png" in out
     assert f"{share[2]:.1%}" in out
