@@ -209,7 +209,7 @@ def _explain() -> ArgumentParser:
     add("--output", default="explanations", metavar="FOLDER", help="where the results go (default: explanations)")
     add("--no-pictures", action="store_true", help="draw nothing")
     add("--maps", metavar="NAME", help="also write raw maps, float16 as the layer has them: safetensors or npz")
-    add("--table", metavar="NAME", help="also write a table: jsonl or parquet (default: jsonl above 100 photographs)")
+    add("--table", metavar="NAME", help="also write a table: jsonl or parquet (default: jsonl above 64 photographs)")
     add("--batch-size", type=PositiveInt, default=8, metavar="N", help="photographs at once (default: 8)")
     add("--workers", type=NonNegativeInt, default=0, metavar="N", help="processes that read photographs (default: 0)")
     add("--skip-bad", action="store_true", help="leave out files that are no images, and list them, not stop")

@@ -19,16 +19,16 @@ from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.cli.shared import accepted, explainers, load_model, methods, settings_of
 from attrib_zoo.errors import AttribZooError, DataError, OptionError
-from attrib_zoo.masking import mean_filter, min_max
+from attrib_zoo.masking import mean_filter
 from attrib_zoo.models import LoadedModel
-from attrib_zoo.models.crop import Box, placed, seen
 from attrib_zoo.models.onepass import answer
 from attrib_zoo.models.photos import open_photo
-from attrib_zoo.visualize import overlay
+from attrib_zoo.visualize import ALPHA, Box, overlay
 
 MOST_CLASSES, MOST_METHODS = 2, 4
 _TOP = 5  # classes that are listed
 _SHOWN = 1024  # pixels of the longer side of the photograph that is drawn on
+OPACITY = ALPHA
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Sight:
         name: of the file.
         pixels: uint8 ``(H, W, 3)``, the photograph as it is drawn.
         image: ``(1, C, H, W)``, as the model takes it.
-        box: the part that the model sees.
+        box: the part that the model sees, in pixels.
         confidence: ``(K,)``.
         maps: (class, method) -> raw map ``(h, w)``, in the order in which they are shown.
     """
@@ -98,9 +98,11 @@ class Studio:
         image = self.loaded.transform(photo)[None].to(next(self.loaded.model.parameters()).device)
         with torch.no_grad():
             outputs = self.loaded.model(image)
-        box = seen(self.loaded.view, photo.width, photo.height)
         small = photo.copy()
         small.thumbnail((_SHOWN, _SHOWN))
+        across, down = small.width / photo.width, small.height / photo.height
+        left, top, right, bottom = self.loaded.seen(photo)
+        box = left * across, top * down, right * across, bottom * down
         confidence = _confidence(outputs, self.score)
         return Sight(name or Path(path).name, np.asarray(small.convert("RGB")), image, box, confidence)
 
@@ -149,8 +151,8 @@ def _confidence(outputs: Tensor, score: str) -> Tensor:
     return class_scores(outputs, score)[0].float().cpu()
 
 
-def picture(sight: Sight, target: int, method: str, opacity: float, smooth: float) -> np.ndarray[Any, Any]:
-    """A map over the original photograph, uint8 ``(H, W, 3)``; what the model does not see is grey and pale.
+def drawn(sight: Sight, target: int, method: str, opacity: float, smooth: float) -> np.ndarray[Any, Any]:
+    """A map over the original photograph, uint8 ``(H, W, 3)``; what the model sees is outlined, the rest is pale.
 
     Args:
         sight: what is looked at.
@@ -161,18 +163,19 @@ def picture(sight: Sight, target: int, method: str, opacity: float, smooth: floa
     """
     heat = sight.maps[target, method].clamp(min=0)  # what speaks for the class
     size = 2 * round(smooth * min(heat.shape) / 2) + 1
-    heat = min_max(mean_filter(heat[None, None], size))[0, 0]
-    whole, inside = placed(heat, sight.box, sight.pixels.shape[:2])
+    heat = mean_filter(heat[None, None], size)[0, 0]
     photo = torch.from_numpy(sight.pixels.copy()).permute(2, 0, 1).float() / 255
-    pale = (photo.mean(0, keepdim=True) * 0.35 + 0.6).expand(3, -1, -1)
-    return overlay(torch.where(inside, photo, pale), whole, alpha=opacity)
+    left, top, right, bottom = (max(0, round(edge)) for edge in sight.box)
+    shown = (photo.mean(0, keepdim=True) * 0.35 + 0.6).expand(3, -1, -1).clone()
+    shown[:, top:bottom, left:right] = photo[:, top:bottom, left:right]
+    return overlay(shown, heat, alpha=opacity, box=sight.box)
 
 
 def gallery(studio: Studio, sight: Sight, opacity: float, smooth: float) -> str:
     """All maps side by side, as HTML."""
     cells = []
     for target, method in sight.maps:
-        source = _jpeg(picture(sight, target, method, opacity, smooth))
+        source = _jpeg(drawn(sight, target, method, opacity, smooth))
         name = html.escape(studio.loaded.class_name(target))
         title = html.escape(studio.explainer(method).get_name())
         share = f"{float(sight.confidence[target]):.1%}"
@@ -209,17 +212,18 @@ def write_picture(studio: Studio, sight: Sight, opacity: float, smooth: float, p
                 title = title[:-2] + "…"
             draw.text((x + 2, y + 4), title, fill="black", font=font)
             if (target, method) in sight.maps:
-                sheet.paste(Image.fromarray(picture(sight, target, method, opacity, smooth)), (x, y + line))
+                sheet.paste(Image.fromarray(drawn(sight, target, method, opacity, smooth)), (x, y + line))
     sheet.save(path)
     return path
 
 
 def write_maps(studio: Studio, sight: Sight, path: Path) -> Path:
     """One npz: each raw map under ``class-method``, and ``about``, JSON that says what they are of."""
+    height, width = sight.pixels.shape[:2]
     arrays = {f"{target}-{method}": heat.numpy() for (target, method), heat in sight.maps.items()}
     about = {
         "photo": sight.name,
-        "seen": sight.box,
+        "seen": [sight.box[0] / width, sight.box[1] / height, sight.box[2] / width, sight.box[3] / height],
         "classes": {str(c): studio.loaded.class_name(c) for c, _ in sight.maps},
         "confidence": {str(c): float(sight.confidence[c]) for c, _ in sight.maps},
     }

@@ -7,18 +7,19 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli.parts import SKIPPED, Job, Part, check_formats, spelt
 from attrib_zoo.cli.shared import explainers, load_model
-from attrib_zoo.cli.stream import Batch, Interval, Names, from_first, left, loader, shared_out, together, watched
+from attrib_zoo.cli.stream import Batch, Interval, Names, View, from_first, left, loader, shared_out, together, watched
 from attrib_zoo.errors import DataError, OptionError, TargetError, aligned
 from attrib_zoo.masking import upsample
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
@@ -27,9 +28,11 @@ from attrib_zoo.models.onepass import answer
 from attrib_zoo.models.photos import cut, find_photos, own_stems, writable_folder
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import fingerprint
-from attrib_zoo.visualize import figure, save_overlay
+from attrib_zoo.visualize import Box, check_colours, figure, in_colour, picture, write_picture
 
-_FEW = 100  # photographs that are held in memory, and whose table is printed
+_FEW = 64  # photographs that are held in memory, and whose table is printed
+_LARGEST = 2048  # pixels of the longer side of a photograph that is drawn on
+_BICUBIC = 3  # PIL's name for it
 _Value = TypeVar("_Value")
 
 
@@ -50,6 +53,7 @@ class _Task:
     top_k: int
     contrast: int | None
     score: str
+    colours: dict[str, Any]
     stems: Names | None
     originals: frozenset[int]
     enlarge: bool
@@ -85,9 +89,26 @@ class _Task:
 
     def loader(self, intervals: Sequence[Interval], options: Any) -> DataLoader[Any]:
         """These photographs, and what of them is for the eye where pictures are drawn."""
-        view = None if self.stems is None else self.loaded.view
+        view = None if self.stems is None else _Eye(replace(self.loaded, model=nn.Identity()))
         sizes = {"batch_size": options.batch_size, "workers": options.workers}
         return loader(self.names, intervals, self.loaded.transform, view, **sizes)
+
+
+@dataclass
+class _Eye:
+    """A photograph as it is drawn on, and what of it the model sees; sent to the processes that read, so no model."""
+
+    loaded: LoadedModel
+    known: dict[tuple[int, int], Box] = field(default_factory=dict)
+
+    def __call__(self, photo: Any) -> View:
+        if photo.size not in self.known:
+            self.known = {photo.size: self.loaded.seen(photo)}
+        box, scale = self.known[photo.size], min(1.0, _LARGEST / max(photo.size))
+        small = photo.resize([max(1, round(side * scale)) for side in photo.size], _BICUBIC) if scale < 1 else photo
+        across, down = small.width / photo.width, small.height / photo.height
+        pixels = torch.from_numpy(np.array(in_colour(small))).permute(2, 0, 1)
+        return pixels, (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
 
 
 @dataclass(frozen=True)
@@ -105,18 +126,19 @@ class _Line:
 def explain(options: Any) -> str:
     """Write overlays, maps and tables of photographs, and say what the model saw in them."""
     check_formats(options.maps, options.table)
+    colours = {"alpha": options.alpha, "colormap": check_colours(options.alpha, options.colormap)}
     if options.target is not None and options.top_k > 1:
         raise OptionError("top_k: explains the classes that the model ranks first; leave it or --target out")
     with together():
         names = from_first(lambda: Names(find_photos(options.photos, leave_out=Path(options.output))))
         few = len(names) <= _FEW and distributed.world_size() == 1
-        task = _task(options, names)
+        task = _task(options, names, colours)
         if few and not (options.maps or options.table or options.resume):
             return _few(options, task)
         return _job(options, task, few)
 
 
-def _task(options: Any, names: Names) -> _Task:
+def _task(options: Any, names: Names, colours: dict[str, Any]) -> _Task:
     loaded = load_model(options)
     targets = None if options.target is None else _targets(loaded, options.target)
     if options.top_k > loaded.num_classes:
@@ -135,6 +157,7 @@ def _task(options: Any, names: Names) -> _Task:
         top_k=options.top_k,
         contrast=options.contrast,
         score=options.score,
+        colours=colours,
         stems=Names(own_stems([Path(name) for name in names])) if pictures else None,
         originals=frozenset(hash(os.path.realpath(name)) for name in names) if pictures else frozenset(),
         enlarge=bool(options.maps),
@@ -343,22 +366,26 @@ def _lines(task: _Task, batch: Batch) -> list[_Line]:
     return lines
 
 
-def _draw(task: _Task, line: _Line, view: Tensor, size: Sequence[int]) -> Iterator[list[str]]:
-    """The pictures of a photograph, for each class; returns their names."""
+def _draw(task: _Task, line: _Line, view: View, size: Sequence[int]) -> Iterator[list[str]]:
+    """The pictures of a photograph, for each class, the part that the model saw outlined; returns their names."""
     name, stem = task.loaded.class_name, "" if task.stems is None else task.stems[line.index]
-    top = f"{name(line.decision)}  {float(line.confidence[line.decision]):.0%}"
+    photo, box = view
+    decided = f"{name(line.decision)}  {float(line.confidence[line.decision]):.0%}"
     for target, maps in zip(line.classes, line.maps, strict=True):
         files = task.files(stem, target)
+        title = decided
+        if task.targets is not None or task.top_k > 1:
+            title = f"explained: {name(target)}  {float(line.confidence[target]):.0%}      decided: {decided}"
         heats = {key: heat.clamp(min=0) for key, heat in maps.items()}  # what speaks for the class
         if task.enlarge:
             heats = {key: upsample(heat[None, None], size)[0, 0] for key, heat in heats.items()}
+        headings = {key: _heading(task.explainers[key], target) for key in heats}
         for key, heat in heats.items():
-            save_overlay(files[key], view, heat)
+            drawn = picture(photo, heat, f"{title}\n{headings[key]}", box=box, **task.colours)
+            write_picture(files[key], drawn.save)
         if len(heats) > 1:
-            asked = f"      explained: {name(target)}  {float(line.confidence[target]):.0%}"
-            title = top + (asked if task.targets is not None or task.top_k > 1 else "")
-            columns = {_heading(task.explainers[key], target): [heat] for key, heat in heats.items()}
-            figure([view], columns, titles=[title], path=files["compared"])
+            columns = {headings[key]: [heat] for key, heat in heats.items()}
+            figure([photo], columns, titles=[title], path=files["compared"], boxes=[box], **task.colours)
         yield [file.name for file in files.values()]
 
 

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from attrib_zoo.cli.app import MOST_CLASSES, MOST_METHODS, Sight, Studio, gallery, write_maps, write_picture
+from attrib_zoo.cli.app import MOST_CLASSES, MOST_METHODS, OPACITY, Sight, Studio, gallery, write_maps, write_picture
 from attrib_zoo.errors import AttribZooError, OptionError
 
 _LARGEST = "64mb"  # of a file
@@ -100,7 +100,7 @@ def build(studio: Studio, title: str) -> Any:
                     elem_id="methods",
                 )
                 go = gr.Button("Explain", variant="primary", elem_id="go")
-                opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity", elem_id="opacity")
+                opacity = gr.Slider(0, 1, OPACITY, step=0.05, label="Opacity", elem_id="opacity")
                 smooth = gr.Slider(0, 30, 0, step=1, label="Smoothing, % of the map's side", elem_id="smooth")
         said = gr.HTML(_said("Drop a photograph to begin."), elem_id="said")
         maps = gr.HTML(elem_id="maps")

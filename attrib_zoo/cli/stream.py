@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from attrib_zoo.errors import AttribZooError, DataError, reason
 from attrib_zoo.models.photos import open_photo
 from attrib_zoo.training import distributed
+from attrib_zoo.visualize import Box
 
 Interval = tuple[int, int]
 """Photographs by their numbers, from the first to before the second."""
@@ -58,6 +59,10 @@ class Names(Sequence[str]):
         return hashlib.sha256(self._text + self._ends.tobytes()).hexdigest()[:32]
 
 
+View = tuple[Tensor, Box]
+"""A photograph for the eye, uint8 ``(3, H, W)``, and the part of it that the model sees."""
+
+
 @dataclass
 class Batch:
     """Photographs as they come from the loader.
@@ -66,24 +71,24 @@ class Batch:
         interval: their numbers.
         good: the numbers of those that could be read.
         images: ``(N, C, H, W)`` of the good ones; ``None`` where there is none.
-        views: for the eye, uint8 ``(3, H, W)`` each; ``None`` where no picture is drawn.
+        views: for the eye, and the part of it that the model sees; ``None`` where no picture is drawn.
         wrong: number -> what is wrong with the file.
     """
 
     interval: Interval
     good: list[int] = field(default_factory=list)
     images: Tensor | None = None
-    views: list[Tensor | None] = field(default_factory=list)
+    views: list[View | None] = field(default_factory=list)
     wrong: dict[int, str] = field(default_factory=dict)
 
 
-_Item = tuple[int, Tensor | None, Tensor | None, str]
+_Item = tuple[int, Tensor | None, View | None, str]
 
 
 class _Reader(Dataset[_Item]):
     """Each photograph decoded once: for the model, and from the same decoded image for the eye."""
 
-    def __init__(self, names: Names, transform: Callable[[Any], Tensor], view: Callable[[Any], Tensor] | None) -> None:
+    def __init__(self, names: Names, transform: Callable[[Any], Tensor], view: Callable[[Any], View] | None) -> None:
         self.names, self.transform, self.view = names, transform, view
 
     def __len__(self) -> int:
@@ -97,7 +102,7 @@ class _Reader(Dataset[_Item]):
             return index, None, None, str(error)
         try:
             image = self.transform(photo)
-            view = None if self.view is None else (self.view(photo) * 255).round().to(torch.uint8)
+            view = None if self.view is None else self.view(photo)
         except Exception as error:  # a photograph of one pixel by a million, say
             return index, None, None, f"'{path}' cannot be brought to the model's size ({reason(error)}); remove it"
         return index, image, view, ""
@@ -136,7 +141,7 @@ def loader(
     names: Names,
     intervals: Sequence[Interval],
     transform: Callable[[Any], Tensor],
-    view: Callable[[Any], Tensor] | None,
+    view: Callable[[Any], View] | None,
     *,
     batch_size: int,
     workers: int,

@@ -24,7 +24,7 @@ from PIL import Image
 
 from attrib_zoo import GradCAM, HiResCAM, models
 from attrib_zoo.cli import app
-from attrib_zoo.cli.app import Studio, gallery, picture, studio_of, write_maps, write_picture
+from attrib_zoo.cli.app import OPACITY, Studio, drawn, gallery, studio_of, write_maps, write_picture
 from attrib_zoo.errors import DataError, OptionError
 from attrib_zoo.masking import mean_filter
 
@@ -72,9 +72,9 @@ def test_maps_are_those_of_the_library(studio, files, loaded, tmp_path) -> None:
     with np.load(write_maps(studio, found, tmp_path / "m.npz")) as held:
         assert np.array_equal(held["4-hirescam"], found.maps[4, "hirescam"].numpy())
         assert json.loads(str(held["about"]))["classes"] == {"2": "cat", "4": "elk"}
-    sheet = Image.open(write_picture(studio, found, 0.6, 0, tmp_path / "m.png"))
+    sheet = Image.open(write_picture(studio, found, OPACITY, 0, tmp_path / "m.png"))
     assert sheet.width > 2 * 360
-    assert gallery(studio, found, 0.6, 0).count("<figure>") == 4
+    assert gallery(studio, found, OPACITY, 0).count("<figure>") == 4
 
 
 def test_the_original_photograph_is_drawn_on(studio, files) -> None:
@@ -83,15 +83,15 @@ def test_the_original_photograph_is_drawn_on(studio, files) -> None:
     photo = np.asarray(Image.open(files / "wide.png").convert("RGB")).astype(int)
     assert (sight.pixels == photo).all()
     found, _ = studio.explain(sight, [0], ["gradcam"])
-    plain = picture(found, 0, "gradcam", 0.0, 0).astype(int)
-    middle, side = (slice(None), slice(150, 210)), (slice(None), slice(0, 40))
+    plain = drawn(found, 0, "gradcam", 0.0, 0).astype(int)
+    middle, side = (slice(20, 180), slice(150, 210)), (slice(None), slice(0, 40))
     assert np.abs(plain[middle] - photo[middle]).max() <= 1
     assert np.ptp(plain[side], axis=2).max() <= 1  # grey
-    drawn = picture(found, 0, "gradcam", 0.9, 0).astype(int)
-    assert np.abs(drawn - plain)[middle].max() > 60
+    strong = drawn(found, 0, "gradcam", 0.9, 0).astype(int)
+    assert np.abs(strong - plain)[middle].max() > 60
     found.maps[0, "gradcam"] = torch.zeros(12, 12)
     found.maps[0, "gradcam"][3, 9] = 1.0
-    sharp, smooth = (np.abs(picture(found, 0, "gradcam", 0.9, s).astype(int) - plain).sum(2) for s in (0, 0.25))
+    sharp, smooth = (np.abs(drawn(found, 0, "gradcam", 0.9, s).astype(int) - plain).sum(2) for s in (0, 0.25))
     assert (smooth > 30).sum() > 2 * (sharp > 30).sum()
     assert np.unravel_index(sharp.argmax(), sharp.shape)[1] > 180  # right of the middle, as in the map
     size = 2 * round(0.25 * 12 / 2) + 1
@@ -264,12 +264,12 @@ def test_a_photograph_is_explained_in_a_browser(address, browser, files, studio,
     choose(driver, "methods", "hirescam", "layercam")
     one(driver, "#go").click()
     said(driver, "wide.png: done.")
-    drawn = until(lambda: pictures(driver), "pictures")
+    there = until(lambda: pictures(driver), "pictures")
     found, _ = studio.explain(sight, [NAMES.index(first), NAMES.index(other)], ["gradcam", "hirescam", "layercam"])
-    want = re.findall(r'src="([^"]+)" alt="([^"]+)"', gallery(studio, found, 0.6, 0))
-    assert drawn == [(alt, src) for src, alt in want]
-    assert drawn[0][0] == f"GradCAM for {first}"
-    assert len(drawn) == 6
+    want = re.findall(r'src="([^"]+)" alt="([^"]+)"', gallery(studio, found, OPACITY, 0))
+    assert there == [(alt, src) for src, alt in want]
+    assert there[0][0] == f"GradCAM for {first}"
+    assert len(there) == 6
     shot(driver, f"{width}-compared")
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width  # nothing sticks out
     slider = one(driver, "#opacity input[type=range]")
@@ -278,7 +278,7 @@ def test_a_photograph_is_explained_in_a_browser(address, browser, files, studio,
         " arguments[0].dispatchEvent(new Event(kind, {bubbles: true}))",
         slider,
     )
-    plain = until(lambda: pictures(driver) if pictures(driver) != drawn else None, "opacity")
+    plain = until(lambda: pictures(driver) if pictures(driver) != there else None, "opacity")
     assert plain[0][1] == re.search(r'src="([^"]+)"', gallery(studio, found, 0, 0))[1]
     for box in ("png", "npz"):
         link = one(driver, f"#{box}")
@@ -323,4 +323,4 @@ def test_two_users_at_once_see_their_own(address, browser, files, studio) -> Non
         sight = studio.look(files / "photos" / name)
         (_, index, _), *_ = studio.top(sight)
         found, _ = studio.explain(sight, [index], ["gradcam"])
-        assert pictures(driver)[0][1] == re.search(r'src="([^"]+)"', gallery(studio, found, 0.6, 0))[1]
+        assert pictures(driver)[0][1] == re.search(r'src="([^"]+)"', gallery(studio, found, OPACITY, 0))[1]

@@ -249,6 +249,7 @@ def test_every_engine_says_what_attribute_says(wanted, tmp_path, example, needs)
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ENGINES.parents[1]), os.environ.get("PYTHONPATH", "")]),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # by default workers wait for all else on the machine
         "HF_HOME": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
     }
