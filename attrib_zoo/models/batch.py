@@ -185,12 +185,10 @@ class BatchExplainer:
         """The images of the rows that have one, which rows those are, and what is wrong with the others."""
         if len(values) == 0:
             raise DataError("columns: a batch must have at least one image, got none")
-        if (
-            isinstance(values, (np.ndarray, Tensor))
-            and values.ndim == 4
-            and values.dtype not in (np.uint8, torch.uint8)
-        ):
-            return torch.as_tensor(np.array(values)).float(), list(range(len(values))), {}
+        if isinstance(values, Tensor) and values.ndim == 4 and values.is_floating_point():
+            return values.detach().float(), list(range(len(values))), {}
+        if isinstance(values, np.ndarray) and values.ndim == 4 and values.dtype != np.uint8:
+            return torch.from_numpy(values.astype(np.float32)), list(range(len(values))), {}
         images, good, wrong = [], [], {}
         for row, value in enumerate(values):
             image, why = self._image(value, ready, row)

@@ -15,10 +15,10 @@ os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 images = np.random.default_rng(0).random((24, 3, 32, 32), dtype=np.float32)
 explain = BatchExplainer(tiny_cnn, GradCAM, {"class": "label", "map": "heat"})
 shape, written = [[3, 32, 32]], "label long, confidence float, heat array<float>"
-explained = predict_batch_udf(explain.make_predict_fn, return_type=written, batch_size=8, input_tensor_shapes=shape)
 
 spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
 try:
+    explained = predict_batch_udf(explain.make_predict_fn, return_type=written, batch_size=8, input_tensor_shapes=shape)
     rows = [(i, image.ravel().tolist()) for i, image in enumerate(images)]
     table = spark.createDataFrame(rows, "id long, image array<float>")
     found = table.select("id", explained("image").alias("it")).select("id", "it.*").orderBy("id").collect()

@@ -40,7 +40,7 @@ def wanted() -> tuple[np.ndarray, np.ndarray]:
 
 
 def transform(photo: Any) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(photo.convert("RGB").resize((32, 32)))).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(photo.convert("RGB").resize((32, 32)))).permute(2, 0, 1).float() / 255
 
 
 def loaded() -> LoadedModel:
@@ -218,12 +218,12 @@ from attrib_zoo.synthetic import tiny_cnn
 os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 images = np.random.default_rng(0).random((24, 3, 32, 32), dtype=np.float32)
 explain = BatchExplainer(tiny_cnn, GradCAM)
-@pandas_udf("label long, heat array<float>")
 def explained(images: pd.Series) -> pd.DataFrame:
     found = explain({"image": np.stack([image.reshape(3, 32, 32) for image in images])})
     return pd.DataFrame({"label": found["class"], "heat": [heat.ravel() for heat in found["map"]]})
 spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
 try:
+    explained = pandas_udf(explained, "label long, heat array<float>")
     rows = [(i, image.ravel().tolist()) for i, image in enumerate(images)]
     table = spark.createDataFrame(rows, "id long, image array<float>")
     found = table.select("id", explained("image").alias("it")).select("id", "it.*").orderBy("id").collect()
