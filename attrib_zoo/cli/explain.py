@@ -19,7 +19,19 @@ from torch.utils.data import DataLoader
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli.parts import SKIPPED, Job, Part, check_formats, spelt
 from attrib_zoo.cli.shared import explainers, load_model
-from attrib_zoo.cli.stream import Batch, Interval, Names, View, from_first, left, loader, shared_out, together, watched
+from attrib_zoo.cli.stream import (
+    Batch,
+    Interval,
+    Names,
+    View,
+    from_first,
+    left,
+    loader,
+    shared_out,
+    together,
+    wait,
+    watched,
+)
 from attrib_zoo.errors import DataError, OptionError, TargetError, aligned
 from attrib_zoo.masking import upsample
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
@@ -253,7 +265,7 @@ def _job(options: Any, task: _Task, few: bool) -> str:
         lines = _run(options, task, job, mine, keep=few and not options.resume)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command continues with --resume") from None
-    distributed.everyone(None)  # all are done
+    wait()
     explained, skipped = from_first(job.finish)
     if not distributed.is_first():
         return ""

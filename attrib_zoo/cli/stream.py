@@ -229,8 +229,22 @@ def from_first(find: Callable[[], _Value]) -> _Value:
             if distributed.world_size() == 1:
                 raise
             held = None, error
-    value, error = distributed.everyone(held)[0]
+    value, error = _everyone(held)[0]
     if error is not None:
         raise error
     found: _Value = value
+    return found
+
+
+def wait() -> None:
+    """Until all processes have come here, however long that takes."""
+    _everyone(None)
+
+
+def _everyone(value: Any) -> list[Any]:
+    """What each process holds; with the patience of :func:`together`, not with that of a fit."""
+    if distributed.world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * distributed.world_size()
+    dist.all_gather_object(found, value)
     return found
