@@ -40,7 +40,7 @@ from attrib_zoo.models.onepass import answer
 from attrib_zoo.models.photos import cut, find_photos, own_stems, writable_folder
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import fingerprint
-from attrib_zoo.visualize import Box, check_colours, figure, in_colour, picture, write_picture
+from attrib_zoo.visualize import Box, check_colours, figure, picture, write_picture
 
 _FEW = 64  # photographs that are held in memory, and whose table is printed
 _LARGEST = 2048  # pixels of the longer side of a photograph that is drawn on
@@ -117,9 +117,10 @@ class _Eye:
         if photo.size not in self.known:
             self.known = {photo.size: self.loaded.seen(photo)}
         box, scale = self.known[photo.size], min(1.0, _LARGEST / max(photo.size))
-        small = photo.resize([max(1, round(side * scale)) for side in photo.size], _BICUBIC) if scale < 1 else photo
+        size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
+        small = photo.resize(size, _BICUBIC) if scale < 1 else photo
         across, down = small.width / photo.width, small.height / photo.height
-        pixels = torch.from_numpy(np.array(in_colour(small))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)
         return pixels, (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
 
 
