@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from attrib_zoo.cli.app import MOST_CLASSES, MOST_METHODS, OPACITY, Sight, Studio, gallery, write_maps, write_picture
+from attrib_zoo.cli.studio import MOST_CLASSES, MOST_METHODS, OPACITY, Sight, Studio, gallery, write_maps, write_picture
 from attrib_zoo.errors import AttribZooError, OptionError
 
 _LARGEST = "64mb"  # of a file

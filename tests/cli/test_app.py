@@ -24,7 +24,7 @@ from PIL import Image
 
 from attrib_zoo import GradCAM, HiResCAM, models
 from attrib_zoo.cli import app
-from attrib_zoo.cli.app import OPACITY, Studio, drawn, gallery, studio_of, write_maps, write_picture
+from attrib_zoo.cli.studio import OPACITY, Studio, drawn, gallery, studio_of, write_maps, write_picture
 from attrib_zoo.errors import DataError, OptionError
 from attrib_zoo.masking import mean_filter
 
