@@ -23,6 +23,7 @@ from attrib_zoo.masking import mean_filter
 from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.onepass import answer
 from attrib_zoo.models.photos import open_photo
+from attrib_zoo.targets import class_scores, scores_in
 from attrib_zoo.visualize import ALPHA, Box, overlay
 
 MOST_CLASSES, MOST_METHODS = 2, 4
@@ -97,7 +98,7 @@ class Studio:
         photo = open_photo(Path(path))
         image = self.loaded.transform(photo)[None].to(next(self.loaded.model.parameters()).device)
         with torch.no_grad():
-            outputs = self.loaded.model(image)
+            outputs = scores_in(self.loaded.model(image))
         small = photo.copy()
         small.thumbnail((_SHOWN, _SHOWN))
         across, down = small.width / photo.width, small.height / photo.height
@@ -146,8 +147,6 @@ class Studio:
 
 
 def _confidence(outputs: Tensor, score: str) -> Tensor:
-    from attrib_zoo.targets import class_scores
-
     return class_scores(outputs, score)[0].float().cpu()
 
 
