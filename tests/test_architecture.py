@@ -30,7 +30,6 @@ ORDER = (
 )
 """Modules and packages from the ground up: each may import what stands before it, and nothing else of the house."""
 
-<<<<<<< HEAD
 INSIDE_FUNCTIONS = {
     "torchvision",
     "timm",
@@ -40,11 +39,8 @@ INSIDE_FUNCTIONS = {
     "safetensors",
     "huggingface_hub",
     "transformers",
-=======
-INSIDE_FUNCTIONS = {"torchvision", "timm", "matplotlib", "PIL", "tqdm", "safetensors", "huggingface_hub"} | {
     "pyarrow",
     "gradio",
->>>>>>> d814eb5 (explain: streams over any number of photographs; batch engines and a page, not yet run)
 }
 PRINTS = {"cli"}
 LONGEST_FUNCTION = 70
