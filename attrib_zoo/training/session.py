@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +47,9 @@ class Explainer(Protocol):
 
     def taps(self, inputs: Tensor, additional_forward_args: Any = None) -> tuple[Tap, ...]:
         """The layers, resolved."""
+
+    def placed(self, inputs: Tensor, args: Sequence[Any] = ()) -> AbstractContextManager[None]:
+        """Inside, maps are enlarged to where their grids lie."""
 
     def options(self) -> dict[str, Any]:
         """The options of its constructor."""

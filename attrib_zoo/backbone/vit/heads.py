@@ -91,11 +91,13 @@ def heads_of(module: nn.Module, name: str, dtype: torch.dtype) -> Heads:
         UnsupportedModelError: it is made of other parts.
     """
     norms: tuple[Any, Any] = (None, None)
+    weight: Tensor
+    bias: Tensor | None
     out: nn.Linear | None
     if isinstance(module, nn.MultiheadAttention):
-        weight, bias, out = module.in_proj_weight, module.in_proj_bias, module.out_proj
-        if weight is None or module.bias_k is not None or module.add_zero_attn or not module.batch_first:
+        if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn or not module.batch_first:
             raise refuse(name, module, "only batch_first=True with one in_proj_weight and nothing added is known")
+        weight, bias, out = module.in_proj_weight, module.in_proj_bias, module.out_proj
         count = module.num_heads
     else:
         weight, bias = _projections(module, name)
