@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from captum.attr import Attribution, LayerGradCam
 from contract_samples import SmallCAM, SmallMasks, SmallTrained
 from planted_faults import PLANTED, assert_caught, caught_by, planted_in
@@ -55,9 +56,29 @@ def test_a_right_class_passes(cls):
     assert all(result == "passed" or result.startswith("skipped: ") for result in report(cls).values())
 
 
+class SmallWhole(SmallCAM):
+    """Its map comes at the size of the image only."""
+
+    def __init__(self, model, layers=None):
+        super().__init__(model, layers)
+
+
 def test_each_check_applies_to_a_right_class():
     passed = {name for cls in RIGHT for name, result in report(cls).items() if result == "passed"}
-    assert set(CHECKS) - passed <= {"gpu"}
+    CHECKS["smooth_enlargement"](SmallWhole)
+    assert set(CHECKS) - passed <= {"gpu", "smooth_enlargement"}
+
+
+def test_regions_of_one_value_are_said_to_be_meant():
+    class Regions(SmallWhole):
+        def finish(self, heat, images):
+            return F.interpolate(heat, images.shape[2:], mode="nearest").expand_as(images).contiguous()
+
+    with pytest.raises(ContractError, match="enlarge maps bilinearly"):
+        CHECKS["smooth_enlargement"](Regions)
+    Regions.piecewise_constant = True
+    with pytest.raises(Inapplicable, match="piecewise constant"):
+        CHECKS["smooth_enlargement"](Regions)
 
 
 def test_every_check_has_a_planted_fault():
