@@ -136,7 +136,8 @@ def throughput(folder: Path, count: int, name: str, workers: int, rounds: int) -
     images = torch.stack([loaded.transform(Image.open(path)) for path in list(names)[:8]])
     ttame = TTAME(loaded.model).fit([images], max_steps=0, show_progress=False)
     ttame.upsample = False
-    task = _Task(names, "/", folder, loaded, {"ttame": ttame}, None, 1, None, "softmax", None, frozenset(), True)
+    asked = {"targets": None, "top_k": 1, "contrast": None, "score": "softmax", "colours": {}, "stems": None}
+    task = _Task(names, "/", folder, loaded, {"ttame": ttame}, **asked, originals=frozenset(), enlarge=True)
 
     def batches() -> Iterator[Batch]:
         interval = [(0, len(names))]
