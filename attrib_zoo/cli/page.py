@@ -16,7 +16,11 @@ _HOUR = 3600  # seconds after which files are deleted
 
 _CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
-.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 14px; }
+.gradio-container > main, .gradio-container .wrap { max-width: 100% !important; }
+#said, #top, #maps { padding: 0 !important; }
+#said .html-container, #top .html-container, #maps .html-container { padding: 0 !important; }
+.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); gap: 14px; }
+.maps + .maps { margin-top: 18px; }
 .maps figure { margin: 0; min-width: 0; max-width: 620px; }
 .maps img { width: 100%; height: auto; display: block; border-radius: 6px; }
 .maps figcaption { padding: 6px 2px 0; line-height: 1.35; font-size: 14px; overflow-wrap: anywhere; }
@@ -25,8 +29,9 @@ _CSS = """
 .said { padding: 10px 14px; border-radius: 6px; background: var(--block-background-fill);
   border: 1px solid var(--border-color-primary); }
 .said.wrong { background: #fdecea; border-color: #e0a8a0; color: #7a1c10; }
-.top { width: 100%; border-collapse: collapse; font-size: 14px; }
-.top td { padding: 4px 6px; border: 0; } .top td:last-child { text-align: right; width: 5em; }
+.top { width: 100%; border-collapse: collapse; font-size: 14px; margin: 0 !important; }
+.top, .top tr, .top td { border: 0 !important; }
+.top td { padding: 4px 6px !important; } .top td:last-child { text-align: right; width: 5em; }
 .top .bar { height: 5px; border-radius: 3px; background: var(--color-accent); min-width: 2px; }
 """
 
@@ -79,12 +84,14 @@ def build(studio: Studio, title: str) -> Any:
 
     acts = _Acts(studio)
     names = [(studio.loaded.class_name(i), i) for i in range(studio.loaded.num_classes)]
-    with gr.Blocks(title=f"{title} explained", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as blocks:
+    with gr.Blocks(
+        title=f"{title} explained", analytics_enabled=False, delete_cache=(_HOUR, _HOUR), fill_width=True
+    ) as blocks:
         state = gr.State(None)
         gr.Markdown(f"## Which regions made `{title}` decide?")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                file = gr.File(label="A photograph", type="filepath", elem_id="photo", height=110)
+                file = gr.File(label="A photograph", type="filepath", elem_id="photo", height=150)
                 preview = gr.Image(label="As it is", show_label=False, interactive=False, visible=False, buttons=[])
                 top = gr.HTML(elem_id="top")
             with gr.Column(scale=1, min_width=300):

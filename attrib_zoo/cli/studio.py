@@ -171,18 +171,18 @@ def drawn(sight: Sight, target: int, method: str, opacity: float, smooth: float)
 
 
 def gallery(studio: Studio, sight: Sight, opacity: float, smooth: float) -> str:
-    """All maps side by side, as HTML."""
-    cells = []
+    """All maps side by side, as HTML: a row for each class."""
+    rows: dict[int, str] = {}
     for target, method in sight.maps:
         source = _jpeg(drawn(sight, target, method, opacity, smooth))
         name = html.escape(studio.loaded.class_name(target))
         title = html.escape(studio.explainer(method).get_name())
         share = f"{float(sight.confidence[target]):.1%}"
-        cells.append(
+        rows[target] = rows.get(target, "") + (
             f'<figure><img src="{source}" alt="{title} for {name}">'
             f"<figcaption><b>{name}</b> <span>{share}</span><br>{title}</figcaption></figure>"
         )
-    return f'<div class="maps">{"".join(cells)}</div>'
+    return "".join(f'<div class="maps">{row}</div>' for row in rows.values())
 
 
 def _jpeg(pixels: np.ndarray[Any, Any]) -> str:
