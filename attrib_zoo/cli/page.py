@@ -84,9 +84,8 @@ def build(studio: Studio, title: str) -> Any:
 
     acts = _Acts(studio)
     names = [(studio.loaded.class_name(i), i) for i in range(studio.loaded.num_classes)]
-    with gr.Blocks(
-        title=f"{title} explained", analytics_enabled=False, delete_cache=(_HOUR, _HOUR), fill_width=True
-    ) as blocks:
+    held = {"analytics_enabled": False, "delete_cache": (_HOUR, _HOUR), "fill_width": True}
+    with gr.Blocks(title=f"{title} explained", **held) as blocks:
         state = gr.State(None)
         gr.Markdown(f"## Which regions made `{title}` decide?")
         with gr.Row():
