@@ -19,7 +19,7 @@ _CSS = """
 .gradio-container > main, .gradio-container .wrap { max-width: 100% !important; }
 #said, #top, #maps { padding: 0 !important; }
 #said .html-container, #top .html-container, #maps .html-container { padding: 0 !important; }
-.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); gap: 14px; }
+.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 150px), 1fr)); gap: 14px; }
 .maps + .maps { margin-top: 18px; }
 .maps figure { margin: 0; min-width: 0; max-width: 620px; }
 .maps img { width: 100%; height: auto; display: block; border-radius: 6px; }
