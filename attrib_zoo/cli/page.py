@@ -118,8 +118,9 @@ def build(studio: Studio, title: str) -> Any:
         go.click(
             acts.explain, [state, classes, methods, opacity, smooth], [state, said, *drawn], api_visibility="private"
         )
-        for slider in (opacity, smooth):
-            slider.release(acts.draw, [state, opacity, smooth], drawn, api_visibility="private", show_progress="hidden")
+        last = {"trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
+        for slider in (opacity, smooth):  # while it is drawn, only its last place counts
+            slider.change(acts.draw, [state, opacity, smooth], drawn, **last)
     return blocks
 
 
