@@ -168,11 +168,12 @@ def browser(tmp_path) -> Iterator[Callable[..., Any]]:
         for flag in [*flags.split(), "--disable-component-update", "--disable-sync", "--hide-scrollbars"]:
             options.add_argument(flag)
         options.add_argument(f"--user-data-dir={tmp_path}/profile{len(opened)}")
-        options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
         service = webdriver.ChromeService(shutil.which("chromedriver"))
         driver = webdriver.Chrome(options, service)
         opened.append(driver)
         driver.set_page_load_timeout(120)
+        where = {"behavior": "allow", "downloadPath": str(tmp_path / "downloads")}
+        driver.execute_cdp_cmd("Browser.setDownloadBehavior", where)
         driver.execute_cdp_cmd(  # a window has a least width; this has not
             "Emulation.setDeviceMetricsOverride",
             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
@@ -280,8 +281,7 @@ def test_a_photograph_is_explained_in_a_browser(address, browser, files, studio,
     for box in ("png", "npz"):
         link = one(driver, f"#{box}")
         driver.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", link)
-    files_got = until(lambda: len(list((tmp_path / "downloads").glob("wide-maps.*[gz]"))) == 2, "downloads")
-    assert files_got
+        until(lambda box=box: (tmp_path / f"downloads/wide-maps.{box}").is_file(), f"download of {box}")
     with np.load(tmp_path / "downloads/wide-maps.npz") as held:
         target = NAMES.index(other)
         assert np.allclose(held[f"{target}-layercam"], found.maps[target, "layercam"].numpy(), atol=1e-6)
