@@ -41,6 +41,7 @@ INSIDE_FUNCTIONS = {
     "transformers",
     "pyarrow",
     "gradio",
+    "jinja2",
 }
 PRINTS = {"cli"}
 LONGEST_FUNCTION = 70

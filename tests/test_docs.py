@@ -28,8 +28,10 @@ from attrib_zoo.cli import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
 REFRESH = "ATTRIB_ZOO_REFRESH"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 LONGEST_LINE = 120
+NOT_DRAWN: dict[str, str] = {}
+"""Methods that the gallery names without a picture, and why."""
 
 
 @dataclass
@@ -393,3 +395,16 @@ def test_choosing_layers_lists_every_rule():
 def test_the_changelog_begins_with_this_version():
     heads = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert heads[0].strip("[]") in (attrib_zoo.__version__, "Unreleased")
+
+
+@pytest.mark.slow
+def test_the_gallery_shows_every_method_with_a_caption():
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    card = r"!\[Maps of [^\]]+\]\(images/gallery/(\w+)\.jpg\)\n\n +\*\*\[`(\w+)`\]\([^)]+\)\*\*: (\w.{30,})"
+    cards = re.findall(card, text)
+    assert all(picture == method.lower() for picture, method, _ in cards)
+    missing = set(methods.list_methods()) - {method for _, method, _ in cards}
+    assert missing <= NOT_DRAWN.keys(), "run benchmarks/gallery.py photographs, look, and write what there is to see"
+    assert all(f"`{method}`" in text for method in NOT_DRAWN)
+    total = sum(picture.stat().st_size for picture in (ROOT / "docs" / "images" / "gallery").iterdir())
+    assert total < 1_500_000

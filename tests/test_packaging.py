@@ -1,6 +1,7 @@
 """What is installed is what was tested: the wheel is built, installed into an empty folder and used from there."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,17 +13,25 @@ import pytest
 import attrib_zoo
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("attrib_zoo", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("attrib_zoo", "pyproject.toml", "PACKAGE.md", "LICENSE")
 BESIDE = (
     "tests",
     "docs",
     "examples",
     "benchmarks",
+    "tools",
     ".ci",
+    ".github",
+    ".pre-commit-config.yaml",
     "setup.cfg",
     "MANIFEST.in",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "README.md",
+    "RELEASING.md",
+    "CITATION.cff",
+    "CODE_OF_CONDUCT.md",
+    "mkdocs.yml",
 )
 
 pytestmark = pytest.mark.slow
@@ -87,7 +96,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert packed == {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "attrib_zoo").rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".html") or path.name == "py.typed"
     }
     rest = {name.split("/")[0] for name in names} - {"attrib_zoo"}
     assert rest == {f"attrib_zoo-{attrib_zoo.__version__}.dist-info"}
@@ -124,7 +133,7 @@ def test_it_brings_its_command(site):
 
 
 def test_the_sdist_holds_all_that_is_here(sdist):
-    for folder in ("attrib_zoo", "tests", "docs", "examples", "benchmarks"):
+    for folder in ("attrib_zoo", "tests", "docs", "examples", "benchmarks", "tools", ".ci", ".github"):
         here, there = (
             {p.relative_to(root).as_posix() for p in (root / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"}
             for root in (ROOT, sdist)
@@ -143,3 +152,39 @@ def test_the_sdists_tests_run_from_the_sdist(sdist):
     code = "import attrib_zoo; print(attrib_zoo.__file__)"
     found = subprocess.run([sys.executable, "-c", code], cwd=sdist, env=environment, capture_output=True, text=True)
     assert found.stdout.strip() == str(sdist / "attrib_zoo" / "__init__.py")
+
+
+# ---------------------------------------------------------------------- the index
+
+
+def test_the_index_is_told_what_it_is(wheel):
+    (name,) = [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA")]
+    told = zipfile.ZipFile(wheel).read(name).decode()
+    head, _, text = told.partition("\n\n")
+    for version in ("3.10", "3.11", "3.12", "3.13"):
+        assert f"Classifier: Programming Language :: Python :: {version}\n" in head + "\n"
+    assert text.strip() == (ROOT / "PACKAGE.md").read_text(encoding="utf-8").strip()
+    assert "Project-URL" not in head  # none is known yet, and none is made up: RELEASING.md
+
+
+def relative_links(text: str) -> list[str]:
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", text)
+    return [a or b for a, b in links if not (a or b).startswith(("https://", "#"))]
+
+
+def test_the_text_for_the_index_has_no_link_that_leads_nowhere_there():
+    assert relative_links('[a](docs/index.md) [b](https://captum.ai) <img src="c.jpg">') == ["docs/index.md", "c.jpg"]
+    assert relative_links((ROOT / "PACKAGE.md").read_text(encoding="utf-8")) == []
+
+
+def test_the_index_accepts_the_files(wheel):
+    pytest.importorskip("twine", reason="the extra test brings it, older environments lack it")
+    call = [sys.executable, "-m", "twine", "check", "--strict", str(wheel)]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_one_version_everywhere():
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited
+    assert cited[1] == attrib_zoo.__version__

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from attrib_zoo.benchmark.controls import CHANCE, CONTROLS, PERFECT, UNTRAINED
 from attrib_zoo.benchmark.estimates import Estimate, estimate
+from attrib_zoo.benchmark.markup import table_html
 from attrib_zoo.benchmark.measures import Measure
 from attrib_zoo.benchmark.plots import plot
 from attrib_zoo.benchmark.records import Records
+from attrib_zoo.benchmark.words import summary
 from attrib_zoo.errors import OptionError, aligned
 
 if TYPE_CHECKING:
@@ -227,8 +229,16 @@ class Table:
         """
         return plot(self, across)
 
+    def summary(self) -> str:
+        """What the table shows, in words: who leads, and what these images cannot tell apart."""
+        return summary(self)
+
     def __str__(self) -> str:
         return self.to_text()
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return table_html(self)
 
     def __repr__(self) -> str:
         return f"<Table of {len(self.methods)} methods, {len(self.measures)} measures, {len(self.images)} images>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from attrib_zoo import GradCAM
 from attrib_zoo.benchmark import FAMILIES, Measure, evaluate, write_report
 from attrib_zoo.benchmark.estimates import Estimate, estimate
+from attrib_zoo.benchmark.markup import parts
 from attrib_zoo.errors import DataError, OptionError
 
 NAN = math.nan
@@ -314,6 +316,77 @@ def test_the_plot_bears_equal_values_and_one_image(monkeypatch):
     assert sheet.axes[-1].containers[0].lines[0].get_ydata().tolist() == [0.5]
 
 
+# ---------------------------------------------------------------------- words
+
+
+def summed_up(values: dict[str, list[float]], controls: tuple[str, ...] = (), measure: Measure = LOW) -> str:
+    table = by_hand(values, [measure])
+    table.records.setting = {**table.records.setting, "controls": list(controls)}
+    return table.summary()
+
+
+SPREAD = [0.1 * i % 1 for i in range(40)]
+
+
+def shifted(by: float) -> list[float]:
+    return [value + by for value in SPREAD]
+
+
+def test_words_tell_a_leader_from_a_tie():
+    """Paired: a shift of every image is clear, however far the images spread; one of half of them, up and down, not."""
+    wobble = [value + (0.05 if i % 2 else -0.049) for i, value in enumerate(SPREAD)]
+    assert "a is ahead of all others by AD(50)." in summed_up({"a": SPREAD, "b": shifted(0.01)})
+    assert "b is ahead" in summed_up({"a": SPREAD, "b": shifted(0.01)}, measure=AREA).replace("area", "AD(50)")
+    text = summed_up({"a": SPREAD, "b": wobble, "c": shifted(0.2)})
+    assert "By AD(50), a has the best mean, but these images cannot tell it from b." in text
+    assert "ahead" not in text
+
+
+def test_words_say_where_a_map_that_knows_nothing_is_as_good():
+    wobble = [value + (0.05 if i % 2 else -0.049) for i, value in enumerate(SPREAD)]
+    level = summed_up({"a": SPREAD, "b": shifted(0.01), "random map": wobble})
+    assert "no method can be told from random map, which knows nothing of the model: it ranks nothing here" in level
+    assert "beats every method" in summed_up({"a": SPREAD, "b": SPREAD, "random map": shifted(-0.02)})
+    for harmless in ("perfect map", "a, untrained", "chance"):
+        text = summed_up({"a": SPREAD, "b": shifted(0.01), harmless: shifted(-0.02)}, (harmless,))
+        assert "a is ahead of all others" in text
+
+
+def test_words_admit_few_images_and_a_lonely_method():
+    assert "With fewer than 30 images all of this is a hint" in summed_up({"a": SPREAD[:29], "b": SPREAD[:29]})
+    assert "hint" not in summed_up({"a": SPREAD, "b": SPREAD})
+    assert "a was measured alone" in summed_up({"a": SPREAD, "random map": shifted(0.3)})
+    assert summed_up({"a": [NAN] * 3}).startswith("1 method on 3 images, judged by 1 measure.")
+
+
+def test_a_notebook_shows_words_ties_and_no_empty_column():
+    (first, second) = Measure("one", LOW.compute, lower=True), Measure("two", LOW.compute)
+    table = by_hand({"a<b>": SPREAD, "b": SPREAD, "c": shifted(0.2)}, [first, second])
+    for row in table.records.rows.values():
+        row.values["two"] = NAN
+    text = table._repr_html_()
+    assert html.escape(table.summary()) in text
+    assert "a&lt;b&gt;" in text
+    assert "<b>" not in text
+    assert "two ↑" not in text
+    cells = re.findall(r'<td data-value="[\d.]+"( class="\w+")? data-label="one ↓">', text)
+    assert cells == [' class="best"', ' class="best"', ""]
+    assert "peak MB" in text
+    for cost in table.records.costs.values():
+        cost.peak = None
+    assert "peak MB" not in table._repr_html_()
+    table = by_hand({"a": SPREAD, "b": [v + (0.05 if i % 2 else -0.049) for i, v in enumerate(SPREAD)]}, [first])
+    assert 'class="tied"' in table._repr_html_()
+
+
+def test_many_measures_are_shown_in_parts_that_fit_a_screen():
+    table = by_hand({"a": SPREAD, "b": SPREAD}, [Measure(f"m{i}", LOW.compute) for i in range(19)])
+    found = parts(table)
+    assert [part.title for part in found] == ["", "", "", "Cost"]
+    assert [len(part.head) for part in found[:3]] == [7, 7, 5]
+    assert [name for part in found[:3] for name in part.head] == [f"m{i} ↑" for i in range(19)]
+
+
 # ---------------------------------------------------------------------- the page
 
 
@@ -382,7 +455,9 @@ def test_the_page_needs_nothing_else(page):
     frame = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
     assert len(frame) < 0.2 * len(text)
     assert not re.search(r"https?:|//[a-z]|url\(|@import|<link|src=\"(?!data:image/)", frame)
-    assert len(read.pictures) == 1 + 2 * 3 * 2  # curves; two methods that have values, three images, plain and map
+    assert (
+        len(read.pictures) == 2 + 2 * 3 * 2
+    )  # curves for wide and narrow screens; two methods that have values, three images, plain and map
     assert all(re.match("data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$", picture) for picture in read.pictures)
 
 
@@ -399,15 +474,17 @@ def test_names_are_shown_as_they_are(page):
 def test_the_table_can_be_sorted_by_exact_values_and_the_best_is_bold(page):
     _, read = page
     table = read.table
-    head, *rows = read.rows
+    head, *rows = read.rows[: 1 + len(table.methods)]
     assert len(rows) == len(table.methods) == 3 + 3
-    assert {len(row) for row in read.rows} == {len(head)}
+    assert {len(row) for row in (head, *rows)} == {1 + len(table.measures)}
+    assert len(read.rows) == 2 * (1 + len(table.methods)), "measures, then costs"
     for method, row in zip(table.methods, rows, strict=True):
         assert row[0][0] == method
         for measure, (value, _) in zip(table.measures, row[1:], strict=False):
             mean = table.estimate(method, measure.name).mean
             assert value == ("" if math.isnan(mean) else str(mean))
-        assert all(value == "" or float(value) >= 0 for value, _ in row[1:])
+    for _, *row in read.rows[2 + len(table.methods) :]:
+        assert all(value == "" or float(value) >= 0 for value, _ in row)
     for column, measure in enumerate(table.measures, start=1):
         bold = [row[0][0] for row in rows if row[column][1] == "best"]
         means = {m: table.estimate(m, measure.name).mean for m in table.methods}
@@ -423,7 +500,9 @@ def bold_rows(tmp_path, values, lower=False):
     measure = Measure("m", lambda asked: asked.maps.mean((1, 2, 3)), lower=lower, percent=False)
     table = evaluate(model, methods, Batches(7), [measure], controls=False, show_progress=False)
     path = write_report(tmp_path / "r.html", table, model, {}, lambda i: IMAGES[i], mean=(0.0,) * 3, std=(1.0,) * 3)
-    return re.findall(r'<tr><td data-value="([^"]*)">[^<]*</td><td data-value="[^"]*" class="best">', path.read_text())
+    return re.findall(
+        r'<tr[^>]*><td data-value="([^"]*)">[^<]*</td><td data-value="[^"]*" class="best"', path.read_text()
+    )
 
 
 @pytest.mark.parametrize("lower", [False, True])

@@ -1,0 +1,128 @@
+"""What a table shows, in words: who leads, who cannot be told apart, and where a map that knows nothing is as good."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from attrib_zoo.benchmark.controls import CHANCE, PERFECT, UNTRAINED
+from attrib_zoo.benchmark.estimates import Estimate
+from attrib_zoo.benchmark.measures import Measure
+
+_FEW = 30  # images, below which intervals are no more than a hint
+
+
+class Numbers(Protocol):
+    """What is told of a :class:`~attrib_zoo.benchmark.table.Table`, which imports this module and not the reverse."""
+
+    measures: list[Measure]
+
+    @property
+    def methods(self) -> list[str]:
+        """The rows."""
+
+    @property
+    def controls(self) -> list[str]:
+        """Those of them that explain nothing."""
+
+    @property
+    def images(self) -> list[int]:
+        """The places of the images."""
+
+    def estimate(self, method: str, measure: str) -> Estimate:
+        """Mean and interval."""
+
+    def difference(self, method: str, other: str, measure: str) -> Estimate:
+        """Mean and interval of the difference."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Who stands where by one measure.
+
+    Attributes:
+        measure: its name.
+        best: the method with the best mean; ``None`` where no method has one.
+        tied: the other methods whose difference from the best these images do not tell from 0, also for want of
+            images.
+        better: controls that know nothing and whose mean is clearly better than that of the best method.
+        level: controls that know nothing and cannot be told from the best method, or have a better mean.
+        rivals: how many methods have a value.
+    """
+
+    measure: str
+    best: str | None
+    tied: tuple[str, ...]
+    better: tuple[str, ...]
+    level: tuple[str, ...]
+    rivals: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether the best method is told apart from all other methods, and from all controls that know nothing."""
+        return self.best is not None and self.rivals > 1 and not (self.tied or self.better or self.level)
+
+
+def standing(table: Numbers, measure: Measure) -> Standing:
+    """Compare the method with the best mean with all others, image by image."""
+    sign = -1.0 if measure.lower else 1.0
+    means = {m: sign * table.estimate(m, measure.name).mean for m in table.methods}
+    means = {m: mean for m, mean in means.items() if mean == mean}
+    able = [m for m in means if m not in table.controls]
+    if not able:
+        return Standing(measure.name, None, (), (), (), 0)
+    best = max(able, key=lambda m: means[m])
+    found: dict[str, list[str]] = {"tied": [], "better": [], "level": []}
+    for method in means:
+        if method in (best, PERFECT, CHANCE) or method.endswith(UNTRAINED):
+            continue
+        gap = table.difference(method, best, measure.name)
+        clear = gap.images > 1 and (gap.low > 0 or gap.high < 0)
+        if method in able:
+            found["tied"] += [] if clear else [method]
+        elif not clear or means[method] > means[best]:
+            found["better" if clear else "level"].append(method)
+    return Standing(measure.name, best, tuple(found["tied"]), tuple(found["better"]), tuple(found["level"]), len(able))
+
+
+def summary(table: Numbers) -> str:
+    """A paragraph that says what a table shows, and what it cannot tell apart."""
+    found = [standing(table, measure) for measure in table.measures]
+    told = [one for one in found if one.best is not None]
+    able = [method for method in table.methods if method not in table.controls]
+    text = [
+        f"{_count(len(able), 'method')} on {_count(len(table.images), 'image')}, "
+        f"judged by {_count(len(found), 'measure')}."
+    ]
+    leaders = dict.fromkeys(one.best for one in told if one.leads and one.best)
+    ahead = {best: [one.measure for one in told if one.leads and one.best == best] for best in leaders}
+    text += [f"{best} is ahead of all others by {_listed(measures)}." for best, measures in ahead.items()]
+    open_ = [one for one in told if one.tied and not (one.better or one.level)]
+    text += [
+        f"By {one.measure}, {one.best} has the best mean, but these images cannot tell it from {_listed(one.tied)}."
+        for one in open_
+    ]
+    for one in told:
+        if one.better:
+            text.append(
+                f"By {one.measure}, {_listed(one.better)}, which knows nothing of the model, beats every method."
+            )
+        elif one.level:
+            text.append(
+                f"By {one.measure}, no method can be told from {_listed(one.level)}, which knows nothing of the model: "
+                "it ranks nothing here."
+            )
+    if len(able) == 1 and not any(one.better or one.level for one in told):
+        text.append(f"{able[0]} was measured alone, so only the controls stand beside it.")
+    if len(table.images) < _FEW:
+        text.append(f"With fewer than {_FEW} images all of this is a hint and no result.")
+    return " ".join(text)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
