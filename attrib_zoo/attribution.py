@@ -17,7 +17,7 @@ from attrib_zoo.backbone.capture import forward_args, frozen, unwrap
 from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.known import known, situation
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.errors import InputError, ModelChangedError, OptionError, check_choice
+from attrib_zoo.errors import InputError, ModelChangedError, OptionError, check_choice, html_table
 from attrib_zoo.masking import mean_filter, min_max, placed, rank_scale, upsample
 from attrib_zoo.targets import TargetQuery
 
@@ -376,6 +376,16 @@ class Attribution(_CaptumAttribution, ABC):
         shown = {"layers": self.named_layers(), **changed}
         listed = ", ".join(f"{name}={_brief(value)}" for name, value in shown.items())
         return f"{type(self).__name__}({type(self.model).__name__}, {listed})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what is explained, how, and by which paper."""
+        parameters = inspect.signature(type(self).__init__).parameters
+        changed = [(k, v) for k, v in self.options().items() if isinstance(v, Tensor) or v != parameters[k].default]
+        shown = [("model", type(self.model).__name__), ("layers", _brief(self.named_layers()))]
+        shown += [(name, _brief(value)) for name, value in changed]
+        if self.needs_fit:
+            shown.append(("fitted", repr(self).partition(" fitted: ")[2] or "not yet: call fit"))
+        return html_table([*shown, ("cost", self.cost), ("paper", self.paper)], title=self.get_name())
 
 
 def _brief(value: Any) -> str:

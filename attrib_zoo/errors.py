@@ -25,6 +25,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any, overload
 
 
@@ -150,6 +151,24 @@ def aligned(lines: Sequence[Sequence[str]], *, rule: bool = False, right: bool =
         ).rstrip()
         for line in drawn
     ]
+
+
+def html_table(lines: Sequence[Sequence[str]], *, head: bool = False, title: str = "") -> str:
+    """Lines of cells as an HTML table, for notebooks.
+
+    Args:
+        lines: the cells.
+        head: the first line is a header; without it the first column is.
+        title: a line above.
+    """
+    style = "text-align: left; padding: .15em .8em .15em 0; font-variant-numeric: tabular-nums;"
+    rows = []
+    for number, line in enumerate(lines):
+        tags = ["th" if (number == 0 if head else place == 0) else "td" for place in range(len(line))]
+        cells = [f'<{tag} style="{style}">{escape(cell)}</{tag}>' for tag, cell in zip(tags, line, strict=True)]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    above = f"<b>{escape(title)}</b>" if title else ""
+    return f"{above}<table>{''.join(rows)}</table>"
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

@@ -384,3 +384,11 @@ def test_an_ordinary_call_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Sum(zoo.small_cnn()).attribute(IMAGES)
+
+
+def test_notebooks_show_what_an_explainer_is():
+    text = GradCAM(zoo.small_cnn(), smooth=3)._repr_html_()
+    for words in ("GradCAM", "smooth</th>", ">3<", "layers</th>", GradCAM.paper, GradCAM.cost):
+        assert words in text
+    assert "fitted" not in text
+    assert "not yet: call fit" in TTAME(zoo.small_cnn())._repr_html_()

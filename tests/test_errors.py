@@ -1,11 +1,12 @@
 """The pieces that messages share."""
 
+import re
 import sys
 import warnings
 
 import pytest
 
-from attrib_zoo.errors import aligned, warn
+from attrib_zoo.errors import aligned, html_table, warn
 
 
 def test_columns_of_text():
@@ -30,3 +31,16 @@ def test_a_warning_points_outside_the_library_however_deep_it_is_raised():
         line = sys._getframe().f_lineno - 1
     (warning,) = caught
     assert (warning.filename, warning.lineno, warning.category) == (__file__, line, RuntimeWarning)
+
+
+def test_tables_for_notebooks_are_escaped_and_have_their_heads():
+    cells = [("a<b", "1"), ("c", "2 & 3")]
+    first = html_table(cells, title="<t>")
+    assert re.findall(r"<(t[hd]) [^>]*>([^<]*)</", first) == [
+        ("th", "a&lt;b"),
+        ("td", "1"),
+        ("th", "c"),
+        ("td", "2 &amp; 3"),
+    ]
+    assert first.startswith("<b>&lt;t&gt;</b>")
+    assert re.findall(r"<(t[hd]) ", html_table(cells, head=True)) == ["th", "th", "td", "td"]

@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """The command line: ``attrib-zoo demo | list | layers | explain | app | fit | evaluate | reproduce``."""
+=======
+"""The command line: ``attrib-zoo demo | list | layers | explain | fit | evaluate | reproduce | doctor ...``."""
+>>>>>>> 38ab12a (cli: doctor, completion, help in two columns; displays for notebooks, three notebooks)
 
 from __future__ import annotations
 
@@ -17,6 +21,8 @@ from attrib_zoo import __version__
 from attrib_zoo.errors import AttribZooError
 
 _METHODS = "one or more of attrib-zoo list, or package.module:Class of your own (default: gradcam, or the explainer's)"
+
+_NAMES = ("demo", "list", "layers", "explain", "fit", "evaluate", "reproduce", "doctor", "completion")
 
 _ABOUT = """\
 Which image regions made the model decide? Explains torchvision and timm classifiers.
@@ -96,7 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Callable[[Any], str]:
     # Here, not above: they load torch and the model libraries, which is worth the wait only where there is work to do.
+<<<<<<< HEAD
     from attrib_zoo.cli import app, demo, evaluate, explain, fit, layers, reproduce, shared
+=======
+    from attrib_zoo.cli import completion, demo, doctor, evaluate, explain, fit, layers, reproduce, shared
+>>>>>>> 38ab12a (cli: doctor, completion, help in two columns; displays for notebooks, three notebooks)
 
     return {
         "demo": demo.demo,
@@ -107,6 +117,8 @@ def _command(name: str) -> Callable[[Any], str]:
         "evaluate": evaluate.evaluate,
         "layers": layers.layers,
         "reproduce": reproduce.reproduce,
+        "doctor": doctor.doctor,
+        "completion": completion.completion,
     }[name]
 
 
@@ -124,14 +136,24 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("fit", _fit(), help="train an explainer for a model on a folder of images")
     commands.add_subcommand("evaluate", _evaluate(), help="measure methods on a folder of images")
     commands.add_subcommand("reproduce", _reproduce(), help="run the experiments of a paper")
+    commands.add_subcommand("doctor", _doctor(), help="versions, devices, caches, and what is missing")
+    commands.add_subcommand("completion", _completion(), help="a script that completes commands in your shell")
     return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help in one column of names and one of words."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=100)
+        self._action_max_length = 16  # the names of commands do not count otherwise
 
 
 def _plain(prog: str | None, about: str, **more: Any) -> ArgumentParser:
     return ArgumentParser(
         prog=prog,
         description=about,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),
+        formatter_class=_Help,
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,
@@ -153,6 +175,25 @@ def _demo() -> ArgumentParser:
 
 def _list() -> ArgumentParser:
     parser = _plain(None, "List the methods, what they are for and what they cost.")
+    _debug(parser)
+    return parser
+
+
+def _doctor() -> ArgumentParser:
+    parser = _plain(
+        None, "Print versions, devices, caches and extras, and what is missing: the first lines of a report."
+    )
+    _debug(parser)
+    return parser
+
+
+def _completion() -> ArgumentParser:
+    parser = _plain(
+        None,
+        "Print a script that completes commands, options and names of methods.\n\n"
+        '  eval "$(attrib-zoo completion bash)"      in ~/.bashrc',
+    )
+    parser.add_argument("shell", metavar="SHELL", help="bash or zsh")
     _debug(parser)
     return parser
 
@@ -314,7 +355,7 @@ def _reproduce() -> ArgumentParser:
 
 
 def _model(parser: ArgumentParser) -> None:
-    add = parser.add_argument
+    add = parser.add_argument_group("the model").add_argument
     add("--model", required=True, metavar="NAME", help="a model of torchvision or else of timm, such as resnet50")
     add("--weights", metavar="FILE", help="its weights: safetensors or a state dict (default: its pretrained ones)")
     add("--classes", metavar="FILE", help="class names: JSON list, JSON index to name, or a line each")
@@ -357,7 +398,15 @@ def _usage(error: ArgumentError, arguments: Sequence[str]) -> str:
         key, _, rest = text.removeprefix('Parser key "').partition('": ')
         text = f"--{key.rpartition('.')[2].replace('_', '-')}: {rest}"
     command = next((word for word in arguments if not word.startswith("-")), "")
+<<<<<<< HEAD
     known = command if command in ("demo", "list", "layers", "explain", "app", "fit", "evaluate", "reproduce") else ""
+=======
+    known = (
+        command
+        if command in ("demo", "list", "layers", "explain", "fit", "evaluate", "reproduce", "doctor", "completion")
+        else ""
+    )
+>>>>>>> 38ab12a (cli: doctor, completion, help in two columns; displays for notebooks, three notebooks)
     return f"{text}; see attrib-zoo {known}{' ' * bool(known)}--help"
 
 

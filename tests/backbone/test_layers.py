@@ -793,3 +793,11 @@ def test_half_precision_and_channels_last():
     model = resnet().to(torch.bfloat16).to(memory_format=torch.channels_last)
     inputs = images(64).to(torch.bfloat16).to(memory_format=torch.channels_last)
     assert [tap.name for tap in resolve(model, None, inputs, count=2)] == ["layer3", "layer4"]
+
+
+def test_notebooks_show_the_layers_as_a_table():
+    found = describe(cls_vit(depth=4), images(32))
+    text = found._repr_html_()
+    assert text.count("<tr>") == 1 + len(found.rows) > 2
+    assert text.count("<th ") == len(str(found).splitlines()[1].split()) - 1  # "taken by" is one head
+    assert all(f">{row.tap.label}</td>" in text for row in found.rows)

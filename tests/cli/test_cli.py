@@ -25,7 +25,7 @@ from attrib_zoo.cli import demo, explain, main
 from attrib_zoo.models.photos import Photos
 from attrib_zoo.visualize import picture
 
-COMMANDS = ("demo", "list", "layers", "explain", "fit", "evaluate")
+COMMANDS = ("demo", "list", "layers", "explain", "fit", "evaluate", "reproduce", "doctor", "completion")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from attrib_zoo.backbone.layers.lookup import Layer, find_layer, folded, several
 from attrib_zoo.backbone.layers.stages import Item, Stages
 from attrib_zoo.backbone.layers.trace import Trace, trace
 from attrib_zoo.backbone.randomness import draws_taken_back
-from attrib_zoo.errors import AttribZooError, OptionError, UnsupportedModelError, aligned
+from attrib_zoo.errors import AttribZooError, OptionError, UnsupportedModelError, aligned, html_table
 
 __all__ = ["Description", "Grid", "Layer", "Layers", "Tap", "Trace", "describe", "look", "resolve"]
 
@@ -222,10 +222,16 @@ class Description:
     size: tuple[int, int]
     rows: tuple[Row, ...]
 
+    HEADER: ClassVar = ("layer", "module", "layout", "grid", "channels", "prefix", "gradient", "taken by")
+
     def __str__(self) -> str:
-        header = ("layer", "module", "layout", "grid", "channels", "prefix", "gradient", "taken by")
-        lines = [header, *(self._cells(row) for row in self.rows)]
+        lines = [self.HEADER, *(self._cells(row) for row in self.rows)]
         return "\n".join([f"{self.model} at {self.size[0]}x{self.size[1]}", *aligned(lines)])
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        lines = [self.HEADER, *(self._cells(row) for row in self.rows)]
+        return html_table(lines, head=True, title=f"{self.model} at {self.size[0]}x{self.size[1]}")
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         run = "" if row.tap.calls == 1 else f" (run {row.tap.call % row.tap.calls + 1} of {row.tap.calls})"
