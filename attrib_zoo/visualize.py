@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -254,6 +255,7 @@ def figure(
     height = 2 * _MARGIN + _HEADER + rows * (line + tall) + (rows - 1) * _GAP + _FOOTER
     sheet = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(sheet)
+    shows_itself(sheet)
 
     for i, photo in enumerate(photos):
         x = _MARGIN + (i % across) * (block + 3 * _GAP)
@@ -274,6 +276,17 @@ def figure(
     if path is not None:
         write_picture(Path(path), lambda file, format: sheet.savefig(file, format=format, dpi=_DPI))
     return sheet
+
+
+def shows_itself(sheet: Figure) -> None:
+    """Let notebooks draw a figure that pyplot does not know."""
+
+    def png() -> bytes:
+        file = io.BytesIO()
+        sheet.savefig(file, format="png")
+        return file.getvalue()
+
+    sheet._repr_png_ = png  # type: ignore[attr-defined]  # IPython looks for it by name
 
 
 def _check_sheet(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import matplotlib
 import numpy as np
 import pytest
@@ -275,6 +277,14 @@ def test_titles_are_shortened_to_fit_and_never_read_as_mathematics() -> None:
     title = next(text for text in sheet.texts if text.get_text().startswith("the $^$ price"))
     assert title.get_text().endswith("…")
     assert title.get_window_extent().x1 <= sheet.bbox.width - 10
+
+
+def test_notebooks_can_draw_a_sheet() -> None:
+    sheet = figure(PHOTO[None], {"m": RAMP[None, None]})
+    with Image.open(io.BytesIO(sheet._repr_png_())) as drawn:
+        assert drawn.format == "PNG"
+        assert drawn.size == tuple(sheet.bbox.size.astype(int))
+        assert len(np.unique(np.asarray(drawn).reshape(-1, 4), axis=0)) > 50
 
 
 def test_sheet_leaves_pyplot_alone() -> None:

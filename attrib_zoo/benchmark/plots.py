@@ -10,6 +10,7 @@ from attrib_zoo.benchmark.controls import CHANCE
 from attrib_zoo.benchmark.estimates import Estimate
 from attrib_zoo.benchmark.measures import Measure
 from attrib_zoo.benchmark.records import Records
+from attrib_zoo.visualize import shows_itself
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,6 +73,7 @@ def plot(table: Numbers, across: int = 3) -> Figure:
     tall = 3.6 * down + 0.25 + 0.2 * -(-len(shown) // beside)
     sheet = Figure(figsize=(4.4 * across, tall), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(sheet)
+    shows_itself(sheet)
     axes = [sheet.add_subplot(down, across, i + 1) for i in range(panels)]
     styles = _styles(table.methods, table.controls)
     for panel, measure in zip(axes, curves, strict=False):

@@ -98,10 +98,13 @@ def summary(table: Numbers) -> str:
     leaders = dict.fromkeys(one.best for one in told if one.leads and one.best)
     ahead = {best: [one.measure for one in told if one.leads and one.best == best] for best in leaders}
     text += [f"{best} is ahead of all others by {_listed(measures)}." for best, measures in ahead.items()]
-    open_ = [one for one in told if one.tied and not (one.better or one.level)]
+    level: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for one in told:
+        if one.best and one.tied and not (one.better or one.level):
+            level.setdefault((one.best, one.tied), []).append(one.measure)
     text += [
-        f"By {one.measure}, {one.best} has the best mean, but these images cannot tell it from {_listed(one.tied)}."
-        for one in open_
+        f"By {_listed(measures)}, {best} has the best mean, but these images cannot tell it from {_listed(tied)}."
+        for (best, tied), measures in level.items()
     ]
     for one in told:
         if one.better:

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The command line: ``attrib-zoo demo | list | layers | explain | app | fit | evaluate | reproduce``."""
-=======
-"""The command line: ``attrib-zoo demo | list | layers | explain | fit | evaluate | reproduce | doctor ...``."""
->>>>>>> 38ab12a (cli: doctor, completion, help in two columns; displays for notebooks, three notebooks)
+"""The command line: ``attrib-zoo demo | list | layers | explain | app | fit | evaluate | reproduce | doctor ...``."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ from attrib_zoo.errors import AttribZooError
 
 _METHODS = "one or more of attrib-zoo list, or package.module:Class of your own (default: gradcam, or the explainer's)"
 
-_NAMES = ("demo", "list", "layers", "explain", "fit", "evaluate", "reproduce", "doctor", "completion")
+_NAMES = ("demo", "list", "layers", "explain", "app", "fit", "evaluate", "reproduce", "doctor", "completion")
 
 _ABOUT = """\
 Which image regions made the model decide? Explains torchvision and timm classifiers.
@@ -102,11 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Callable[[Any], str]:
     # Here, not above: they load torch and the model libraries, which is worth the wait only where there is work to do.
-<<<<<<< HEAD
-    from attrib_zoo.cli import app, demo, evaluate, explain, fit, layers, reproduce, shared
-=======
-    from attrib_zoo.cli import completion, demo, doctor, evaluate, explain, fit, layers, reproduce, shared
->>>>>>> 38ab12a (cli: doctor, completion, help in two columns; displays for notebooks, three notebooks)
+    from attrib_zoo.cli import app, completion, demo, doctor, evaluate, explain, fit, layers, reproduce, shared
 
     return {
         "demo": demo.demo,
@@ -398,15 +390,7 @@ def _usage(error: ArgumentError, arguments: Sequence[str]) -> str:
         key, _, rest = text.removeprefix('Parser key "').partition('": ')
         text = f"--{key.rpartition('.')[2].replace('_', '-')}: {rest}"
     command = next((word for word in arguments if not word.startswith("-")), "")
-<<<<<<< HEAD
-    known = command if command in ("demo", "list", "layers", "explain", "app", "fit", "evaluate", "reproduce") else ""
-=======
-    known = (
-        command
-        if command in ("demo", "list", "layers", "explain", "fit", "evaluate", "reproduce", "doctor", "completion")
-        else ""
-    )
->>>>>>> 38ab12a (cli: doctor, completion, help in two columns; displays for notebooks, three notebooks)
+    known = command if command in _NAMES else ""
     return f"{text}; see attrib-zoo {known}{' ' * bool(known)}--help"
 
 
