@@ -19,8 +19,25 @@ def _fence(source: str, *_: Any, **__: Any) -> str:
     return f'<div class="formula">{formula(source)}</div>'
 
 
+SECTIONS = {
+    "tutorial": "Start",
+    "how-to": "How to",
+    "methods": "Methods",
+    "results": "Measured",
+    "explanation": "Explanation",
+    "reference": "Reference",
+}
+"""Folder of docs/ -> section of the navigation that takes its pages, if mkdocs.yml puts them nowhere else."""
+
+
 def on_config(config: Any) -> Any:
-    """Blocks of ``math`` are formulas, as they are in the repository's own view of the pages."""
+    """Blocks of ``math`` are formulas, as in the repository's own view of the pages; new pages join their section."""
+    listed = set(re.findall(r"[\w./-]+\.md", str(config["nav"])))
+    sections = {name: pages for section in config["nav"] for name, pages in section.items()}
+    root = Path(config["docs_dir"])
+    for folder, section in SECTIONS.items():
+        found = sorted(path.relative_to(root).as_posix() for path in (root / folder).glob("*.md"))
+        sections[section] += [page for page in found if page not in listed]
     fences = config["mdx_configs"].setdefault("pymdownx.superfences", {}).setdefault("custom_fences", [])
     fences.append({"name": "math", "class": "formula", "format": _fence})
     return config
