@@ -110,7 +110,7 @@ def _command(name: str) -> Callable[[Any], str]:
         "layers": layers.layers,
         "reproduce": reproduce.reproduce,
         "doctor": doctor.doctor,
-        "completion": completion.completion,
+        "completion": lambda options: completion.completion(options, _parser()),
     }[name]
 
 

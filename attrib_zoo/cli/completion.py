@@ -35,9 +35,8 @@ complete -o filenames -F _attrib_zoo attrib-zoo
 """
 
 
-def completion(options: Any) -> str:
-    """The script for ``options.shell``."""
-    from attrib_zoo.cli import _parser
+def completion(options: Any, parser: argparse.ArgumentParser) -> str:
+    """The script for ``options.shell``, of what the parser knows."""
     from attrib_zoo.cli.shared import SCORES, methods
 
     shell = check_choice("shell", options.shell, SHELLS)
@@ -50,7 +49,7 @@ def completion(options: Any) -> str:
         "--schedule": ("short", "paper", "auto"),
         "--device": ("auto", "cpu", "cuda"),
     }
-    commands = _commands(_parser())
+    commands = _commands(parser)
     reply = 'COMPREPLY=($(compgen -W "{}" -- "$current")); return ;;'
     cases = [f"    {name}) {reply.format(' '.join(known))}" for name, known in values.items()]
     return _SCRIPT.format(
