@@ -361,6 +361,21 @@ class Attribution(_CaptumAttribution, ABC):
         """Not offered, as for all image methods of Captum."""
         raise NotImplementedError(f"{self.get_name()}: attribute_future is not supported; call attribute")
 
+    # ------------------------------------------------------------------ programs
+
+    def as_module(self, *_: Any, **__: Any) -> Any:
+        """Only of methods that need one forward pass and no gradient: CAM, and those that are trained."""
+        raise NotImplementedError(
+            f"{self.get_name()} must need one forward pass and nothing else to become a program, and it needs "
+            f"{self.cost}; use CAM, or fit TTAME, LCAMImg or LCAMFm"
+        )
+
+    def export(self, *_: Any, **__: Any) -> Any:
+        """As :meth:`as_module`."""
+        return self.as_module()
+
+    # ------------------------------------------------------------------ how it is known
+
     def options(self) -> dict[str, Any]:
         """The keyword-only hyper-parameters as they are now."""
         parameters = inspect.signature(type(self).__init__).parameters.values()

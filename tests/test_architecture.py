@@ -18,6 +18,7 @@ ORDER = (
     "metrics",
     "attribution",
     "training",
+    "export",
     "methods",
     "",  # attrib_zoo/__init__.py: the list of methods
     "synthetic",
@@ -42,6 +43,9 @@ INSIDE_FUNCTIONS = {
     "pyarrow",
     "gradio",
     "jinja2",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
 }
 PRINTS = {"cli"}
 LONGEST_FUNCTION = 70

@@ -12,13 +12,17 @@ from attrib_zoo.backbone.capture import forward, select_args
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.replay import replay
-from attrib_zoo.errors import UnsupportedModelError, listed
+from attrib_zoo.errors import OptionError, UnsupportedModelError, listed
+from attrib_zoo.export.program import LinearMaps
 from attrib_zoo.masking import at_least_float32
-from attrib_zoo.methods.bases.gradient_cam import GradientCAM
-from attrib_zoo.targets import TargetQuery
+from attrib_zoo.methods.bases.gradient_cam import GradientCAM, differentiate
+from attrib_zoo.methods.bases.one_pass import OnePass
+from attrib_zoo.targets import TargetQuery, class_scores
+
+_CLASSES_AT_ONCE = 64
 
 
-class CAM(GradientCAM):
+class CAM(GradientCAM, OnePass):
     r"""The evidence for the target at each place, exact in networks that end in average pooling and a linear layer.
 
     .. math:: M_{i,j} = \sum_k W_{c,k} A_{k,i,j}
@@ -76,16 +80,32 @@ class CAM(GradientCAM):
     def compute_maps(
         self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
     ) -> list[Tensor]:
-        def check_heads() -> None:
-            for tap in self.taps(inputs, args):
-                self._check_head(inputs, args, tap)
-
-        self._once("head", inputs, args, check_heads)
+        self._check_heads(inputs, args)
         return super().compute_maps(inputs, query, args, show_progress)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """The row of the linear layer."""
         return gradients.sum(dim=(-2, -1))
+
+    def program_head(
+        self, images: Tensor, taps: Sequence[Tap], outputs: Tensor, features: Sequence[Tensor]
+    ) -> nn.Module:
+        if len(taps) != 1:
+            raise OptionError(f"layers: must be one for CAM to become a program, got {len(taps)}; name one")
+        self._check_heads(images, ())
+        rows, one = [], images[:1]
+        for some in torch.arange(class_scores(outputs).shape[1]).split(_CLASSES_AT_ONCE):
+            wanted = TargetQuery(some.tolist(), many=True)
+            maps, gradients, _ = differentiate(self.model, one, (), taps, wanted.resolve, self.score)
+            rows.append(self.weights(maps[0], gradients[0][:, 0]))
+        return LinearMaps(torch.cat(rows), self.relu)
+
+    def _check_heads(self, inputs: Tensor, args: tuple[Any, ...]) -> None:
+        def check() -> None:
+            for tap in self.taps(inputs, args):
+                self._check_head(inputs, args, tap)
+
+        self._once("head", inputs, args, check)
 
     def _check_head(self, inputs: Tensor, args: tuple[Any, ...], tap: Tap) -> None:
         """Refuse a model whose outputs are anything but W mean(A) + b."""

@@ -210,11 +210,15 @@ class TTAME(TrainableAttribution):
 
     # ------------------------------------------------------------------ explain
 
+    @property
+    def rivals(self) -> tuple[int, float]:
+        return self.recipe.contrast, self.recipe.contrast_weight
+
     def choose_targets(self, outputs: Tensor, query: TargetQuery) -> Target:
         target = query.resolve(outputs)
         if target.contrasts or not self.recipe.contrast:
             return target
-        return target.against(two_logits(outputs), self.recipe.contrast, self.recipe.contrast_weight)
+        return target.against(two_logits(outputs), *self.rivals)
 
     def all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
         if not self.recipe.contrast:

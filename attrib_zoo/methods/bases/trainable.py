@@ -13,7 +13,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import forward_args, frozen, run
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.module import original
@@ -26,7 +25,9 @@ from attrib_zoo.errors import (
     check_number,
     warn,
 )
+from attrib_zoo.export.program import ClassMaps, own_modules
 from attrib_zoo.masking import at_least_float32, black, channel_stats
+from attrib_zoo.methods.bases.one_pass import OnePass
 from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training import distributed, session
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read, write
@@ -40,7 +41,7 @@ _Self = TypeVar("_Self", bound="TrainableAttribution")
 _SCHEDULES = ("auto", "paper", "short")
 
 
-class TrainableAttribution(Attribution):
+class TrainableAttribution(OnePass):
     """Base of the methods with ``fit``: trained once for a model, then they explain in one forward pass.
 
     A small network reads the frozen model's features and gives a map per class, scaled to [0, 1] over space.
@@ -281,6 +282,11 @@ class TrainableAttribution(Attribution):
         """What is explained, by default what the call asks for; a method may set other classes against it."""
         return query.resolve(outputs)
 
+    @property
+    def rivals(self) -> tuple[int, float]:
+        """How many other classes :meth:`choose_targets` sets against a plain target, and with which weight."""
+        return 0, 0.0
+
     @staticmethod
     def _class_maps(network: nn.Module, features: Sequence[Tensor], target: Target) -> Tensor:
         """The targets' maps ``(N, T, h, w)``, before smoothing and scaling."""
@@ -291,6 +297,13 @@ class TrainableAttribution(Attribution):
     def all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
         """The maps ``(N, K, h, w)`` of all classes out of the network's own."""
         return maps
+
+    def program_head(
+        self, images: Tensor, taps: Sequence[Tap], outputs: Tensor, features: Sequence[Tensor]
+    ) -> nn.Module:
+        session.check_same(type(self).__name__, self._ready(), outputs, features)
+        network = own_modules(self._network_for(features))
+        return ClassMaps(network, [f.shape[-2:] for f in features], *self.rivals)
 
     def maps(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """The maps of all classes from one forward pass, at the resolution of the layers.

@@ -1,0 +1,320 @@
+"""A classifier that explains itself: one ``nn.Module``, images in, logits and the map of the decided class out.
+
+An explainer's call looks at the model from outside: it makes a mirror, resolves targets, sets and removes hooks. None
+of that can be compiled or exported. Here all of it has happened already: the modules are the program's own, the layers
+and layouts are known, and what is left is tensor arithmetic that ``torch.compile(fullgraph=True)`` and
+``torch.export`` follow to the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attrib_zoo.backbone.grid import Tap
+from attrib_zoo.backbone.mirror import Unmirrored, mirror
+from attrib_zoo.backbone.module import find, unwrap
+from attrib_zoo.backbone.nested import pick
+from attrib_zoo.errors import UnsupportedModelError, reason
+from attrib_zoo.masking import at_least_float32, mean_filter, min_max, rank_scale
+from attrib_zoo.targets import one_logit
+from attrib_zoo.training.head import AttentionHead
+from attrib_zoo.training.losses import two_logits
+
+PREPROCESSING = (None, "float", "uint8")
+"""What ``preprocess`` may be: nothing; standardise images in [0, 1]; standardise images in 0..255."""
+
+
+class ExplainingModel(nn.Module):
+    """A frozen classifier with the explanation of its decision: ``module(images)`` or ``module(images, target)``.
+
+    It stands alone: an ordinary module in eval mode, whose parameters want no gradient, safe to compile, export, move,
+    copy and call from several threads. As long as it is not moved, its tensors lie in the memory of the model and the
+    explainer it was made from, so it costs no memory; what is written into their weights is seen here too.
+
+    Args:
+        model: an own module, as :func:`own_modules` makes it.
+        readings: one for each layer that is read, in the order of execution.
+        head: ``(outputs, classes (N,), features) -> (N, 1, h, w)``, the map before smoothing and scaling.
+        prepare: what is done to the images first, or ``None``.
+        smooth: side of the mean filter; 1 for none.
+        scale: ``None``, ``"min-max"`` or ``"rank"``.
+        upsample: whether maps have the size of the images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        readings: Sequence[Reading],
+        head: nn.Module,
+        *,
+        prepare: nn.Module | None = None,
+        smooth: int = 1,
+        scale: str | None = None,
+        upsample: bool = True,
+    ) -> None:
+        super().__init__()
+        self.prepare = prepare
+        self.model = model
+        self.readings = nn.ModuleList(readings)
+        self.head = head
+        self.smooth, self.scale, self.upsample = smooth, scale, upsample
+        self._heard = Heard()
+        for position, reading in enumerate(readings):
+            find(model, reading.name).register_forward_hook(Listener(self._heard, position, reading.element))
+        self.eval()
+
+    def forward(self, images: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass.
+
+        Args:
+            images: ``(N, C, H, W)``, standardised, or as ``preprocess`` said.
+            target: ``(N,)`` int64, the class to explain on each image; ``None`` for the model's own decision.
+
+        Returns:
+            What the model returns; the map, ``(N, 1, H, W)`` or, with ``upsample=False``, ``(N, 1, h, w)``; and the
+            explained class of each image, ``(N,)`` int64.
+        """
+        images = images if self.prepare is None else self.prepare(images)
+        heard = self._heard.begin(len(self.readings))
+        try:
+            outputs = self.model(images)
+        finally:
+            self._heard.end()
+        classes = decision(outputs) if target is None else target
+        with _full_precision(images.device.type):
+            features = [reading(runs, images.shape) for reading, runs in zip(self.readings, heard, strict=True)]
+            maps = mean_filter(self.head(outputs, classes, features), self.smooth)
+            if self.scale is not None:
+                maps = min_max(maps) if self.scale == "min-max" else rank_scale(maps)
+            if self.upsample:
+                maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
+        return outputs, maps.to(images.dtype), classes
+
+
+def decision(outputs: Tensor) -> Tensor:
+    """The class ``(N,)`` that the model decides for: the argmax, or the sign of one logit."""
+    if one_logit(outputs):
+        return (outputs.reshape(-1) > 0).long()
+    return outputs.argmax(dim=1)
+
+
+def own_modules(model: nn.Module) -> nn.Module:
+    """Modules that nobody else has, in eval mode, around the same weights; where that cannot be, a deep copy.
+
+    Raises:
+        UnsupportedModelError: the model can be neither mirrored nor copied.
+    """
+    bare = unwrap(model)
+    try:
+        own = mirror(bare, "fixed")
+    except Unmirrored:
+        try:
+            return copy.deepcopy(bare).eval().requires_grad_(False)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"model: must allow copy.deepcopy to become a program, but {type(bare).__name__} does not "
+                f"({reason(error)}); take out what refers to its modules from outside"
+            ) from error
+    for module in own.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.__dict__["_buffers"] = module._buffers.copy()  # to(device) writes into it
+    return own
+
+
+# ---------------------------------------------------------------------- listening to layers
+
+
+class Heard:
+    """What the layers said in the pass that is under way, apart for each thread.
+
+    An object, and not a dictionary of the module's: whoever traces the program puts copies of those in place.
+    """
+
+    def __init__(self) -> None:
+        self._passes: dict[int, list[list[Tensor]]] = {}
+
+    def begin(self, layers: int) -> list[list[Tensor]]:
+        """Listen: a list for each layer, which its runs fill."""
+        found: list[list[Tensor]] = [[] for _ in range(layers)]
+        self._passes[_thread()] = found
+        return found
+
+    def end(self) -> None:
+        """Listen no more."""
+        del self._passes[_thread()]
+
+    def add(self, position: int, activation: Tensor) -> None:
+        """A layer has run; outside of a pass of the program nobody cares."""
+        found = self._passes.get(_thread())
+        if found is not None:
+            found[position].append(activation.clone())  # what comes next may work in place
+
+
+def _thread() -> int:
+    """Who is asking; traced code has no threads."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class Listener:
+    """A forward hook; an object, so that a copied or pickled program has its own."""
+
+    def __init__(self, heard: Heard, position: int, element: int | str | None) -> None:
+        self.heard, self.position, self.element = heard, position, element
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Keep what the layer puts out."""
+        self.heard.add(self.position, pick(output, self.element))
+
+
+class Reading(nn.Module):
+    """From what a layer put out in each of its runs to its map ``(N, C, h, w)``, in float32 or better.
+
+    Args:
+        tap: the layer.
+        size: (H, W) of the images that it was resolved on.
+    """
+
+    def __init__(self, tap: Tap, size: Sequence[int]) -> None:
+        super().__init__()
+        grid = tap.grid
+        self.name, self.element, self.run = tap.name, tap.element, tap.call % tap.calls
+        self.kind, self.prefix, self.hw, self.size = grid.kind, grid.prefix, grid.hw, tuple(size)
+        self.order: Tensor | None
+        self.register_buffer("order", None if grid.permutation is None else torch.tensor(grid.permutation))
+
+    def forward(self, runs: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """The map, given the shape ``(N, C, H, W)`` of the images."""
+        activation = runs[self.run]
+        if self.kind == "nchw":
+            return at_least_float32(activation)
+        if self.kind == "nhwc":
+            return at_least_float32(activation.permute(0, 3, 1, 2))
+        channel_major = activation.transpose(1, 2) if self.kind == "tokens" else activation
+        cells = channel_major[:, :, self.prefix :]
+        if self.order is not None:
+            cells = cells[:, :, self.order]
+        return at_least_float32(cells.unflatten(2, self._cells(shape)))
+
+    def _cells(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the tokens: as resolved, or as many pixels wide as there."""
+        rows, columns = self.hw  # type: ignore[misc]  # tokens that were resolved have it
+        height, width = self.size
+        if self.order is not None or height % rows or width % columns:
+            return rows, columns
+        return shape[-2] // (height // rows), shape[-1] // (width // columns)
+
+
+# ---------------------------------------------------------------------- maps of classes
+
+
+class ClassMaps(nn.Module):
+    """The explained class's map from a trained network, less a share of its rivals' mean map.
+
+    Args:
+        network: ``(features, rows (N, M)) -> (N, M, h, w)``; own modules.
+        sizes: (h, w) of each layer's map on the images that it was resolved on.
+        rivals: how many classes are subtracted, those with the largest logits.
+        weight: of their mean.
+    """
+
+    def __init__(self, network: nn.Module, sizes: Sequence[Sequence[int]], rivals: int, weight: float) -> None:
+        super().__init__()
+        self.network = network
+        self.sizes = [tuple(size) for size in sizes]
+        self.rivals, self.weight = rivals, weight
+
+    def forward(self, outputs: Tensor, classes: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """``(N, 1, h, w)``."""
+        rows = classes.unsqueeze(1)
+        logits = two_logits(outputs)
+        rivals = min(self.rivals, logits.shape[1] - 1)
+        if not rivals:
+            return self._maps(features, rows)
+        others = logits.scatter(1, rows, -torch.inf).topk(rivals, dim=1).indices
+        found = self._maps(features, torch.cat([rows, others], dim=1))
+        return found[:, :1] - (self.weight / rivals * found[:, 1:]).sum(1, keepdim=True)
+
+    def _maps(self, features: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """``(N, M, h, w)``: as the network itself, which may ask for sizes and therefore is no program."""
+        if not isinstance(self.network, AttentionHead):
+            maps: Tensor = self.network(features, rows)
+            return maps
+        network = self.network
+        attended = list(features)
+        if network.branches:
+            attended = [branch(x) for branch, x in zip(network.branches, features, strict=True)]
+        weight, bias = network.fuser.weight.flatten(1)[rows], network.fuser.bias[rows]  # type: ignore[index]
+        weights = weight.split([x.shape[1] for x in attended], dim=2)
+        parts = [torch.bmm(w, x.flatten(2)).unflatten(2, x.shape[2:]) for w, x in zip(weights, attended, strict=True)]
+        largest = tuple(max(range(len(parts)), key=lambda i: self.sizes[i][axis]) for axis in (0, 1))
+        size = (parts[largest[0]].shape[2], parts[largest[1]].shape[3])
+        whole = (self.sizes[largest[0]][0], self.sizes[largest[1]][1])
+        enlarged = [
+            part if own == whole else _enlarged(part, size) for part, own in zip(parts, self.sizes, strict=True)
+        ]
+        return sum(enlarged) + bias[:, :, None, None]  # type: ignore[no-any-return]
+
+
+class LinearMaps(nn.Module):
+    """The map of CAM: a row of the classifier's matrix times the features.
+
+    Args:
+        weight: ``(K, D)``.
+        relu: keep positive evidence only.
+    """
+
+    def __init__(self, weight: Tensor, relu: bool) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.register_buffer("weight", weight)
+        self.relu = relu
+
+    def forward(self, outputs: Tensor, classes: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """``(N, 1, h, w)``."""
+        (maps,) = features
+        heat = torch.bmm(self.weight[classes].unsqueeze(1), maps.flatten(2)).unflatten(2, maps.shape[2:])
+        return heat.relu() if self.relu else heat
+
+
+class Standardise(nn.Module):
+    """``(x - mean) / std`` per channel, of images in [0, 1] or of bytes.
+
+    Args:
+        mean: C numbers.
+        std: C numbers.
+        like: a tensor of the type and on the device that the model wants.
+        unit: what is white: 1 or 255.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], like: Tensor, unit: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", like.new_tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", like.new_tensor(std).view(1, -1, 1, 1))
+        self.unit = unit
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, C, H, W)``."""
+        images = images.to(self.mean.dtype)
+        return (images / self.unit - self.mean) / self.std
+
+
+def _enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, without asking first whether it is needed: of a size that is not known yet nobody can say."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """Outside of any autocast: the map keeps its own precision."""
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
