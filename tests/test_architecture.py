@@ -19,6 +19,7 @@ ORDER = (
     "attribution",
     "training",
     "export",
+    "hub",
     "methods",
     "",  # attrib_zoo/__init__.py: the list of methods
     "synthetic",

@@ -40,12 +40,8 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
     Raises:
         DataError: the folder does not exist or cannot be written, or the disk is full.
     """
-    from safetensors.torch import save
-
     target = Path(path)
-    metadata = {"attrib_zoo": json.dumps({"format": FORMAT, **checkpoint.facts})}
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
-    data = save(tensors, metadata)
+    data = packed(checkpoint)
     try:
         write_whole(target, data)
     except OSError as error:
@@ -54,6 +50,15 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
             "make the folder, make room, or choose another"
         ) from error
     return target
+
+
+def packed(checkpoint: Checkpoint) -> bytes:
+    """What :func:`write` puts into the file."""
+    from safetensors.torch import save
+
+    metadata = {"attrib_zoo": json.dumps({"format": FORMAT, **checkpoint.facts})}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
+    return save(tensors, metadata)
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:

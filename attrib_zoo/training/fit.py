@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.errors import OptionError, TrainingError, warn
 from attrib_zoo.training import distributed
+from attrib_zoo.training.callbacks import STEP, VALIDATION, Watchers
 from attrib_zoo.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from attrib_zoo.training.data import Batches
 from attrib_zoo.training.history import History
@@ -120,6 +121,7 @@ def train(
     validate: Callable[[], dict[str, float]] | None = None,
     save: Callable[[], None] | None = None,
     save_every: int = 500,
+    watchers: Watchers | None = None,
 ) -> None:
     """Run the loop from ``state.step`` to ``steps``; on any error the last whole step is saved first.
 
@@ -131,7 +133,10 @@ def train(
         validate: measures of the network as it is, called after each epoch and at the end.
         save: writes :meth:`State.snapshot`.
         save_every: steps between two checkpoints.
+        watchers: who is told of steps and validations, and may end the loop.
     """
+    watchers = watchers or Watchers()
+    stop: str | None = None
     _start_together(state)
     network = distributed.wrap(state.network)
     network.train()
@@ -139,19 +144,24 @@ def train(
     with _progress(steps, state.step, show_progress) as report:
         try:
             while state.step < steps:
-                if validate is not None and _is_due(state, steps):
-                    _validate(state, validate)
+                if stop is None and validate is not None and _is_due(state, steps):
+                    stop = _validate(state, validate, watchers, steps)
+                if stop is not None:
+                    state.history.messages.append(f"fit: stopped after {state.step} of {steps} steps: {stop}")
+                    break
                 images = next(state.batches, None)
                 if images is None:
                     tell(state.history, _ended_early(state, steps))
                     break
-                report(_one_step(state, network, objective, images))
+                numbers = _one_step(state, network, objective, images)
+                report(numbers)
                 if save is not None and state.step % save_every == 0:
                     save()
+                stop = watchers.tell(STEP, state.step, steps, numbers)
             distributed.share(state.network)
             state.network.eval()
             if validate is not None:
-                _validate(state, validate)
+                _validate(state, validate, watchers, steps)
                 _return_to_best(state)
             if save is not None:
                 save()
@@ -228,11 +238,11 @@ def _uninterrupted() -> Iterator[None]:
         handler(*caught[0])
 
 
-def _validate(state: State, validate: Callable[[], dict[str, float]]) -> None:
-    """Measure the network, unless that was done at this step (before an interruption)."""
+def _validate(state: State, validate: Callable[[], dict[str, float]], watchers: Watchers, steps: int) -> str | None:
+    """Measure the network, unless that was done at this step (before an interruption); why to stop, if anyone says."""
     done = state.history.validation
     if done and done[-1]["step"] == state.step:
-        return
+        return None
     training = state.network.training
     state.network.eval()
     try:
@@ -242,6 +252,7 @@ def _validate(state: State, validate: Callable[[], dict[str, float]]) -> None:
         if state.keep_best and found.get("loss", math.inf) < state.best_loss:
             state.best_loss = found["loss"]
             state.best = {name: tensor.detach().clone() for name, tensor in state.network.state_dict().items()}
+        return watchers.tell(VALIDATION, state.step, steps, found)
     finally:
         state.network.train(training)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -26,11 +26,13 @@ from attrib_zoo.errors import (
     warn,
 )
 from attrib_zoo.export.program import ClassMaps, own_modules
+from attrib_zoo.hub import card, repository
 from attrib_zoo.masking import at_least_float32, black, channel_stats
 from attrib_zoo.methods.bases.one_pass import OnePass
 from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training import distributed, session
-from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read, write
+from attrib_zoo.training.callbacks import Callback, Watchers, check_callbacks
+from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, packed, read, write
 from attrib_zoo.training.data import Batches, check_repeatable, total_steps
 from attrib_zoo.training.fit import State, Terms, autocast, train
 from attrib_zoo.training.history import History
@@ -142,6 +144,7 @@ class TrainableAttribution(OnePass):
         resume_from: str | os.PathLike[str] | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 500,
+        callbacks: Sequence[Callback] = (),
         show_progress: bool = True,
         additional_forward_args: Any = None,
     ) -> _Self:
@@ -169,6 +172,8 @@ class TrainableAttribution(OnePass):
             checkpoint_dir: folder for ``checkpoint.safetensors``, written every ``checkpoint_every`` steps, at the
                 end, and when the fit is interrupted.
             checkpoint_every: steps between checkpoints.
+            callbacks: functions that are called with a :class:`~attrib_zoo.training.callbacks.Progress` after each
+                step and each validation, and may stop the fit.
             show_progress: a progress bar with the parts of the loss.
             additional_forward_args: passed to the model after the images, unchanged.
 
@@ -194,6 +199,7 @@ class TrainableAttribution(OnePass):
             most=self.most_steps if epochs is None else None,
         )
         check_repeatable(val_loader)
+        check_callbacks(callbacks)
         check_number("checkpoint_every", checkpoint_every, least=1)
         folder = None if checkpoint_dir is None else session.writable(checkpoint_dir)
         asked = schedule.facts() if isinstance(schedule, Schedule) else schedule
@@ -222,6 +228,7 @@ class TrainableAttribution(OnePass):
                     else (lambda: session.validate(twin, val_loader, seed, like, args)),
                     save=None if folder is None else (lambda: twin._checkpoint(folder, state, plan)),
                     save_every=checkpoint_every,
+                    watchers=Watchers(callbacks, twin._explaining(state.network)),
                 )
             except KeyboardInterrupt:
                 if state.step and state.whole:
@@ -234,6 +241,22 @@ class TrainableAttribution(OnePass):
     def _terms(self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> Terms:
         with self.placed(images, args):
             return self.loss_terms(network, images, args, generator)
+
+    def _explaining(self, network: nn.Module) -> Callable[[Tensor, Any], Tensor]:
+        """How to explain in the middle of a fit, for callbacks: nothing of it is changed by that."""
+        shown = copy.copy(self)
+        shown._warned = True  # that a class has not come up yet
+
+        def explain(images: Tensor, target: Any = None) -> Tensor:
+            training = network.training
+            network.eval()
+            try:
+                maps: Tensor = shown.attribute(images, target)
+                return maps
+            finally:
+                network.train(training)
+
+        return explain
 
     def _so_far(self: _Self, state: State) -> _Self:
         fitted = self._ready()
@@ -471,6 +494,95 @@ class TrainableAttribution(OnePass):
             The path.
         """
         return write(path, session.to_checkpoint(self, self._ready()))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **about: Any) -> Path:
+        """Write what :meth:`push_to_hub` uploads into a folder: the explainer and its card.
+
+        Args:
+            folder: made where there is none.
+            about: what the card says beside what the explainer knows itself; see :class:`attrib_zoo.hub.card.About`.
+
+        Returns:
+            The folder.
+        """
+        told, saved = card.about(**about), session.to_checkpoint(self, self._ready())
+        return repository.write_folder(folder, packed(saved), card.card(saved, told, Path(folder).name))
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str = "A fitted explainer",
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+        **about: Any,
+    ) -> str:
+        """Share the explainer and its card on the Hugging Face Hub, in one commit.
+
+        Args:
+            repo: ``"owner/name"``; made where there is none.
+            private: of a new repository; ``None`` for the owner's default.
+            revision: a branch, made where there is none; ``None`` for the main one.
+            message: of the commit.
+            token: ``None`` for that of ``hf auth login``.
+            endpoint: another server than ``HF_ENDPOINT`` says.
+            about: what the card says beside what the explainer knows itself; see :class:`attrib_zoo.hub.card.About`.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            NotFittedError: there is nothing to share yet.
+            OptionError: something that the card has no place for.
+            DataError: the Hub did not take it.
+        """
+        told, saved = card.about(**about), session.to_checkpoint(self, self._ready())
+        return repository.upload(
+            repo,
+            packed(saved),
+            card.card(saved, told, repo),
+            message=message,
+            private=private,
+            revision=revision,
+            token=token,
+            endpoint=endpoint,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Self],
+        repo_or_folder: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        strict_backbone: bool = True,
+    ) -> _Self:
+        """Read a shared explainer, from a folder or from the Hugging Face Hub, for the model it was fitted for.
+
+        Args:
+            repo_or_folder: a folder that exists, else a repository ``"owner/name"``.
+            model: as in :meth:`load`.
+            revision: a branch, a tag or a commit; a commit's hash is for ever the same explainer.
+            token: ``None`` for that of ``hf auth login``.
+            endpoint: another server than ``HF_ENDPOINT`` says.
+            cache_dir: where downloads are kept; ``None`` for the Hub's own place.
+            strict_backbone: as in :meth:`load`.
+
+        Raises:
+            CheckpointError: there is no explainer, or one of another class.
+            BackboneMismatchError: the model has other weights.
+        """
+        path = repository.fetch(repo_or_folder, revision=revision, token=token, endpoint=endpoint, cache_dir=cache_dir)
+        try:
+            return cls.load(path, model, strict_backbone=strict_backbone)
+        except CheckpointError as error:
+            text = str(error).replace(f"path: {path}", f"repo_or_folder: the explainer in {repo_or_folder}")
+            raise type(error)(text.replace(".load", ".from_pretrained")) from error
 
     @classmethod
     def load(

@@ -1,0 +1,1 @@
+"""Sharing fitted explainers: a folder with a card, a repository of the Hugging Face Hub."""
