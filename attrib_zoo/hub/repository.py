@@ -109,7 +109,7 @@ def _unfetched(repo: str, revision: str | None, error: Exception) -> str:
         return f"revision: must be a branch, a tag or a commit of {repo}, got {revision!r}; look at its list of commits"
     if kind == "HFValidationError":
         return (
-            f"repo_or_folder: must be a folder that exists, or a repository 'owner/name', got {repo!r}; mind the path"
+            f"repo_or_folder: must be a folder that exists, or a repository 'owner/name', got {repo!r}: mind it"
         )
     if kind in ("RepositoryNotFoundError", "GatedRepoError"):
         return (

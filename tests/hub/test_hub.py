@@ -207,7 +207,7 @@ def test_a_folder_without_an_explainer(tmp_path):
 def test_no_such_repository(hub, tmp_path):
     with pytest.raises(CheckpointError, match=r"repository that you may read, got 'me/none'.*hf auth login"):
         pull(hub, tmp_path, "me/none", some.cnn())
-    with pytest.raises(CheckpointError, match=r"or a repository 'owner/name', got 'no/such/folder'; mind the path"):
+    with pytest.raises(CheckpointError, match=r"or a repository 'owner/name', got 'no/such/folder': mind it"):
         pull(hub, tmp_path, "no/such/folder", some.cnn())
 
 
