@@ -23,6 +23,7 @@ from attrib_zoo.training.files import write_whole
 OLDEST_OPSET = 18
 OUTPUTS = ("logits", "map", "class")
 _MOST_BYTES = 2**31 - 2**20  # of a protocol buffer, with room for what is not weights
+_STEP = 32  # pixels by which a free axis is made longer for the comparison
 _TOLERANCE = {".onnx": 1e-3, ".pt2": 1e-5}
 _VALUES_DECIDE = (
     "data-dependent",
@@ -92,24 +93,43 @@ def write_program(
         UnsupportedModelError: the model cannot be traced or translated, or the file says something else than it.
         DataError: the file cannot be written.
     """
-    inputs: tuple[Tensor, ...] = (images,)
+    program.by_counting = path.suffix == ".onnx"
     with torch.no_grad(), _quiet():
-        wanted = program(*inputs)
-        inputs = (*inputs, wanted[2]) if with_target else inputs
-        traced = _trace(program, inputs, any_batch, any_size)
-        free = _free_axes(traced)
-        facts = {**facts, "free_axes": [axis for axis, is_free in free.items() if is_free]}
-        if path.suffix == ".onnx":
-            data, run = _onnx(traced, inputs, opset, facts)
-        else:
-            data, run = _pt2(traced, facts)
-        if run is not None:
-            _compare(program, inputs, run, path, any_batch)
+        inputs = (images, program(images)[2]) if with_target else (images,)
+        try:
+            data, free = _made(program, inputs, path.suffix, any_batch, any_size, opset, facts)
+        except UnsupportedModelError:
+            if any_size is not None:
+                raise
+            data, free = _made(program, inputs, path.suffix, any_batch, False, opset, facts)
     try:
         write_whole(path, data)
     except OSError as error:
         raise DataError(_unwritable(path, error.strerror)) from error
     return free
+
+
+def _made(
+    program: ExplainingModel,
+    inputs: Sequence[Tensor],
+    kind: str,
+    any_batch: bool,
+    any_size: bool | None,
+    opset: int | None,
+    facts: dict[str, Any],
+) -> tuple[bytes, dict[str, bool]]:
+    """What the file will hold, compared with the program, and the free axes."""
+    traced = _trace(program, inputs, any_batch, any_size)
+    free = _free_axes(traced)
+    facts = {**facts, "free_axes": [axis for axis, is_free in free.items() if is_free]}
+    if kind == ".onnx":
+        data, run = _onnx(program, traced, inputs, opset, facts)
+    else:
+        data, run = _pt2(traced, facts)
+    if run is not None:
+        for others, wanted in _others(program, inputs, any_batch, free):
+            _compare(program, wanted, run, others, _TOLERANCE[kind])
+    return data, free
 
 
 def _unwritable(path: Path, why: str | None) -> str:
@@ -182,7 +202,11 @@ def _pt2(traced: torch.export.ExportedProgram, facts: dict[str, Any]) -> tuple[b
 
 
 def _onnx(
-    traced: torch.export.ExportedProgram, inputs: Sequence[Tensor], opset: int | None, facts: dict[str, Any]
+    program: ExplainingModel,
+    traced: torch.export.ExportedProgram,
+    inputs: Sequence[Tensor],
+    opset: int | None,
+    facts: dict[str, Any],
 ) -> tuple[bytes, _Run | None]:
     """The bytes of the file, and how to run what it holds where onnxruntime is installed."""
     for library in ("onnx", "onnxscript"):
@@ -201,8 +225,8 @@ def _onnx(
         proto = found.model_proto  # type: ignore[union-attr]  # None for TorchScript only
     except Exception as error:  # of several classes, most of them not public
         raise UnsupportedModelError(
-            f"model: must have operators that ONNX has at opset {opset or OLDEST_OPSET}, but its program has not "
-            f"({_unsaid(error)}); give a newer opset, or export to .pt2"
+            f"model: must have operators that ONNX has, but {type(program.model).__name__} has others "
+            f"({_unsaid(error)}); export to .pt2, or give a newer opset"
         ) from error
     _name_axes(proto)
     entry = proto.metadata_props.add()
@@ -257,18 +281,45 @@ def _runtime(data: bytes) -> _Run | None:
     return run
 
 
-def _compare(program: ExplainingModel, inputs: Sequence[Tensor], run: _Run, path: Path, any_batch: bool) -> None:
-    """What the file says of images that it was not traced with must be what the program says of them."""
+def _others(
+    program: ExplainingModel, inputs: Sequence[Tensor], any_batch: bool, free: dict[str, bool]
+) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    """Inputs that the program was not traced with, along each free axis, and what it says of them."""
     if any_batch:
         inputs = [torch.cat([x.flip(0), x[:1]]) for x in inputs]
-    wanted, found = program(*inputs), run(inputs)
-    tolerance = _TOLERANCE[path.suffix] * max(1.0, torch.finfo(wanted[1].dtype).eps / 1e-6)
+    yield inputs, program(*inputs)
+    images = inputs[0]
+    for axis, name in ((2, "height"), (3, "width")):
+        if free[name]:
+            images = torch.cat([images, images.narrow(axis, 0, min(_STEP, images.shape[axis]))], axis)
+    if images is not inputs[0]:
+        inputs = [images, *inputs[1:]]
+        try:
+            wanted = program(*inputs)
+        except Exception:  # whatever the model says against such a size, it says of the file's, too
+            return
+        yield inputs, wanted
+
+
+def _compare(
+    program: ExplainingModel, wanted: Sequence[Tensor], run: _Run, inputs: Sequence[Tensor], tolerance: float
+) -> None:
+    """What the file says of images must be what the program says of them."""
+    try:
+        found = run(inputs)
+    except Exception as error:  # of the runtime
+        raise UnsupportedModelError(
+            f"model: must run from the file as it runs in torch, but {type(program.model).__name__} does not "
+            f"({reason(error)}); export to the other kind of file, or with any_size=False"
+        ) from error
+    tolerance *= max(1.0, torch.finfo(wanted[1].dtype).eps / 1e-6)
     for name, one, other in zip(OUTPUTS[:2], wanted, found, strict=False):
-        off = (one.cpu().double() - other.cpu().double()).abs()
+        same = one.shape == other.shape
+        off = (one.cpu().double() - other.cpu().double()).abs() if same else one.double() * torch.nan
         size = max(1.0, float(one.double().abs().max()))
         # of ranks a rounding error may swap two neighbours
         worst = float(off.mean() if name == "map" and program.scale == "rank" else off.max()) / size
-        if one.shape != other.shape or not worst <= tolerance:
+        if not worst <= tolerance:
             raise UnsupportedModelError(
                 f"model: must say in the file what it says in torch, but {name} differs by {worst:.2g} (relative to "
                 f"{size:.3g}); something in {type(program.model).__name__} was not traced (random numbers, what a pass "

@@ -66,6 +66,7 @@ class ExplainingModel(nn.Module):
         self.readings = nn.ModuleList(readings)
         self.head = head
         self.smooth, self.scale, self.upsample = smooth, scale, upsample
+        self.by_counting = False  # ranks without searching, which ONNX has not
         self._heard = Heard()
         for position, reading in enumerate(readings):
             find(model, reading.name).register_forward_hook(Listener(self._heard, position, reading.element))
@@ -93,7 +94,8 @@ class ExplainingModel(nn.Module):
             features = [reading(runs, images.shape) for reading, runs in zip(self.readings, heard, strict=True)]
             maps = mean_filter(self.head(outputs, classes, features), self.smooth)
             if self.scale is not None:
-                maps = min_max(maps) if self.scale == "min-max" else rank_scale(maps)
+                rank = counted_ranks if self.by_counting else rank_scale
+                maps = min_max(maps) if self.scale == "min-max" else rank(maps)
             if self.upsample:
                 maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
         return outputs, maps.to(images.dtype), classes
@@ -306,6 +308,17 @@ class Standardise(nn.Module):
         """``(N, C, H, W)``."""
         images = images.to(self.mean.dtype)
         return (images / self.unit - self.mean) / self.std
+
+
+def counted_ranks(maps: Tensor) -> Tensor:
+    """What :func:`~attrib_zoo.masking.rank_scale` gives, by comparing each cell with each: (h·w)² comparisons."""
+    values = maps.flatten(2)
+    cells = values.shape[2]
+    if cells == 1:
+        return torch.full_like(maps, 0.5)
+    below = (values.unsqueeze(2) < values.unsqueeze(3)).to(maps.dtype).sum(3)
+    reached = (values.unsqueeze(2) <= values.unsqueeze(3)).to(maps.dtype).sum(3)
+    return ((below + reached - 1) / 2 / (cells - 1)).view(maps.shape)
 
 
 def _enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:

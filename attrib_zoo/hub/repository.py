@@ -108,9 +108,7 @@ def _unfetched(repo: str, revision: str | None, error: Exception) -> str:
     if kind == "RevisionNotFoundError":
         return f"revision: must be a branch, a tag or a commit of {repo}, got {revision!r}; look at its list of commits"
     if kind == "HFValidationError":
-        return (
-            f"repo_or_folder: must be a folder that exists, or a repository 'owner/name', got {repo!r}: mind it"
-        )
+        return f"repo_or_folder: must be a folder that exists, or a repository 'owner/name', got {repo!r}: mind it"
     if kind in ("RepositoryNotFoundError", "GatedRepoError"):
         return (
             f"repo_or_folder: must be a folder that exists, or a repository that you may read, got {repo!r} "

@@ -17,7 +17,8 @@ from torch import nn
 from attrib_zoo import CAM, TTAME, GradCAM
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.errors import BackboneMismatchError, InputError, NotFittedError, OptionError, UnsupportedModelError
-from attrib_zoo.export.program import ClassMaps, Reading, Standardise
+from attrib_zoo.export.program import ClassMaps, Reading, Standardise, counted_ranks
+from attrib_zoo.masking import rank_scale
 
 each = pytest.mark.parametrize("make", some.EXPLAINERS.values(), ids=some.EXPLAINERS)
 
@@ -138,6 +139,12 @@ def test_tokens_of_larger_images_make_larger_maps():
     maps = zoo.normal(2, 5, 5, 6)
     tokens = torch.cat([maps[:, :, :1, 0], maps.flatten(2)], 2).transpose(1, 2)
     assert torch.equal(reading([tokens], (2, 3, 40, 48)), maps)
+
+
+@pytest.mark.parametrize("hw", [(1, 1), (3, 5)])
+def test_ranks_by_counting_are_ranks_by_searching(hw):
+    maps = zoo.normal(2, 1, *hw).round(decimals=1)  # with ties
+    assert torch.equal(counted_ranks(maps), rank_scale(maps))
 
 
 # ---------------------------------------------------------------------- a module of its own

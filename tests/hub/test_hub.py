@@ -91,8 +91,8 @@ class Answer(BaseHTTPRequestHandler):
         repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if repo in self.server.repos:
             return self.reply(409, {"error": "exists", "url": f"{self.server.url}/{repo}"})
-        empty = "0" * 40
-        self.server.repos[repo] = {"commits": {empty: {}}, "branches": {"main": empty}, "private": asked.get("private")}
+        empty, private = "0" * 40, asked.get("private") or asked.get("visibility") == "private"
+        self.server.repos[repo] = {"commits": {empty: {}}, "branches": {"main": empty}, "private": private}
         return self.reply(200, {"url": f"{self.server.url}/{repo}", "name": repo, "id": repo})
 
     def commit(self, repo, found, revision, body):

@@ -173,7 +173,7 @@ def validations(stopping, values, name="loss"):
         ({"patience": 2}, [5, 4, 4, 4.5, 3], 4),
         ({"patience": 2}, [5, 4, 4.5, 3, 3.5, 2], None),
         ({"patience": 1, "least": 0.5}, [5, 4, 3.6, 1], 3),
-        ({"patience": 2, "least": 0.5}, [5, 4.8, 4.4, 4.0, 3.9], 5),
+        ({"patience": 2, "least": 0.5}, [5, 4.8, 4.4, 4.0, 3.95], 5),
         ({"patience": 3}, [float("nan")] * 5, 3),
         ({"patience": 1, "rising": True}, [1, 2, 3, 2, 9], 4),
     ],
