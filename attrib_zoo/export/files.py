@@ -241,9 +241,7 @@ def _unsaid(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
         chain.append(str(error))
-    found = re.search(
-        r"(?:No decompositions registered|No ONNX function found) for.*?([\w.]+::?[\w.]+)", "\n".join(chain)
-    )
+    found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", "\n".join(chain))
     return found[1] if found else reason(error)
 
 
