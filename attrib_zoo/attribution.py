@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone import layers as layer_rules
 from attrib_zoo.backbone.capture import forward_args, frozen, unwrap
+from attrib_zoo.backbone.layers.extents import Extents
 from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.known import known, situation
 from attrib_zoo.backbone.layers.resolve import Tap
@@ -299,7 +300,11 @@ class Attribution(_CaptumAttribution, ABC):
         Models that pad or crop inside have cells beyond the image, or pixels beyond the grid. ``attribute`` runs in
         it; whoever enlarges maps that were asked for with ``upsample=False`` needs it too.
         """
-        return placed(lambda size: layer_rules.look(self.model, inputs, args).extents.of(size))
+        return placed(lambda size: self.extents(inputs, args).of(size))
+
+    def extents(self, inputs: Tensor, args: Sequence[Any] = ()) -> Extents:
+        """What grids of each size cover of images of this shape."""
+        return layer_rules.look(self.model, inputs, args).extents
 
     # ------------------------------------------------------------------ layers
 

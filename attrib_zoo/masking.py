@@ -74,10 +74,9 @@ def upsampler() -> Enlarge:
         before, after = (maps.shape[-2], maps.shape[-1]), (size[0], size[1])
         if before == after:
             return maps
-        covers, onto = (extent_of(before), extent_of(after)) if extent_of is not None else (_WHOLE, _WHOLE)
-        if max(abs(a - b) for a, b in zip(covers, onto, strict=True)) > _SAME_PLACE:
-            rows = _weights(before[0], covers[:2], after[0], onto[:2]).to(maps)
-            columns = _weights(before[1], covers[2:], after[1], onto[2:]).to(maps)
+        moved = None if extent_of is None else moving(before, after, extent_of)
+        if moved is not None:
+            rows, columns = (weights.to(maps) for weights in moved)
             return rows @ maps @ columns.mT
         return F.interpolate(maps, size=after, mode="bilinear", align_corners=False)
 
@@ -85,6 +84,15 @@ def upsampler() -> Enlarge:
 
 
 _SAME_PLACE = 1e-9
+
+
+def moving(before: tuple[int, int], after: tuple[int, int], extent_of: _ExtentOf) -> tuple[Tensor, Tensor] | None:
+    """The matrices of rows and columns between grids that cover different parts of the image; ``None`` for the same."""
+    covers, onto = extent_of(before), extent_of(after)
+    if max(abs(a - b) for a, b in zip(covers, onto, strict=True)) <= _SAME_PLACE:
+        return None
+    rows = _weights(before[0], covers[:2], after[0], onto[:2])
+    return rows, _weights(before[1], covers[2:], after[1], onto[2:])
 
 
 def _weights(cells: int, covers: Sequence[float], pixels: int, onto: Sequence[float]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,8 +23,8 @@ from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.backbone.nested import pick
 from attrib_zoo.errors import UnsupportedModelError, reason
-from attrib_zoo.masking import at_least_float32, mean_filter, min_max, rank_scale
-from attrib_zoo.targets import one_logit
+from attrib_zoo.masking import Extent, at_least_float32, mean_filter, min_max, moving, rank_scale
+from attrib_zoo.targets import one_logit, scores_in
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.losses import two_logits
 
@@ -43,10 +43,12 @@ class ExplainingModel(nn.Module):
         model: an own module, as :func:`own_modules` makes it.
         readings: one for each layer that is read, in the order of execution.
         head: ``(outputs, classes (N,), features) -> (N, 1, h, w)``, the map before smoothing and scaling.
-        prepare: what is done to the images first, or ``None``.
         smooth: side of the mean filter; 1 for none.
         scale: ``None``, ``"min-max"`` or ``"rank"``.
-        upsample: whether maps have the size of the images.
+        enlarge: brings maps to the size of the images; ``None`` leaves them as they are.
+
+    Attributes:
+        prepare: what is done to the images first, or ``None``.
     """
 
     def __init__(
@@ -55,17 +57,16 @@ class ExplainingModel(nn.Module):
         readings: Sequence[Reading],
         head: nn.Module,
         *,
-        prepare: nn.Module | None = None,
         smooth: int = 1,
         scale: str | None = None,
-        upsample: bool = True,
+        enlarge: Enlargement | None = None,
     ) -> None:
         super().__init__()
-        self.prepare = prepare
+        self.prepare: nn.Module | None = None
         self.model = model
         self.readings = nn.ModuleList(readings)
         self.head = head
-        self.smooth, self.scale, self.upsample = smooth, scale, upsample
+        self.smooth, self.scale, self.enlarge = smooth, scale, enlarge
         self.by_counting = False  # ranks without searching, which ONNX has not
         self._heard = Heard()
         for position, reading in enumerate(readings):
@@ -86,7 +87,7 @@ class ExplainingModel(nn.Module):
         images = images if self.prepare is None else self.prepare(images)
         heard = self._heard.begin(len(self.readings))
         try:
-            outputs = self.model(images)
+            outputs = scores_in(self.model(images))
         finally:
             self._heard.end()
         classes = decision(outputs) if target is None else target
@@ -96,8 +97,8 @@ class ExplainingModel(nn.Module):
             if self.scale is not None:
                 rank = counted_ranks if self.by_counting else rank_scale
                 maps = min_max(maps) if self.scale == "min-max" else rank(maps)
-            if self.upsample:
-                maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
+            if self.enlarge is not None:
+                maps = self.enlarge(maps, images.shape[-2:])
         return outputs, maps.to(images.dtype), classes
 
 
@@ -222,15 +223,15 @@ class ClassMaps(nn.Module):
 
     Args:
         network: ``(features, rows (N, M)) -> (N, M, h, w)``; own modules.
-        sizes: (h, w) of each layer's map on the images that it was resolved on.
+        places: of each layer's map among those of the others.
         rivals: how many classes are subtracted, those with the largest logits.
         weight: of their mean.
     """
 
-    def __init__(self, network: nn.Module, sizes: Sequence[Sequence[int]], rivals: int, weight: float) -> None:
+    def __init__(self, network: nn.Module, places: Sequence[Enlargement], rivals: int, weight: float) -> None:
         super().__init__()
         self.network = network
-        self.sizes = [tuple(size) for size in sizes]
+        self.places = nn.ModuleList(places)
         self.rivals, self.weight = rivals, weight
 
     def forward(self, outputs: Tensor, classes: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -256,13 +257,10 @@ class ClassMaps(nn.Module):
         weight, bias = network.fuser.weight.flatten(1)[rows], network.fuser.bias[rows]  # type: ignore[index]
         weights = weight.split([x.shape[1] for x in attended], dim=2)
         parts = [torch.bmm(w, x.flatten(2)).unflatten(2, x.shape[2:]) for w, x in zip(weights, attended, strict=True)]
-        largest = tuple(max(range(len(parts)), key=lambda i: self.sizes[i][axis]) for axis in (0, 1))
-        size = (parts[largest[0]].shape[2], parts[largest[1]].shape[3])
-        whole = (self.sizes[largest[0]][0], self.sizes[largest[1]][1])
-        enlarged = [
-            part if own == whole else _enlarged(part, size) for part, own in zip(parts, self.sizes, strict=True)
-        ]
-        return sum(enlarged) + bias[:, :, None, None]  # type: ignore[no-any-return]
+        highest, widest = (max(range(len(parts)), key=lambda i: self.places[i].before[axis]) for axis in (0, 1))
+        size = (parts[highest].shape[2], parts[widest].shape[3])
+        logits: Tensor = sum(place(part, size) for place, part in zip(self.places, parts, strict=True))
+        return logits + bias[:, :, None, None]
 
 
 class LinearMaps(nn.Module):
@@ -321,9 +319,37 @@ def counted_ranks(maps: Tensor) -> Tensor:
     return ((below + reached - 1) / 2 / (cells - 1)).view(maps.shape)
 
 
-def _enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, without asking first whether it is needed: of a size that is not known yet nobody can say."""
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+class Enlargement(nn.Module):
+    """Maps of one size brought to another: what ``masking.upsample`` does, decided beforehand.
+
+    Args:
+        before: (h, w) of the maps on the images that the program was made with.
+        after: what they are enlarged to on these images.
+        extent_of: what a grid of so many cells covers of the image. Where the two cover different parts, the sizes stay
+            as they are.
+    """
+
+    def __init__(
+        self,
+        before: Sequence[int],
+        after: Sequence[int],
+        extent_of: Callable[[tuple[int, int]], Extent] = lambda _: (0.0, 1.0, 0.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.before, self.after = (before[0], before[1]), (after[0], after[1])
+        moved = None if self.before == self.after else moving(self.before, self.after, extent_of)
+        self.rows: Tensor | None
+        self.columns: Tensor | None
+        for name, weights in zip(("rows", "columns"), moved or (None, None), strict=True):
+            self.register_buffer(name, None if weights is None else weights.to(torch.get_default_dtype()))
+
+    def forward(self, maps: Tensor, size: Sequence[int]) -> Tensor:
+        """``(N, C, h, w)`` to ``(N, C, *size)``."""
+        if self.before == self.after:
+            return maps
+        if self.rows is not None and self.columns is not None:
+            return self.rows.to(maps) @ maps @ self.columns.mT.to(maps)
+        return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def _full_precision(device: str) -> AbstractContextManager[Any]:

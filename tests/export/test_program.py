@@ -17,7 +17,7 @@ from torch import nn
 from attrib_zoo import CAM, TTAME, GradCAM
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.errors import BackboneMismatchError, InputError, NotFittedError, OptionError, UnsupportedModelError
-from attrib_zoo.export.program import ClassMaps, Reading, Standardise, counted_ranks
+from attrib_zoo.export.program import ClassMaps, Enlargement, Reading, Standardise, counted_ranks
 from attrib_zoo.masking import rank_scale
 
 each = pytest.mark.parametrize("make", some.EXPLAINERS.values(), ids=some.EXPLAINERS)
@@ -78,10 +78,9 @@ def test_more_rivals_than_there_are_classes():
 
 def test_layers_of_other_sizes_where_neither_axis_has_the_largest():
     """The map is as high as the highest and as wide as the widest."""
-    network = nn.Module()
-    network.forward = lambda features, rows: None
     explainer = some.paper()
-    head = ClassMaps(explainer.network_, [(2, 6), (4, 3), (1, 1)], 0, 0.0)
+    places = [Enlargement(size, (4, 6)) for size in [(2, 6), (4, 3), (1, 1)]]
+    head = ClassMaps(explainer.network_, places, 0, 0.0)
     sizes = explainer.network_.channels
     features = [zoo.normal(2, c, *hw).float() for c, hw in zip(sizes, [(2, 6), (4, 3), (1, 1)], strict=True)]
     classes = torch.tensor([1, 4])
@@ -95,6 +94,27 @@ def test_another_size_than_that_of_the_example():
     module, explainer = some.rows().as_module(some.images()), some.rows()
     larger = zoo.normal(2, 3, 48, 40).float()
     close(module(larger)[1], explainer.attribute(larger)[:, :1])
+
+
+class Padded(nn.Module):
+    """Makes its images larger before it looks at them, and cuts rows off that make no whole cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = some.cnn()
+
+    def forward(self, x):
+        return self.inner(nn.functional.pad(x, (8, 4, 0, 3)))
+
+
+@pytest.mark.parametrize("make", [some.rows, some.paper], ids=["rows", "paper"])
+def test_a_model_that_pads_and_crops(make):
+    explainer, images = make(Padded()), some.images()
+    module = check(explainer, images)
+    moved = module(images)[1]
+    assert module.enlarge.rows is not None
+    module.enlarge.rows = None
+    assert float((module(images)[1] - moved).abs().max()) > 0.1, "as if the cells lay over all of the image"
 
 
 @pytest.mark.parametrize("column", [False, True])

@@ -17,7 +17,14 @@ from attrib_zoo.backbone.capture import frozen, run
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.errors import UnsupportedModelError, check_choice
 from attrib_zoo.export.files import check_path, write_program
-from attrib_zoo.export.program import PREPROCESSING, ExplainingModel, Reading, Standardise, own_modules
+from attrib_zoo.export.program import (
+    PREPROCESSING,
+    Enlargement,
+    ExplainingModel,
+    Reading,
+    Standardise,
+    own_modules,
+)
 from attrib_zoo.masking import at_least_float32, channel_stats
 from attrib_zoo.training.checkpoint import fingerprint
 
@@ -70,11 +77,13 @@ class OnePass(Attribution):
             outputs, features = run(self.model, example, (), taps)
             features = [at_least_float32(f) for f in features]
             head = self.program_head(example, taps, outputs, features)
+            cells = [max(feature.shape[axis] for feature in features) for axis in (-2, -1)]
+            enlarge = Enlargement(cells, example.shape[-2:], self.extents(example).of) if self.upsample else None
         scale = self.scale or self.own_scale
-        readings = [Reading(tap, example.shape[-2:]).to(example.device) for tap in taps]
+        readings = [Reading(tap, example.shape[-2:]) for tap in taps]
         module = ExplainingModel(
-            own_modules(self.model), readings, head, smooth=self.smooth or 1, scale=scale, upsample=self.upsample
-        )
+            own_modules(self.model), readings, head, smooth=self.smooth or 1, scale=scale, enlarge=enlarge
+        ).to(example.device)
         self._check_program(module, example)
         if preprocess is not None:
             mean, std = self._statistics(example.shape[1])

@@ -25,7 +25,7 @@ from attrib_zoo.errors import (
     check_number,
     warn,
 )
-from attrib_zoo.export.program import ClassMaps, own_modules
+from attrib_zoo.export.program import ClassMaps, Enlargement, own_modules
 from attrib_zoo.hub import card, repository
 from attrib_zoo.masking import at_least_float32, black, channel_stats
 from attrib_zoo.methods.bases.one_pass import OnePass
@@ -325,8 +325,10 @@ class TrainableAttribution(OnePass):
         self, images: Tensor, taps: Sequence[Tap], outputs: Tensor, features: Sequence[Tensor]
     ) -> nn.Module:
         session.check_same(type(self).__name__, self._ready(), outputs, features)
-        network = own_modules(self._network_for(features))
-        return ClassMaps(network, [f.shape[-2:] for f in features], *self.rivals)
+        sizes = [f.shape[-2:] for f in features]
+        whole = [max(size[axis] for size in sizes) for axis in (0, 1)]
+        places = [Enlargement(size, whole, self.extents(images).of) for size in sizes]
+        return ClassMaps(own_modules(self._network_for(features)), places, *self.rivals)
 
     def maps(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """The maps of all classes from one forward pass, at the resolution of the layers.
