@@ -53,11 +53,12 @@ FIRST = ("TTAME", "LCAMImg", "LCAMFm", "GradCAM", "GradCAMPlusPlus", "ScoreCAM",
 OPTIONS: dict[str, dict[str, Any]] = {"RISE": {"n_masks": 1000}}
 DILATED = {"TTAME": {"layers": ["layer2", "layer3", "layer4"]}}  # one grid: only the last would be found by itself
 RELEASED = {"variation": "sum", "border_penalty": 0.3, "area_offset": 5e-4}
-ROWS = "TTAME, rows"
 COLD = "TTAME, paper"
 VARIANTS: dict[str, dict[str, Any]] = {
-    ROWS: {},
+    "TTAME, rows": {"recipe": "rows"},
+    "TTAME, 150 steps": {},
     COLD: {"recipe": "paper"},
+    "LCAMImg, rows": {"start": "rows"},
     "GradCAM, smooth 3": {"smooth": 3},
     "GenericAttention, smooth 3": {"smooth": 3},
 }
@@ -73,7 +74,8 @@ class Case:
         model: in eval mode.
         images: gives an image, or a dict with its boxes.
         training: batches for the fits.
-        steps: of a fit.
+        steps: of a fit; a T-TAME that starts from rows has its own number, none, unless its name says so.
+        starts: T-TAME starts from rows here by itself.
         measures: names of families, or measures.
         kind: ``"cnn"`` or ``"vit"``.
         says: what was measured, in a sentence.
@@ -89,6 +91,7 @@ class Case:
     kind: str
     says: str
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    starts: bool = False
     more: tuple[str, ...] = SEEDS
 
 
@@ -175,6 +178,7 @@ def imagenet(name: str, file: str, kind: str, says: str) -> Callable[[Path], Cas
             kind,
             f"{says} with ImageNet weights, 300 validation images with boxes at 224 pixels; explainers fitted on 500 "
             "other photographs",
+            starts=True,
             more=(*SEEDS, *(name for name in VARIANTS if kind == "vit" or not name.startswith("GenericAttention"))),
         )
 
@@ -248,7 +252,8 @@ def made(name: str, case: Case, folder: Path) -> Attribution:
     if kept.exists():
         return cls.load(kept, case.model)
     explainer = cls(case.model, **options)
-    explainer.fit(case.training(), max_steps=0 if name == ROWS else case.steps, seed=int(seed or 0))
+    starts = case.starts and plain == "TTAME" and name not in ("TTAME, 150 steps", COLD)
+    explainer.fit(case.training(), max_steps=None if starts else case.steps, seed=int(seed or 0))
     explainer.save(kept)
     return explainer
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward, select_args
+from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.errors import check_choice
+from attrib_zoo.errors import AttribZooError, check_choice
 from attrib_zoo.masking import blend, blur, mean_filter, upsample
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.targets import Target, TargetQuery
@@ -23,6 +24,7 @@ from attrib_zoo.training.recipe import RECIPES, Recipe, as_recipe
 from attrib_zoo.training.rows import ROW_IMAGES, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 from attrib_zoo.training.session import class_count, head_maps
+from attrib_zoo.training.teacher import TEACHER_IMAGES, Teacher, learn_common_row
 
 _BRANCH_LR = 1e-3
 _MOST_STEPS = 200  # of a fit that is told neither epochs nor steps, where it starts from rows
@@ -248,21 +250,72 @@ class TTAME(TrainableAttribution):
         if saved is not None:
             self._follow(saved.facts["options"]["recipe"])
             return
-        count = class_count(forward(self.model, images[:1], select_args(args, torch.zeros(1).long(), len(images))))
-        self._follow("paper" if steps * len(images) >= _IMAGES_PER_CLASS * count else "rows")
+        one = select_args(args, torch.zeros(1).long(), len(images))
+        count = class_count(forward(self.model, images[:1], one))
+        if steps * len(images) >= _IMAGES_PER_CLASS * count:
+            self._follow("paper")
+        else:
+            self._follow("taught" if self._can_be_taught(images[:1], one) else "rows")
+
+    def _can_be_taught(self, image: Tensor, args: tuple[Any, ...]) -> bool:
+        """Whether the recipe's teacher explains this model."""
+        if not is_transformer(self.model):
+            return False
+        try:
+            self._teacher(RECIPES["taught"].teacher)(image, torch.zeros(1).long(), args)
+        except AttribZooError:
+            return False
+        return True
+
+    def _teacher(self, name: str) -> Teacher:
+        """Maps of a method by its name, at its own resolution."""
+        from attrib_zoo.methods import list_methods
+
+        untrained = {name: cls for name, cls in list_methods().items() if not cls.needs_fit}
+        explainer = untrained[check_choice("teacher", name, tuple(untrained))](self.model, upsample=False)
+        return lambda images, classes, args: explainer.attribute(images, classes, additional_forward_args=args)[:, :1]
 
     @property
     def start_images(self) -> int:
-        return ROW_IMAGES if self.recipe.start == "rows" else 0
+        if self.recipe.start != "rows":
+            return 0
+        return TEACHER_IMAGES if self.recipe.teacher else ROW_IMAGES
 
     @property
     def most_steps(self) -> int | None:
         return _MOST_STEPS if self.recipe.start == "rows" else None
 
+    def unasked_steps(self, steps: int) -> int:
+        return 0 if self.recipe.start == "rows" else steps  # they were measured to add nothing
+
     def start_network(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
     ) -> tuple[dict[str, Any], list[str]]:
-        return start_from_rows(self.model, network, images, args, taps, show_progress=show_progress)
+        first, own = images[:ROW_IMAGES], select_args(args, torch.arange(min(len(images), ROW_IMAGES)), len(images))
+        started, told = start_from_rows(self.model, network, first, own, taps, show_progress=show_progress)
+        name = self.recipe.teacher
+        if not name or not started:
+            return started, told
+        head: Any = network
+        lesson = learn_common_row(
+            self.model,
+            head,
+            images,
+            args,
+            taps,
+            self._teacher(name),
+            self.recipe.evidence,
+            show_progress=show_progress,
+        )
+        if lesson is None:
+            unrelated = (
+                f"fit: the classes' own maps are not positively related to those of the teacher {name}, so nothing is "
+                "learnt from it; the explainer is that of recipe='rows'"
+            )
+            return started, [*told, unrelated]
+        share = self.recipe.contrast_weight if self.recipe.contrast else 0.0
+        head.add_row(lesson.common / (1 - share if share < 1 else 1))  # what the contrast will take away again
+        return {**started, "teacher": lesson.described(name)}, told
 
     def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         head: Any = network

@@ -190,6 +190,11 @@ class AttentionHead(nn.Module):
         self.mixing = nn.ParameterList(nn.Parameter(weight.new_zeros(size, size)) for size in self.channels)
         self.fuser.requires_grad_(False)
 
+    @torch.no_grad()
+    def add_row(self, common: Tensor) -> None:
+        """Add one row ``(ΣC,)`` to that of every class."""
+        self.fuser.weight.add_(common.to(self.fuser.weight)[None, :, None, None])
+
     def _share(self, reach: Sequence[float]) -> None:
         scale = [1 / max(a, 1e-12) for a, size in zip(reach, self.channels, strict=True) for _ in range(size)]
         self.scale = self.fuser.weight.new_tensor(scale)

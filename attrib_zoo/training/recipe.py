@@ -17,6 +17,7 @@ _WEIGHTS = {
     "area_power": 1e-6,
     "border_penalty": 0.0,
     "area_offset": 0.0,
+    "evidence": 1e-3,
 }
 """Fields that are numbers, and the least that each may be."""
 
@@ -31,6 +32,9 @@ class Recipe:
         name: what it is called.
         start: ``"random"``: PyTorch's initial weights; ``"rows"``: what the classifier itself reads from the layers,
             see :func:`~attrib_zoo.training.rows.class_rows`.
+        teacher: with ``start="rows"``, the class name of a method whose maps of the decisions a common row is learnt
+            from before the first step, see :func:`~attrib_zoo.training.teacher.learn_common_row`; empty for none.
+        evidence: how many times more the class's own row counts beside the common one than fits the teacher best.
         loss: ``"mask"``: Eq. 11 of the T-TAME paper; ``"order"``: the first pixels of the map must be enough for the
             decision, and without them the decision must fall, at a share drawn for each image.
         branches: the feature branches of Eq. 8; ``False`` reads the features as they are.
@@ -58,6 +62,8 @@ class Recipe:
 
     name: str
     start: str = "random"
+    teacher: str = ""
+    evidence: float = 6.0
     loss: str = "mask"
     branches: bool = True
     skip: bool = True
@@ -81,6 +87,8 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("start", self.start, ("random", "rows"))
         check_choice("loss", self.loss, ("mask", "order"))
+        if self.teacher and self.start != "rows":
+            raise OptionError(f"teacher: needs start='rows', got teacher={self.teacher!r} with start={self.start!r}")
         for name in ("branches", "skip", "batch_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: must be True or False, got {getattr(self, name)!r}")
@@ -116,7 +124,8 @@ class Recipe:
 PAPER = Recipe("paper")
 RELEASED = Recipe("released", layer_rule="norms", variation="sum", border_penalty=0.3, area_offset=5e-4, psi="batch")
 ROWS = Recipe("rows", start="rows", loss="order", branches=False, layer_rule="live", contrast=3, smooth=3, psi="own")
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, PAPER, RELEASED)}
+TAUGHT = replace(ROWS, name="taught", teacher="GenericAttention")
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, TAUGHT, PAPER, RELEASED)}
 
 
 def as_recipe(given: str | Recipe | Mapping[str, Any]) -> Recipe:

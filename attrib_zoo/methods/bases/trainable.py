@@ -121,6 +121,10 @@ class TrainableAttribution(OnePass):
         """The steps of a fit that is told neither epochs nor steps, at most; ``None`` for all of its epochs."""
         return None
 
+    def unasked_steps(self, steps: int) -> int:
+        """The steps of a fit that is told neither epochs nor steps, once :meth:`settle` is through."""
+        return steps
+
     def decide(
         self, taps: Sequence[Tap], images: Tensor, num_classes: int, schedule: Schedule, steps: int
     ) -> dict[str, Any]:
@@ -207,13 +211,17 @@ class TrainableAttribution(OnePass):
         plan["precision"] = precision
         twin = copy.copy(self)  # the fit happens here; self changes only when it has gone well
         twin._fitted, twin._resolved, twin._warned, twin._strict = None, {}, False, True
-        saved = None if resume_from is None else session.read_resume(twin, resume_from, plan)
+        unasked = epochs is None and max_steps is None
+        compared = {name: value for name, value in plan.items() if name != "steps" or not unasked}
+        saved = None if resume_from is None else session.read_resume(twin, resume_from, compared)
         with session.ground(self.model) as like, autocast(precision, like.device):
             batches = Batches(loader, seed, like)
             if saved is not None:
                 batches.restore(saved.tensors, saved.facts["state"]["order"])
             args = forward_args(additional_forward_args)
             twin.settle(batches.peek(), args, steps, saved)
+            if unasked:
+                plan["steps"] = steps = twin.unasked_steps(steps) if saved is None else saved.facts["plan"]["steps"]
             state, twin._fitted = session.begin(
                 twin, batches, args, plan, custom, precision == "fp16-mixed", saved, show_progress
             )
