@@ -296,7 +296,7 @@ def tell(history: History, message: str) -> None:
 
 @contextmanager
 def _progress(steps: int, start: int, show: bool) -> Iterator[Callable[[dict[str, float]], None]]:
-    if not (show and distributed.is_first()):
+    if not (show and distributed.is_first()) or start >= steps:
         yield lambda numbers: None
         return
     from tqdm.auto import tqdm

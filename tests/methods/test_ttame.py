@@ -527,7 +527,7 @@ def test_recipes_are_the_table_of_constants():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"recipe": "papers"}, r"recipe: must be one of 'auto', 'rows', 'paper', 'released', got 'papers'"),
+        ({"recipe": "papers"}, r"recipe: must be one of 'auto', 'rows', 'taught', 'paper', 'released', got 'papers'"),
         ({"variation": "median"}, "variation: must be one of 'mean', 'sum'"),
         ({"variation": ""}, "variation: must be one of"),
         ({"psi": "max"}, "psi: must be one of 'auto', 'random', 'batch', 'own'"),
