@@ -359,8 +359,10 @@ def to_checkpoint(explainer: Explainer, fitted: Fitted) -> Checkpoint:
     )
 
 
-def read_resume(explainer: Explainer, path: str | os.PathLike[str], plan: dict[str, Any]) -> Checkpoint:
-    """A checkpoint of a fit with this class, these options and this plan, for this model."""
+def read_resume(
+    explainer: Explainer, path: str | os.PathLike[str], plan: dict[str, Any], any_steps: bool = False
+) -> Checkpoint:
+    """A checkpoint of a fit with this class, these options and this plan (its steps apart), for this model."""
     source = Path(path)
     saved = read(source / "checkpoint.safetensors" if source.is_dir() else source)
     facts = saved.facts
@@ -373,6 +375,7 @@ def read_resume(explainer: Explainer, path: str | os.PathLike[str], plan: dict[s
         raise BackboneMismatchError(
             f"resume_from: {source} belongs to a {facts['model']} with other weights; load those weights first"
         )
+    plan = {name: value for name, value in plan.items() if name != "steps" or not any_steps}
     mine = {**plan, **_spelt_out(explainer.options())}
     theirs = {**facts["plan"], **_spelt_out(facts["options"])}
     if mine.get("recipe") == "auto":  # what it came to in the fit that is continued, but for what was asked for

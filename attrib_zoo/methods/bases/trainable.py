@@ -212,8 +212,7 @@ class TrainableAttribution(OnePass):
         twin = copy.copy(self)  # the fit happens here; self changes only when it has gone well
         twin._fitted, twin._resolved, twin._warned, twin._strict = None, {}, False, True
         unasked = epochs is None and max_steps is None
-        compared = {name: value for name, value in plan.items() if name != "steps" or not unasked}
-        saved = None if resume_from is None else session.read_resume(twin, resume_from, compared)
+        saved = None if resume_from is None else session.read_resume(twin, resume_from, plan, unasked)
         with session.ground(self.model) as like, autocast(precision, like.device):
             batches = Batches(loader, seed, like)
             if saved is not None:
