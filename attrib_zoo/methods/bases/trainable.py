@@ -191,10 +191,7 @@ class TrainableAttribution(OnePass):
             CheckpointError: ``resume_from`` is no checkpoint of such a fit.
         """
         named, custom = check_optimizer(optimizer)
-        if not isinstance(schedule, Schedule):
-            check_choice("schedule", schedule, _SCHEDULES)
-        if lr is not None and not lr > 0:
-            raise OptionError(f"lr: must be positive, got {lr!r}")
+        asked = _asked(schedule, lr)
         steps = total_steps(
             loader,
             self.default_epochs if epochs is None else epochs,
@@ -206,7 +203,6 @@ class TrainableAttribution(OnePass):
         check_callbacks(callbacks)
         check_number("checkpoint_every", checkpoint_every, least=1)
         folder = None if checkpoint_dir is None else session.writable(checkpoint_dir)
-        asked = schedule.facts() if isinstance(schedule, Schedule) else schedule
         plan = {"steps": steps, "seed": seed, "schedule": asked, "optimizer": named, "lr": lr}
         plan["precision"] = precision
         twin = copy.copy(self)  # the fit happens here; self changes only when it has gone well
@@ -634,3 +630,10 @@ class TrainableAttribution(OnePass):
         explainer._strict = strict_backbone
         explainer._watch = Watch(explainer.model, weights)
         return explainer
+
+
+def _asked(schedule: str | Schedule, lr: float | None) -> str | dict[str, Any]:
+    """The schedule as it is written to a checkpoint, once it and the learning rate are such."""
+    if lr is not None and not lr > 0:
+        raise OptionError(f"lr: must be positive, got {lr!r}")
+    return schedule.facts() if isinstance(schedule, Schedule) else check_choice("schedule", schedule, _SCHEDULES)
