@@ -37,6 +37,7 @@ def as_markdown(text: str) -> str:
 
     text = _FORMULA.sub(block, text)
     text = re.sub(r":(\w+):`([^`]*)`", role, text)
+    text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)  # the name that griffe knows
     return re.sub(r"::$", ":", text, flags=re.MULTILINE)
 
 

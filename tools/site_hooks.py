@@ -52,6 +52,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         if not target.startswith(".."):
             return found[0]
         name = target.removeprefix("../").rstrip("/")
-        return found[1] if name in found[1] else f"{found[1]} (`{name}` in the repository)"
+        return found[1] if name in found[1] else f"{found[1]}: `{name}`"
 
     return _LINK.sub(outside, markdown)
