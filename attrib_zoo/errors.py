@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -169,6 +170,35 @@ def html_table(lines: Sequence[Sequence[str]], *, head: bool = False, title: str
         rows.append(f"<tr>{''.join(cells)}</tr>")
     above = f"<b>{escape(title)}</b>" if title else ""
     return f"{above}<table>{''.join(rows)}</table>"
+
+
+def shown(text: str, most: int | None = None) -> str:
+    r"""Text from a file or a file's name as it may stand in a terminal or a picture.
+
+    What a terminal would obey, what cannot be encoded and what turns the direction of writing is escaped (``\x1b``,
+    ``\ud800``, ``\u202e``); line breaks and tabs stay where the text may be of any length.
+
+    Args:
+        text: from anywhere.
+        most: cut to so many characters, of one line.
+    """
+    if most is None:
+        return _OBEYED.sub(_escaped, text)
+    cut = text if len(text) <= most else text[: most - 1] + "…"
+    return _OBEYED.sub(_escaped, cut).replace("\n", r"\n").replace("\t", r"\t")
+
+
+# Control characters but for line breaks and tabs, what turns the direction of writing, and halves of characters.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found.group().encode("unicode_escape").decode()
+
+
+def cell(text: str) -> str:
+    """Text for a CSV file, with an apostrophe before what a spreadsheet would run as a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

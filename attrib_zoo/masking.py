@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -234,6 +235,31 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return True
     return any(words in str(error) for words in ("not enough memory", "can't allocate memory", "out of memory"))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """The memory that a device has left; ``None`` where nobody can tell.
+
+    Of the CPU: what the system calls available, and no more than the limit of the container leaves.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) - int(
+            torch.cuda.memory_allocated(device)
+        )
+    if device.type != "cpu":
+        return None
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError, IndexError):
+        return None
+    try:
+        most, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
+        found += [] if most.strip() == "max" else [int(most) - int(used)]
+    except (OSError, ValueError):
+        pass  # no container, or one of another kind
+    return max(0, min(found)) if found else None
 
 
 def _fast(images: Tensor | None) -> int:

@@ -204,6 +204,19 @@ def scores_in(outputs: Any) -> Any:
     return logits if isinstance(logits, Tensor) else outputs
 
 
+def class_list(classes: Sequence[int] | Tensor, count: int) -> Tensor:
+    """Classes that a caller lists, ``(M,)``, each from 0 to ``count - 1``.
+
+    Raises:
+        TargetError: something else, or none.
+    """
+    found = classes.tolist() if isinstance(classes, Tensor) else list(classes)
+    numbers = [_int(entry) for entry in found] if isinstance(found, list) else []
+    if not numbers or not all(0 <= number < count for number in numbers):
+        raise TargetError(f"classes: must be one or more classes in 0..{count - 1}, got {classes!r}")
+    return torch.tensor(numbers)
+
+
 def check_outputs(outputs: object, batch: int) -> Tensor:
     """The model's output as one floating-point tensor with the batch first, or a clear error."""
     outputs = scores_in(outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from attrib_zoo.benchmark.cost import Cost
-from attrib_zoo.errors import DataError, reason
+from attrib_zoo.errors import DataError, reason, warn
+from attrib_zoo.training.signals import held
 
-FORMAT = 1
+FORMAT = 2
+"""Of new files, whose lines have seals: a checksum of the line and of all before it. 1, of version 0.1, has none."""
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Records:
         beside: files of other processes to read too.
 
     Raises:
-        DataError: the file is of another run, or cannot be read or written.
+        DataError: the file is of another run, was edited, lacks lines, or cannot be read or written.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Records:
         self.setting = json.loads(json.dumps(setting))
         self.rows: dict[tuple[str, int], Row] = {}
         self.costs: dict[str, Cost] = {}
+        self._seal: str | None = ""  # of the file's last line; None where its lines have none
         self.path = None if path is None else Path(path)
         if self.path is None:
             return
@@ -97,12 +101,16 @@ class Records:
     def _write(self, lines: list[dict[str, Any]]) -> None:
         if self.path is None:
             return
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        text, seal = "", self._seal
+        for line in lines:
+            written, seal = _sealed(line, seal)
+            text += written
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with held(), self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             raise self._unwritable(error) from error
+        self._seal = seal
 
     def _read(self, path: Path) -> bool:
         """Take over a file; whether it was there. What is no results file of this run is left as it is."""
@@ -111,13 +119,16 @@ class Records:
         try:
             data = path.read_bytes()
             whole, begun = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
-            lines = [json.loads(line) for line in whole.decode().splitlines()]
+            texts = whole.decode().split("\n")[:-1]
+            lines = [json.loads(text) for text in texts]
         except OSError as error:
             raise DataError(f"path: '{path}' cannot be read ({reason(error)}); choose another file") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._strange(path) from error
+        seal: str | None = ""
         if lines:
             self._check(path, lines[0])
+            seal = _last_seal(path, texts, lines[0])
         elif begun and not json.dumps({"format": FORMAT}).startswith(begun[:12].decode("utf-8", "replace")):
             raise self._strange(path)
         try:
@@ -125,6 +136,8 @@ class Records:
                 self._keep([_unpacked(row) for row in line["rows"]], line["method"], Cost(**line["cost"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise self._strange(path) from error
+        if path == self.path:
+            self._seal = seal
         if begun and path == self.path:  # a last line without an end was being written when the run stopped
             try:
                 os.truncate(path, len(whole))
@@ -134,7 +147,11 @@ class Records:
 
     def _check(self, path: Path, head: Any) -> None:
         """An error for the first line of another run's file, or of no such file."""
-        if not isinstance(head, dict) or head.get("format") != FORMAT or not isinstance(head.get("setting"), dict):
+        if (
+            not isinstance(head, dict)
+            or head.get("format") not in (1, FORMAT)
+            or not isinstance(head.get("setting"), dict)
+        ):
             raise self._strange(path)
         told = head["setting"]
         other = sorted(k for k in {*told, *self.setting} if told.get(k) != self.setting.get(k))
@@ -156,6 +173,42 @@ class Records:
             f"path: must be a file in a folder that can be written, got '{self.path}' ({reason(error)}); make the "
             "folder, make room, or choose another"
         )
+
+
+def _sealed(line: Mapping[str, Any], before: str | None) -> tuple[str, str | None]:
+    """A line of the file, and its seal, which is of the line and of the seal before it."""
+    text = json.dumps(line)
+    if before is None:
+        return text + "\n", None
+    seal = _seal_of(text[:-1], before)
+    return f'{text[:-1]}{_MARK}{seal}"}}\n', seal
+
+
+def _last_seal(path: Path, texts: list[str], head: Mapping[str, Any]) -> str | None:
+    """The seal of the last line, after a look at all of them."""
+    if head["format"] == 1:
+        warn(
+            f"path: '{path}' was begun by version 0.1, whose lines have no checksums: an edited or deleted line cannot "
+            "be told; remove it to measure anew"
+        )
+        return None
+    seal = ""
+    for number, text in enumerate(texts, start=1):
+        body, mark, told = text.rpartition(_MARK)
+        seal = _seal_of(body, seal)
+        if not mark or told != f'{seal}"}}':
+            raise DataError(
+                f"path: line {number} of '{path}' is not as it was written, or lines before it are missing or moved; "
+                "bring back the file as it was, or remove it and measure anew"
+            )
+    return seal
+
+
+_MARK = ', "seal": "'
+
+
+def _seal_of(body: str, before: str) -> str:
+    return hashlib.sha256(f"{before}\n{body}".encode()).hexdigest()[:16]
 
 
 def _packed(row: Row) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from attrib_zoo.targets import TargetQuery, one_logit
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import fingerprint
 from attrib_zoo.training.data import images_of
+from attrib_zoo.training.locks import hold
 
 
 def evaluate(
@@ -74,7 +75,8 @@ def evaluate(
         seed: of ties, noise and controls; an image's draws depend on its place in the loader alone.
         memory: on the CPU too, find the memory that each method holds for one image. On a GPU it is always measured,
             for the whole batch.
-        path: file of per-image results, appended as they come. Where it exists, a second run continues it.
+        path: file of per-image results, appended as they come. Where it exists, a second run continues it; one that
+            was edited or lacks lines is refused, and so is a second run while the first is still at it.
         show_progress: draw a progress bar.
 
     Returns:
@@ -97,19 +99,20 @@ def evaluate(
     explain = {name: as_function(name, method) for name, method in methods.items()}
     run: _Run | None = None
     seen = 0
-    for start, batch, mine in _batches(loader, max_images, show_progress):
+    with nullcontext() if path is None else hold(_own_file(path), "evaluate", "path"):
+        for start, batch, mine in _batches(loader, max_images, show_progress):
+            if run is None:
+                truth = _truth(batch)
+                asked = chosen(metrics, list(truth))
+                extra = beside(methods, asked, truth, seed) if controls else {}
+                setting = _setting(model, methods, asked, masking, score, seed, list(extra))
+                run = _Run(model, {**explain, **extra}, asked, _records(setting, path), masking, score, seed, memory)
+            if mine:
+                run.batch(start, batch)
+            seen = start + len(images_of(batch))
         if run is None:
-            truth = _truth(batch)
-            asked = chosen(metrics, list(truth))
-            extra = beside(methods, asked, truth, seed) if controls else {}
-            setting = _setting(model, methods, asked, masking, score, seed, list(extra))
-            run = _Run(model, {**explain, **extra}, asked, _records(setting, path), masking, score, seed, memory)
-        if mine:
-            run.batch(start, batch)
-        seen = start + len(images_of(batch))
-    if run is None:
-        raise DataError("loader: must yield at least one batch, got none; look at the folder and the batch size")
-    return Table(_gathered(run.records).first(seen), run.measures)
+            raise DataError("loader: must yield at least one batch, got none; look at the folder and the batch size")
+        return Table(_gathered(run.records).first(seen), run.measures)
 
 
 class _Run:
@@ -336,12 +339,18 @@ def _described(name: str, method: Any) -> str:
     return repr(method) + (f" {fingerprint(network)[:16]}" if isinstance(network, nn.Module) else "")
 
 
+def _own_file(path: Any) -> Path:
+    """The results file of this process: beside that of the first one."""
+    file, rank = Path(path), distributed.rank()
+    return file.with_name(f"{file.stem}.{rank}{file.suffix}") if rank else file
+
+
 def _records(setting: Mapping[str, Any], path: Any) -> Records:
     if path is None:
         return Records(setting)
-    file, rank = Path(path), distributed.rank()
-    if rank:  # each process writes a file of its own
-        return Records(setting, file.with_name(f"{file.stem}.{rank}{file.suffix}"))
+    file = Path(path)
+    if distributed.rank():
+        return Records(setting, _own_file(path))
     others = file.parent.glob(f"{glob.escape(file.stem)}.[0-9]*{glob.escape(file.suffix)}")
     return Records(setting, file, sorted(others) if distributed.world_size() == 1 else ())
 

@@ -19,7 +19,7 @@ from attrib_zoo.benchmark.measures import Measure
 from attrib_zoo.benchmark.plots import plot
 from attrib_zoo.benchmark.records import Records
 from attrib_zoo.benchmark.words import summary
-from attrib_zoo.errors import OptionError, aligned
+from attrib_zoo.errors import OptionError, aligned, cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -187,14 +187,14 @@ class Table:
         )
 
     def to_csv(self) -> str:
-        """One line per method and measure: mean, low, high, images."""
+        """One line per method and measure: mean, low, high, images; no name is a formula to a spreadsheet."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["method", "measure", "mean", "low", "high", "images"])
         for method in self.methods:
             for measure in self.measures:
                 e = self.estimate(method, measure.name)
-                writer.writerow([method, measure.name, e.mean, e.low, e.high, e.images])
+                writer.writerow([cell(method), cell(measure.name), e.mean, e.low, e.high, e.images])
         return text.getvalue()
 
     def to_json(self) -> str:

@@ -14,7 +14,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from attrib_zoo import __version__
-from attrib_zoo.errors import AttribZooError
+from attrib_zoo.cli.configs import check_configs
+from attrib_zoo.errors import AttribZooError, shown
+from attrib_zoo.training.signals import stay_deaf, stoppable
 
 _METHODS = "one or more of attrib-zoo list, or package.module:Class of your own (default: gradcam, or the explainer's)"
 
@@ -77,18 +79,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 interrupted, 2 an error, said in one sentence."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    with _plain_warnings(debug):
+    with stoppable(), _plain_warnings(debug):
         try:
+            check_configs(arguments)
             options = _parser().parse_args(arguments)
             told = _command(options.command)(options[options.command])
             if told:  # the second of several processes has nothing to say
-                print(told)
+                print(shown(told))
         except ArgumentError as error:
             return _fail(_usage(error, arguments), debug)
         except AttribZooError as error:
             return _fail(_sentence(error), debug)
         except KeyboardInterrupt as stop:
-            print(f"interrupted; {stop}" if stop.args else "interrupted", file=sys.stderr)
+            signal = getattr(stop, "signal", None)
+            said = f"stopped by {signal}" if signal else "interrupted"
+            print(shown(f"{said}; {stop}" if stop.args else said), file=sys.stderr)
+            if argv is None:  # the process ends here; another Ctrl-C must not cut into that
+                stay_deaf()
             return 1
         except Exception as error:
             hint = "this should not happen; --debug shows where"
@@ -311,7 +318,12 @@ def _fit() -> ArgumentParser:
     add("--workers", type=NonNegativeInt, default=2, metavar="N", help="processes that read images (default: 2)")
     add("--skip-bad", action="store_true", help="leave out files that are no images instead of stopping")
     add("--checkpoint-dir", metavar="FOLDER", help="save the state there now and then, and when interrupted")
-    add("--resume", metavar="FILE", help="continue an interrupted fit from its checkpoint (the file or the folder)")
+    add("--checkpoint-every", type=PositiveInt, default=500, metavar="N", help="steps between two saves (default: 500)")
+    add(
+        "--resume",
+        metavar="FILE",
+        help="continue an interrupted fit from its checkpoint (the file or folder, or an empty folder: from the start)",
+    )
     _config(parser)
     _debug(parser)
     return parser
@@ -380,7 +392,7 @@ def _debug(parser: ArgumentParser) -> None:
 def _fail(sentence: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {sentence}", file=sys.stderr)
+    print(shown(f"error: {sentence}"), file=sys.stderr)
     return 2
 
 
@@ -407,7 +419,7 @@ def _plain_warnings(debug: bool) -> Iterator[None]:
     """Warnings for users as one line each; those for developers only with ``--debug``."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        print(shown(f"warning: {message}"), file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("default" if debug else "ignore")

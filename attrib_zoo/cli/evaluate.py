@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from attrib_zoo.attribution import Attribution
 from attrib_zoo.benchmark import FAMILIES, Measure, write_report
 from attrib_zoo.benchmark import evaluate as run
 from attrib_zoo.benchmark.measures import TRUTH, chosen
 from attrib_zoo.cli.shared import explainers, load_model
-from attrib_zoo.errors import DataError, OptionError
+from attrib_zoo.errors import DataError, OptionError, shown
+from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.photos import BoxedPhotos, Photos, find_photos, is_photo, open_photo, read_boxes, writable_folder
 from attrib_zoo.training.files import write_whole
+from attrib_zoo.training.locks import hold
+from attrib_zoo.training.signals import Stopped
 
 RESULTS, REPORT = "results.jsonl", "report.html"
 
@@ -35,7 +39,20 @@ def evaluate(options: Any) -> str:
     like = torch.zeros(1, *loaded.input_size).to(next(loaded.model.parameters()))
     for explainer in ready.values():
         explainer.taps(like)  # a layer that does not exist, before anything is written
-    writable_folder(folder)
+    with hold(writable_folder(folder), "evaluate"):
+        return _measured(options, loaded, ready, measures, paths, boxes)
+
+
+def _measured(
+    options: Any,
+    loaded: LoadedModel,
+    ready: dict[str, Attribution],
+    measures: list[Measure],
+    paths: list[Path],
+    boxes: dict[Path, torch.Tensor] | None,
+) -> str:
+    """The table, its files and the page; returns what to print."""
+    folder = Path(options.output)
     photos = Photos(paths, loaded.transform)
     data: Any = photos if boxes is None else BoxedPhotos(photos, boxes, loaded.mean, loaded.std)
     try:
@@ -50,8 +67,9 @@ def evaluate(options: Any) -> str:
             memory=options.memory,
             path=folder / RESULTS,
         )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the same command continues from {folder / RESULTS}") from None
+    except KeyboardInterrupt as stop:
+        signal = getattr(stop, "signal", None)
+        raise Stopped(f"the same command continues from {folder / RESULTS}", signal=signal) from None
     formats = {"table.md": table.to_markdown(), "table.csv": table.to_csv(), "table.json": table.to_json()}
     formats |= {"table.tex": table.to_latex(), "differences.md": table.differences()}
     for name, text in formats.items():
@@ -65,7 +83,7 @@ def evaluate(options: Any) -> str:
         photos.__getitem__,
         mean=loaded.mean,
         std=loaded.std,
-        title=f"{options.model} on {len(paths)} images of {Path(options.data).name}",
+        title=shown(f"{options.model} on {len(paths)} images of {Path(options.data).name}"),
         class_name=loaded.class_name,
     )
     files = ", ".join([REPORT, *formats, "plots.png", RESULTS])

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,8 @@ from attrib_zoo.models.onepass import answer
 from attrib_zoo.models.photos import cut, find_photos, own_stems, writable_folder
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import fingerprint
+from attrib_zoo.training.locks import hold
+from attrib_zoo.training.signals import Stopped
 from attrib_zoo.visualize import Box, check_colours, figure, picture, write_picture
 
 _FEW = 64  # photographs that are held in memory, and whose table is printed
@@ -214,9 +216,8 @@ def _few(options: Any, task: _Task) -> str:
         raise DataError(wrong[0])
     if len(wrong) == len(task.names):
         raise DataError(f"none of the photographs can be read, {len(wrong)} in all; the first: {wrong[0]}")
-    if task.stems is not None:
-        writable_folder(task.folder)
-    lines = [line for batch in _progress(batches, len(batches)) for line in _lines(task, batch)]
+    with nullcontext() if task.stems is None else hold(writable_folder(task.folder), "explain"):
+        lines = [line for batch in _progress(batches, len(batches)) for line in _lines(task, batch)]
     count = sum(len(pictures) for line in lines for pictures in line.pictures)
     drawn = [f"{count} picture{'s' * (count > 1)} in {task.folder}{os.sep}"] if count else []
     return "\n".join([*_table(task, lines), "", *_reads(task), *drawn, *(f"left out: {why}" for why in wrong)])
@@ -258,14 +259,22 @@ def _reads(task: _Task) -> list[str]:
 
 
 def _job(options: Any, task: _Task, few: bool) -> str:
-    """Go through the photographs in parts, each written when it is complete."""
+    """Go through the photographs in parts, each written when it is complete; the folder is held meanwhile."""
+    with ExitStack() as stack:
+        from_first(lambda: stack.enter_context(hold(writable_folder(task.folder), "explain")))
+        return _parts(options, task, few)
+
+
+def _parts(options: Any, task: _Task, few: bool) -> str:
+    """The parts of a job; returns what to print."""
     job = Job(task.folder, _facts(options, task), options.maps, options.table or (None if few else "jsonl"))
     done = from_first(lambda: job.begin(options.resume))
     mine = shared_out(left(len(task.names), done), options.batch_size)
     try:
         lines = _run(options, task, job, mine, keep=few and not options.resume)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command continues with --resume") from None
+    except KeyboardInterrupt as stop:
+        signal = getattr(stop, "signal", None)
+        raise Stopped("the same command continues with --resume", signal=signal) from None
     wait()
     explained, skipped = from_first(job.finish)
     if not distributed.is_first():

@@ -13,6 +13,8 @@ from attrib_zoo.cli.shared import accepted, layers_of, load_model, method_of, se
 from attrib_zoo.errors import DataError, OptionError, listed
 from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.photos import Photos, find_photos, is_photo, writable_folder
+from attrib_zoo.training.locks import hold
+from attrib_zoo.training.signals import Stopped
 
 
 def fit(options: Any) -> str:
@@ -37,27 +39,37 @@ def fit(options: Any) -> str:
     explainer = cls(loaded.model, layers_of(options.layers), **accepted(cls, settings))
     writable_folder(output.parent)
     folder = None if options.checkpoint_dir is None else writable_folder(options.checkpoint_dir)
+    loaders = [_loader(training, loaded, options, shuffle=True)]
+    loaders += [] if validation is None else [_loader(validation, loaded, options, shuffle=False)]
+    with hold(output, "fit"):
+        _train(explainer, loaders, options, folder)
+        explainer.save(output)
+    return f"{explainer.report()}\n\n{_next_steps(output, options, cls.__name__)}"
+
+
+def _train(explainer: Any, loaders: list[DataLoader[Tensor]], options: Any, folder: Path | None) -> None:
+    """The fit; where it is asked to stop, how it can be continued."""
     try:
         explainer.fit(
-            _loader(training, loaded, options, shuffle=True),
+            loaders[0],
             epochs=options.epochs,
             max_steps=options.max_steps,
             schedule=options.schedule,
             lr=options.lr,
             precision=options.precision,
-            val_loader=None if validation is None else _loader(validation, loaded, options, shuffle=False),
+            val_loader=loaders[1] if len(loaders) > 1 else None,
             seed=options.seed,
             resume_from=options.resume,
             checkpoint_dir=folder,
+            checkpoint_every=options.checkpoint_every,
         )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
+    except KeyboardInterrupt as stop:
+        raise Stopped(
             "with --checkpoint-dir FOLDER a fit can be continued later"
             if folder is None
-            else f"continue with the same command and --resume {shlex.quote(str(folder))}"
+            else f"continue with the same command and --resume {shlex.quote(str(folder))}",
+            signal=getattr(stop, "signal", None),
         ) from None
-    explainer.save(output)
-    return f"{explainer.report()}\n\n{_next_steps(output, options, cls.__name__)}"
 
 
 def _next_steps(output: Path, options: Any, kind: str) -> str:

@@ -53,7 +53,7 @@ def explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:
     ready: dict[str, Attribution] = {}
     for file in (options.explainer or "").split(","):
         if file.strip():
-            kind = str(checkpoint.read(file.strip()).facts.get("method", ""))
+            kind = str(checkpoint.read_facts(file.strip()).get("method", ""))
             cls = {**methods(), **named}.get(kind.lower())
             if cls is None:
                 raise CheckpointError(

@@ -227,6 +227,16 @@ class TTAME(TrainableAttribution):
             return maps
         return less_rivals(maps, two_logits(outputs), self.recipe.contrast, self.recipe.contrast_weight)
 
+    def some_maps(self, outputs: Tensor, network: nn.Module, features: Sequence[Tensor], classes: Tensor) -> Tensor:
+        maps = super().some_maps(outputs, network, features, classes)
+        logits = two_logits(outputs)
+        k = min(self.recipe.contrast, logits.shape[1] - 1)
+        if not k:
+            return maps
+        best = logits.topk(k + 1, dim=1).indices
+        leading = head_maps(network, features, best)
+        return less_leading(maps, classes.expand(len(maps), -1), leading, best, self.recipe.contrast_weight)
+
     # ------------------------------------------------------------------ training
 
     def build_network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
@@ -414,14 +424,29 @@ def less_rivals(maps: Tensor, outputs: Tensor, k: int, weight: float) -> Tensor:
 
     Those are the classes with the largest outputs ``(N, K)``, the class itself left out: for most classes the same k.
     """
-    count = outputs.shape[1]
-    k = min(k, count - 1)
+    k = min(k, outputs.shape[1] - 1)
     best = outputs.topk(k + 1, dim=1).indices
     rows = torch.arange(len(maps), device=maps.device).unsqueeze(1)
-    leading = maps[rows, best]  # (N, k + 1, h, w)
+    every = torch.arange(outputs.shape[1], device=maps.device).expand(len(maps), -1)
+    return less_leading(maps, every, maps[rows, best], best, weight)
+
+
+def less_leading(maps: Tensor, classes: Tensor, leading: Tensor, best: Tensor, weight: float) -> Tensor:
+    """Maps ``(N, M, h, w)`` of the classes ``(N, M)``, each less a share of the mean map of its k rivals.
+
+    Args:
+        maps: of any of the K classes.
+        classes: which ones.
+        leading: ``(N, k + 1, h, w)``, of the classes with the largest outputs.
+        best: ``(N, k + 1)``, these classes, the largest first.
+        weight: the share.
+    """
+    k = best.shape[1] - 1
     whole = leading.sum(1, keepdim=True)
     found = maps - weight / k * (whole - leading[:, -1:])
-    found[rows[:, :k], best[:, :k]] = leading[:, :k] - weight / k * (whole - leading[:, :k])
+    image, place, rank = (classes.unsqueeze(2) == best[:, :k].unsqueeze(1)).nonzero(as_tuple=True)
+    own = leading[image, rank]
+    found[image, place] = own - weight / k * (whole[image, 0] - own)
     return found
 
 

@@ -246,7 +246,7 @@ class BatchExplainer:
 
 def _from_file(path: str, model: nn.Module) -> Attribution:
     """The fitted explainer in a file, whichever method of the library it is of."""
-    name = str(checkpoint.read(path).facts.get("method", ""))
+    name = str(checkpoint.read_facts(path).get("method", ""))
     methods: dict[str, Any] = {cls.__name__: cls for cls in list_methods().values()}
     if name not in methods:
         raise OptionError(

@@ -15,10 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.errors import DataError, OptionError, TargetError, UnsupportedModelError, closest, listed, reason
+from attrib_zoo.errors import (
+    DataError,
+    OptionError,
+    TargetError,
+    UnsupportedModelError,
+    closest,
+    listed,
+    reason,
+    shown,
+)
 from attrib_zoo.models.weights import ask_hub, download, fit_into
 from attrib_zoo.visualize import Box, in_colour
 
+_LONGEST = 100  # characters of a class name that is printed
 _VIEW = 448  # pixels that a picture for the eye should have, about
 
 Transform = Callable[[Any], Tensor]
@@ -51,8 +61,11 @@ class LoadedModel:
     class_names: tuple[str, ...] | None
 
     def class_name(self, index: int) -> str:
-        """The name of a class, or its number where it has none."""
-        return self.class_names[index] if self.class_names else f"class {index}"
+        """The name of a class as it may be printed, or its number where it has none.
+
+        What a terminal would obey is escaped, and a very long name is cut; ``class_names`` has it as it is.
+        """
+        return shown(self.class_names[index], _LONGEST) if self.class_names else f"class {index}"
 
     def seen(self, image: Any) -> Box:
         """Which part of a photograph the model sees, found by sending a picture of its coordinates the same way.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from attrib_zoo.errors import DataError, InputError, reason, warn
+from attrib_zoo.errors import DataError, InputError, OptionError, reason, warn
 from attrib_zoo.metrics import box_masks
+from attrib_zoo.models.limits import opened
 from attrib_zoo.visualize import in_colour
 
 if TYPE_CHECKING:
@@ -38,32 +39,70 @@ def find_photos(places: Iterable[str | os.PathLike[str]], *, leave_out: Path | N
     Raises:
         DataError: a place that does not exist, or a folder without images.
     """
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
     for place in map(Path, places):
         if place.is_dir():
             photos = _in_folder(place, leave_out)
             if not photos:
                 raise DataError(f"no image in the folder '{place}' or below ({' '.join(SUFFIXES)}); give another one")
-        elif place.exists():
-            photos = [place]
+        elif os.path.lexists(place):
+            photos = [(os.path.realpath(place), place)]
         elif re.match(r"[a-z][a-z0-9+.-]+:/", str(place), re.IGNORECASE):
             raise DataError(f"'{place}' is an address; nothing is downloaded: save the photograph and name the file")
         else:
             raise DataError(f"no file or folder '{place}'; look at the path")
-        for photo in photos:
-            found.setdefault(photo.resolve(), photo)
+        for real, photo in photos:
+            found.setdefault(real, photo)
     return list(found.values())
 
 
-def _in_folder(folder: Path, leave_out: Path | None) -> list[Path]:
-    without = None if leave_out is None else leave_out.resolve()
-    photos: list[Path] = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(place, f).resolve() != without)
-        photos += [
-            Path(place, f) for f in sorted(files) if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")
-        ]
+def _in_folder(folder: Path, leave_out: Path | None) -> list[tuple[str, Path]]:
+    """The images of a folder and all below, each with where it really lies; each folder once, by whatever links.
+
+    A link that leads nowhere is among them, as a damaged file is; what is no file (a pipe, a device) is not.
+    """
+    seen = set() if leave_out is None else {os.path.realpath(leave_out)} - {os.path.realpath(folder)}
+    photos: list[tuple[str, Path]] = []
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        real = os.path.realpath(place)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(place) as listing:
+                entries = sorted((entry for entry in listing if not entry.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            raise DataError(
+                f"the folder '{place}' cannot be searched ({reason(error)}); allow it, or move it"
+            ) from error
+        folders = []
+        for entry in entries:
+            if _is_folder(entry):
+                folders.append(place / entry.name)
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and _may_be_photo(entry):  # noqa: PTH122  # quick
+                whole = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)  # noqa: PTH118
+                photos.append((whole, place / entry.name))
+        waiting += reversed(folders)
     return photos
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _may_be_photo(entry: os.DirEntry[str]) -> bool:
+    try:
+        if entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists()):
+            return True
+    except OSError:  # a link to itself
+        return True
+    _log.warning("left out: '%s' is no file", entry.path)
+    return False
 
 
 def open_photo(path: Path) -> Image:
@@ -73,12 +112,13 @@ def open_photo(path: Path) -> Image:
     pages it is the first, and a warning says so.
 
     Raises:
-        DataError: the file is no image, is damaged, or does not say what is white; the message names it.
+        DataError: the file is no image, is damaged, has more pixels than :mod:`attrib_zoo.models.limits` allows, or
+            does not say what is white; the message names it.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     try:
-        with Image.open(path) as file:
+        with opened(path) as file:
             frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a camera's JPEG and its previews
             file.seek(0)
             upright = ImageOps.exif_transpose(file)
@@ -89,17 +129,19 @@ def open_photo(path: Path) -> Image:
         return found
     except InputError as error:
         raise DataError(f"'{path}' cannot be used: {error}") from error
+    except (DataError, OptionError):
+        raise
     except Exception as error:  # each format of PIL has its own kinds
         raise _no_image(path, error) from error
 
 
 def is_photo(path: Path) -> bool:
-    """Whether the file begins as an image does; quick, as nothing is decoded."""
-    from PIL import Image
-
+    """Whether the file begins as an image does, of a size that is allowed; quick, as nothing is decoded."""
     try:
-        with Image.open(path):
+        with opened(path):
             return True
+    except OptionError:
+        raise
     except Exception:  # as above
         return False
 
@@ -209,12 +251,14 @@ def own_stems(paths: Sequence[Path]) -> list[str]:
     short = [cut(path.stem, _LONGEST) for path in paths]
     taken = {stem.casefold() for stem in short}
     used: set[str] = set()
+    numbers: dict[str, int] = {}  # the last one given to each name, so that many of one name are quick
     stems = []
     for own in short:
-        stem, number = own, 1
+        stem, number = own, numbers.get(own.casefold(), 1)
         while stem.casefold() in used or (number > 1 and stem.casefold() in taken):
             number += 1
             stem = f"{own}-{number}"
+        numbers[own.casefold()] = number
         used.add(stem.casefold())
         stems.append(stem)
     return stems

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,28 @@ from attrib_zoo.errors import CheckpointError, DataError
 from attrib_zoo.training.files import write_whole
 from attrib_zoo.training.history import History
 from attrib_zoo.training.schedule import Schedule
+from attrib_zoo.training.sealed import SealError, read_metadata, read_tensors, write_sealed
+from attrib_zoo.training.signals import held
 
-FORMAT = 1
+FORMAT = 2
+"""Of the files that are written: 1, of version 0.1, had no checksum."""
 
 
 @dataclass
 class Checkpoint:
-    """What is written and read: named tensors and JSON-ready facts."""
+    """What is written and read: named tensors and JSON-ready facts.
+
+    Attributes:
+        tensors: by name.
+        facts: by name.
+        source: the file that it was read from.
+        sealed: whether a checksum says that it is what was written; files of version 0.1 have none.
+    """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    sealed: bool = True
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose name starts with ``prefix/``, without it."""
@@ -35,15 +49,15 @@ class Checkpoint:
 
 
 def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
-    """Write the file whole or not at all.
+    """Write the file whole or not at all; Ctrl-C waits for it.
 
     Raises:
         DataError: the folder does not exist or cannot be written, or the disk is full.
     """
     target = Path(path)
-    data = packed(checkpoint)
     try:
-        write_whole(target, data)
+        with held():
+            write_whole(target, lambda file: write_sealed(file, checkpoint.tensors, _text(checkpoint)))
     except OSError as error:
         raise DataError(
             f"path: must be a file in a folder that exists and can be written, got {target} ({error.strerror}); "
@@ -54,11 +68,13 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
 
 def packed(checkpoint: Checkpoint) -> bytes:
     """What :func:`write` puts into the file."""
-    from safetensors.torch import save
+    file = io.BytesIO()
+    write_sealed(file, checkpoint.tensors, _text(checkpoint))
+    return file.getvalue()
 
-    metadata = {"attrib_zoo": json.dumps({"format": FORMAT, **checkpoint.facts})}
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
-    return save(tensors, metadata)
+
+def _text(checkpoint: Checkpoint) -> str:
+    return json.dumps({"format": FORMAT, **checkpoint.facts})
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
@@ -67,30 +83,57 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: no such file, damaged, not ours, or of a newer format.
     """
-    from safetensors import SafetensorError, safe_open
-
     source = Path(path)
+    with _readable(source):
+        text, seal = read_metadata(source)
+        facts = _facts(source, text, seal)
+        return Checkpoint(read_tensors(source, text or "", seal), facts, str(source), seal is not None)
+
+
+def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file says of itself; its tensors are not read, and its checksum is not compared.
+
+    Raises:
+        CheckpointError: as :func:`read`.
+    """
+    source = Path(path)
+    with _readable(source):
+        return _facts(source, *read_metadata(source))
+
+
+@contextmanager
+def _readable(source: Path) -> Iterator[None]:
+    """Inside, whatever the file's bytes lead to is one error."""
+    from safetensors import SafetensorError
+
     if not source.is_file():
         raise CheckpointError(f"path: must be a checkpoint file, got {source}, which is not there; look at the path")
     try:
-        with safe_open(str(source), framework="pt", device="cpu") as file:
-            facts = json.loads((file.metadata() or {}).get("attrib_zoo", "null"))
-            if not isinstance(facts, dict):
-                raise CheckpointError(
-                    f"path: {source} must be a checkpoint of attrib_zoo; it is a safetensors file of something else"
-                )
-            if facts.get("format", 0) > FORMAT:
-                raise CheckpointError(
-                    f"path: {source} is of format {facts['format']}, this version reads up to {FORMAT}; "
-                    "upgrade attrib_zoo"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        yield
+    except CheckpointError:
+        raise
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OSError, MemoryError) as error:
+        why = "its facts are nested too deeply" if isinstance(error, RecursionError) else error
         raise CheckpointError(
-            f"path: {source} must be a whole safetensors file, but it cannot be read ({error}); "
+            f"path: {source} must be a whole safetensors file, but it cannot be read ({why}); "
             "it is damaged or cut off: copy it again, or fit again"
         ) from error
-    return Checkpoint(tensors, facts)
+
+
+def _facts(source: Path, text: str | None, seal: str | None) -> dict[str, Any]:
+    facts = json.loads(text or "null")
+    number = facts.get("format") if isinstance(facts, dict) else None
+    if not isinstance(facts, dict) or not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise CheckpointError(
+            f"path: {source} must be a checkpoint of attrib_zoo; it is a safetensors file of something else"
+        )
+    if number > FORMAT:
+        raise CheckpointError(
+            f"path: {source} is of format {number}, this version reads up to {FORMAT}; upgrade attrib_zoo"
+        )
+    if number > 1 and seal is None:
+        raise SealError("its checksum is missing")
+    return facts
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -136,12 +179,59 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Inverse of :func:`flatten_optimizer`."""
+    """Inverse of :func:`flatten_optimizer`.
+
+    Raises:
+        ValueError: the state is that of other parameters, or of another optimiser.
+    """
+    _check_groups(optimizer, facts["groups"])
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **facts["scalars"]}.items():
         index, name = key.split("/", 1)
         state.setdefault(int(index), {})[name] = value
+    _check_state(optimizer, state)
     optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
+
+
+_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # what PyTorch itself does not compare
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, groups: Any) -> None:
+    own = optimizer.state_dict()["param_groups"]
+    if not isinstance(groups, list) or [set(group) for group in groups] != [set(group) for group in own]:
+        raise ValueError("the optimiser's settings are those of another one")
+    for mine, theirs in zip(own, groups, strict=True):
+        for name, value in mine.items():
+            most = 1.0 if name == "betas" or "momentum" in name else 1e9
+            if not alike(theirs[name], value, most):
+                raise ValueError(f"the optimiser's {name} must be like {value!r}, got {theirs[name]!r}")
+
+
+def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
+    sizes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    if any(set(values) != set(next(iter(state.values()))) for values in state.values()):
+        raise ValueError("the optimiser's state is incomplete")
+    for index, values in state.items():
+        for name, value in values.items():
+            if name in _LIKE_PARAMETER and value is not None and getattr(value, "shape", None) != sizes[index]:
+                raise ValueError(f"the optimiser's {name} must have the shape of its parameter, {tuple(sizes[index])}")
+
+
+def alike(saved: Any, own: Any, most: float = 1e9) -> bool:
+    """Whether a saved value is of the kind of one's own: a number from 0 to ``most``, a list of as many such, ..."""
+    if isinstance(own, bool) or isinstance(saved, bool):
+        return isinstance(own, bool) and isinstance(saved, bool)
+    if isinstance(own, (int, float)):
+        return isinstance(saved, (int, float)) and 0 <= saved <= most
+    if isinstance(own, (list, tuple)):
+        same = isinstance(saved, (list, tuple)) and len(saved) == len(own)
+        return same and all(alike(one, other, most) for one, other in zip(saved, own, strict=True))
+    return own is None or saved is None or isinstance(saved, type(own))
+
+
+def finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all floating-point values are numbers."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
 
 
 @dataclass
@@ -195,15 +285,16 @@ class Fitted:
     @classmethod
     def read(cls, saved: Checkpoint, network: nn.Module) -> Fitted:
         """Inverse of :meth:`tensors` and :meth:`facts`; the network is filled with the saved weights."""
-        facts = saved.facts
-        network.load_state_dict(saved.part("network"))
+        facts, weights = saved.facts, saved.part("network")
+        wide = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
+        network.to(wide).load_state_dict(weights)
         network.eval()
         return cls(
             network=network,
             layers=tuple((name, None if grid is None else Grid.from_dict(grid)) for name, grid in facts["layers"]),
             channels=tuple(facts["channels"]),
             counts=saved.tensors["class_counts"],
-            schedule=Schedule(**facts["schedule"]),
+            schedule=Schedule.read(facts["schedule"]),
             steps=facts["steps"],
             history=History.read(saved.tensors, facts),
             backbone=facts["backbone"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -69,11 +70,24 @@ def check_repeatable(val_loader: Iterable[Any] | None) -> None:
         raise DataError(f"val_{_EMPTY}")
 
 
-def _length(loader: Iterable[Any]) -> int | None:
+def _length(loader: Any) -> int | None:
     try:
-        return len(loader)  # type: ignore[arg-type]  # that is the question
+        return len(loader)
     except TypeError:
         return None
+
+
+def checksum(images: Tensor | None) -> dict[str, int] | None:
+    """How many images, and a checksum of their values, which is the same on all devices."""
+    if images is None:
+        return None
+    return {"images": len(images), "crc": zlib.crc32(images.detach().float().cpu().contiguous().numpy().data)}
+
+
+def shape_of(loader: Iterable[Any]) -> dict[str, int | None]:
+    """What must be the same where a fit is continued: batches and images of an epoch, images of a batch."""
+    size, images = getattr(loader, "batch_size", None), _length(getattr(loader, "dataset", None))
+    return {"batches": _length(loader), "batch_size": size if isinstance(size, int) else None, "images": images}
 
 
 class Batches(Iterator[Tensor]):
@@ -98,10 +112,14 @@ class Batches(Iterator[Tensor]):
         self._pending: list[Tensor] = []
         self._size: torch.Size | None = None
         self._epoch_start = [g.get_state() for g in self._generators()]
+        self.last: Tensor | None = None  # the batch that was taken last
+        self._expected: Mapping[str, Any] | None = None  # what that was in the fit that is continued
+        self.news: list[str] = []
         self._stream = self._endless()
 
     def __next__(self) -> Tensor:
-        return self._pending.pop(0) if self._pending else next(self._stream)
+        self.last = self._pending.pop(0) if self._pending else next(self._stream)
+        return self.last
 
     def peek(self, images: int = 1) -> Tensor:
         """The next batch, which stays the next one; with ``images``, so many of the next batches of this epoch.
@@ -132,6 +150,8 @@ class Batches(Iterator[Tensor]):
             skip, self.position = self.position, 0
             for images in self._one_epoch():
                 self.position += 1
+                if self.position == skip:
+                    self._compare(images)
                 if self.position > skip:
                     yield self._checked(images).to(device=self.like.device, dtype=self.like.dtype)
             if self.position == 0 or isinstance(self.loader, Iterator):
@@ -147,6 +167,18 @@ class Batches(Iterator[Tensor]):
         if set_epoch is not None:
             set_epoch(self.epoch)
         yield from map(images_of, self.loader)
+
+    def _compare(self, images: Tensor) -> None:
+        """Note where the batch before the interruption is not the one of the fit that is continued."""
+        self.last = images.to(device=self.like.device, dtype=self.like.dtype)
+        found = checksum(self.last)
+        if self._expected is not None and self._expected != found:
+            self.news.append(
+                f"fit: the loader's batches must be those of the fit that is continued, but number {self.position} of "
+                f"this epoch differs ({found['images']} images, were {self._expected['images']}"
+                f"{'' if found['images'] != self._expected['images'] else ', with other pixels'}): the result will not "
+                "be that of a fit that was never interrupted"
+            )
 
     def _checked(self, images: Tensor) -> Tensor:
         if self._size is None:
@@ -165,14 +197,21 @@ class Batches(Iterator[Tensor]):
         found = [getattr(holder, "generator", None) for holder in (self.loader, sampler, inner)]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The place before the next batch, as tensors and JSON-ready facts."""
         tensors = {f"loader/{i}": state for i, state in enumerate(self._epoch_start)}
         return tensors, {"epoch": self.epoch, "position": self.position - len(self._pending)}
 
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, int]) -> None:
-        """Continue at the place that :meth:`state` gave; to be called before the first batch is taken."""
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, compare: bool = True) -> None:
+        """Continue at the place that :meth:`state` gave; to be called before the first batch is taken.
+
+        Args:
+            tensors: as :meth:`state` gave them.
+            facts: likewise; with ``"last"``, the :func:`checksum` of the batch before, that one is compared.
+            compare: whether this process saw that batch.
+        """
         self.epoch, self.position = facts["epoch"], facts["position"]
+        self._expected = facts.get("last") if compare else None
         for i, generator in enumerate(self._generators()):
             if f"loader/{i}" in tensors:
                 generator.set_state(tensors[f"loader/{i}"])

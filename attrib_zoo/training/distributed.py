@@ -1,14 +1,32 @@
-"""Several processes: joins a ``torch.distributed`` group where there is one; otherwise everything is local."""
+"""Several processes: joins a ``torch.distributed`` group where there is one; otherwise everything is local.
+
+What a fit asks of the other processes goes through a group of its own with a short patience, so that one of them that
+raises, hangs or dies ends the others with a sentence instead of an abort or a wait of half an hour.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from attrib_zoo.errors import OptionError, TrainingError, reason
+
 _Value = TypeVar("_Value")
+
+PATIENCE = 50.0
+"""Seconds in which a process of a fit waits for the others."""
+
+VARIABLE = "ATTRIB_ZOO_PATIENCE"
+"""The variable of the environment that changes it."""
+
+_groups: list[tuple[Any, Any]] = []  # the default group, and the one with the short patience made beside it
 
 
 def world_size() -> int:
@@ -21,13 +39,28 @@ def is_first() -> bool:
     return world_size() == 1 or dist.get_rank() == 0
 
 
-def wrap(network: nn.Module) -> nn.Module:
-    """The network with its gradients averaged over the processes; only the network, never the frozen model."""
-    if world_size() == 1:
-        return network
-    device = next(network.parameters()).device
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+def rank() -> int:
+    """The number of this process; 0 where there is one."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def patience() -> float:
+    """Seconds in which the others must answer.
+
+    Raises:
+        OptionError: the environment says something else than a positive number.
+    """
+    said = os.environ.get(VARIABLE, str(PATIENCE))
+    try:
+        found = float(said)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1e6:
+        raise OptionError(f"{VARIABLE}: must be a positive number of seconds, got {said!r}; unset it, or mend it")
+    return found
+
+
+# ---------------------------------------------------------------------- values
 
 
 def total(values: Tensor) -> Tensor:
@@ -35,7 +68,7 @@ def total(values: Tensor) -> Tensor:
     if world_size() == 1:
         return values
     values = values.clone()
-    dist.all_reduce(values)
+    _add_up(values)
     return values
 
 
@@ -44,23 +77,139 @@ def mean(values: Tensor) -> Tensor:
     return total(values) / world_size()
 
 
-def share(network: nn.Module) -> None:
-    """Give every process the first one's buffers (batch statistics are local during training)."""
-    if world_size() > 1:
-        with torch.no_grad():
-            for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
+def everyone(value: _Value, *, patient: bool = True) -> list[_Value]:
+    """What each process holds, in the order of their numbers, on all of them.
 
-
-def rank() -> int:
-    """The number of this process; 0 where there is one."""
-    return dist.get_rank() if world_size() > 1 else 0
-
-
-def everyone(value: _Value) -> list[_Value]:
-    """What each process holds, in the order of their numbers, on all of them."""
+    Args:
+        value: anything that can be pickled.
+        patient: wait as long as the default group does; else as a fit does.
+    """
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    if patient:
+        dist.all_gather_object(found, value)
+        return found
+    with _answered():
+        dist.all_gather_object(found, value, group=_side())
     return found
+
+
+# ---------------------------------------------------------------------- networks
+
+
+@torch.no_grad()
+def align(network: nn.Module) -> None:
+    """Give every process the first one's weights and buffers."""
+    if world_size() > 1:
+        with _answered():
+            for tensor in (*network.parameters(), *network.buffers()):
+                dist.broadcast(tensor.data, 0, group=_group_of(tensor))
+
+
+@torch.no_grad()
+def share(network: nn.Module) -> None:
+    """Give every process the first one's buffers (batch statistics are local during training)."""
+    if world_size() > 1:
+        with _answered():
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0, group=_group_of(buffer))
+
+
+@torch.no_grad()
+def average_gradients(network: nn.Module) -> None:
+    """Make each gradient its mean over the processes; only the trained network has any."""
+    if world_size() == 1:
+        return
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad /= world_size()
+            _add_up(parameter.grad)
+
+
+# ---------------------------------------------------------------------- one for all
+
+
+class Meeting:
+    """What the processes agree on before they go on together.
+
+    Attributes:
+        ready: whether this process has something to go on with.
+        all_ready: whether all of them have; known when the block has ended.
+    """
+
+    def __init__(self) -> None:
+        self.ready = True
+        self.all_ready = True
+
+
+@contextmanager
+def meeting() -> Iterator[Meeting]:
+    """A part of the work after which the processes wait for each other; where one raises, all raise.
+
+    Raises:
+        TrainingError: another process raised in its block, or did not come within :func:`patience`.
+    """
+    here = Meeting()
+    try:
+        yield here
+    except BaseException as error:
+        if world_size() > 1:
+            with suppress(Exception):  # the first error is the one to report
+                _meet(here, f"{type(error).__name__}: {reason(error)}")
+        raise
+    if world_size() > 1:
+        _meet(here, None)
+    else:
+        here.all_ready = here.ready
+
+
+def _meet(here: Meeting, failure: str | None) -> None:
+    flags = torch.tensor([float(failure is not None), float(not here.ready)])
+    _add_up(flags)
+    here.all_ready = not flags[1]
+    if flags[0]:
+        found = [(number, said) for number, said in enumerate(everyone(failure, patient=False)) if said is not None]
+        if failure is None:
+            number, said = found[0]
+            raise TrainingError(
+                f"fit: process {number} has stopped ({said}), so all stop; mend what it says, and continue from the "
+                "last checkpoint if there is one"
+            )
+
+
+# ---------------------------------------------------------------------- groups
+
+
+def _add_up(values: Tensor) -> None:
+    with _answered():
+        dist.all_reduce(values, group=_group_of(values))
+
+
+def _group_of(tensor: Tensor) -> Any:
+    """The short-tempered group for what lies in a CPU's memory; a GPU's tensors go where its own backend is."""
+    return _side() if tensor.device.type == "cpu" else None
+
+
+def _side() -> Any:
+    """The group beside the default one; all processes make it, at the same point of a fit."""
+    world = dist.group.WORLD
+    if not _groups or _groups[0][0] is not world:
+        made = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience()))
+        _groups[:] = [(world, made)]
+    return _groups[0][1]
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Inside, a process that is gone or hangs is an error of one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TrainingError(
+            f"fit: another process has stopped or has not answered for {patience():.0f} seconds ({reason(error)}), so "
+            "this one stops too; look at its messages, and continue from the last checkpoint if there is one (where it "
+            f"was only slow, set {VARIABLE} to more seconds)"
+        ) from error

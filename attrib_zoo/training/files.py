@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    import fcntl as _fcntl
+except ImportError:  # Windows
+    _fcntl = None  # type: ignore[assignment]
+
+_PART = re.compile(r"\.[0-9a-f]{12}\.part")
+_FRESH = 60.0  # seconds
+_swept: set[Path] = set()
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
@@ -25,20 +36,50 @@ def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object])
         OSError: it cannot be written; what stood at the path before is still there.
     """
     target = Path(os.path.realpath(path))
+    _sweep(target.parent)
     # not named after the target, whose name may be as long as the file system allows
     temporary = target.with_name(f".{secrets.token_hex(6)}.part")
     try:
         with temporary.open("xb") as file:
+            _mark(file)
             if callable(content):
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a crash can leave the new name with no content
-        if target.exists():
-            shutil.copymode(target, temporary)
-        temporary.replace(target)
+            if _fcntl is not None:  # while it is open, so that the mark stays on it; Windows wants it closed
+                _take_place(temporary, target)
+        if _fcntl is None:
+            _take_place(temporary, target)
     except BaseException:
         with suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _take_place(temporary: Path, target: Path) -> None:
+    if target.exists():
+        shutil.copymode(target, temporary)
+    temporary.replace(target)
+
+
+def _mark(file: BinaryIO) -> None:
+    """Show that somebody is writing this file, for as long as it is open and the process lives."""
+    if _fcntl is not None:
+        with suppress(OSError):  # a file system without locks
+            _fcntl.flock(file.fileno(), _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder; once for each process and folder."""
+    if _fcntl is None or folder in _swept:
+        return
+    _swept.add(folder)
+    with suppress(OSError):
+        for left in [Path(entry.path) for entry in os.scandir(folder) if _PART.fullmatch(entry.name)]:
+            with suppress(OSError), left.open("rb") as file:
+                _fcntl.flock(file.fileno(), _fcntl.LOCK_EX | _fcntl.LOCK_NB)  # fails where its writer lives
+                state = os.fstat(file.fileno())
+                if state.st_size or time.time() - state.st_mtime > _FRESH:  # an empty one may get its mark just now
+                    left.unlink()

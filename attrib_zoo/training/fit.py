@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from attrib_zoo.errors import OptionError, TrainingError, warn
 from attrib_zoo.training import distributed
 from attrib_zoo.training.callbacks import STEP, VALIDATION, Watchers
-from attrib_zoo.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
-from attrib_zoo.training.data import Batches
+from attrib_zoo.training.checkpoint import Checkpoint, alike, finite, flatten_optimizer, restore_optimizer
+from attrib_zoo.training.data import Batches, checksum
 from attrib_zoo.training.history import History
 from attrib_zoo.training.schedule import Falling
+from attrib_zoo.training.signals import held, stoppable
 
 _VALIDATIONS = 5  # in a fit that keeps its best state, before the last
 PRECISIONS = (None, "bf16-mixed", "fp16-mixed")
@@ -54,12 +54,14 @@ class State:
     keep_best: bool = False  # end with the state whose validation loss was the lowest
     best: dict[str, Tensor] = field(default_factory=dict)
     best_loss: float = math.inf
-    _boundary: tuple[Tensor, dict[str, Tensor], dict[str, int]] | None = None
+    _boundary: tuple[Tensor, dict[str, Tensor], dict[str, Any]] | None = None
+    _last: Tensor | None = None  # the batch before the boundary
     _statistics: list[Tensor] = field(default_factory=list)
 
     def mark(self) -> None:
         """Remember the generators, the place in the data and the running statistics as they are between two steps."""
         self._boundary = (self.generator.get_state(), *self.batches.state())
+        self._last = self.batches.last
         self._statistics = [buffer.clone() for buffer in self.network.buffers()]
 
     @torch.no_grad()
@@ -80,7 +82,7 @@ class State:
         cycle = {k: v for k, v in self.cycle.state_dict().items() if isinstance(v, (int, float, str, bool, list))}
         facts = {
             "step": self.step,
-            "order": order,
+            "order": {**order, "last": checksum(self._last)},
             "optimizer": optimizer,
             "cycle": cycle,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
@@ -93,14 +95,29 @@ class State:
         """Continue from :meth:`snapshot`; the network's own weights are loaded by the caller."""
         facts = saved.facts
         restore_optimizer(self.optimizer, saved.part("optimizer"), facts["optimizer"])
+        _check_cycle(facts["cycle"], self.cycle.state_dict(), facts["step"])
         self.cycle.load_state_dict(facts["cycle"])
         self.generator.set_state(saved.tensors["generator"])
         if self.scaler is not None and facts["scaler"] is not None:
             self.scaler.load_state_dict(facts["scaler"])
         self.best, best_loss = saved.part("best"), facts.get("best_loss")
-        self.best_loss = math.inf if best_loss is None else best_loss
+        self.best_loss = math.inf if best_loss is None else best_loss + 0.0
         self.step = facts["step"]
         self.history = History.read(saved.tensors, facts)
+        if len(self.history) != self.step:
+            raise ValueError(f"a history of {len(self.history)} steps, at step {self.step}")
+
+
+_MOVES = ("last_epoch", "_step_count", "_last_lr")  # of a learning rate's state; all else follows from the schedule
+
+
+def _check_cycle(saved: dict[str, Any], own: dict[str, Any], step: int) -> None:
+    """Raise where a saved learning rate is not one of this schedule at this step."""
+    plain = json.loads(json.dumps({name: own[name] for name in own if name in saved}))
+    for name, value in saved.items():
+        moves = name in _MOVES and alike(value, own.get(name)) and (name == "_last_lr" or value <= step + 1)
+        if name not in own or not (moves or name.startswith("_get_lr") or value == plain[name]):
+            raise ValueError(f"the learning rate's {name} cannot be {value!r}")
 
 
 def autocast(precision: str | None, device: torch.device) -> AbstractContextManager[Any]:
@@ -138,10 +155,10 @@ def train(
     watchers = watchers or Watchers()
     stop: str | None = None
     _start_together(state)
-    network = distributed.wrap(state.network)
-    network.train()
+    distributed.align(state.network)
+    state.network.train()
     state.mark()
-    with _progress(steps, state.step, show_progress) as report:
+    with _progress(steps, state.step, show_progress) as report, stoppable() if save is not None else nullcontext():
         try:
             while state.step < steps:
                 if stop is None and validate is not None and _is_due(state, steps):
@@ -149,11 +166,12 @@ def train(
                 if stop is not None:
                     state.history.messages.append(f"fit: stopped after {state.step} of {steps} steps: {stop}")
                     break
-                images = next(state.batches, None)
-                if images is None:
+                terms = _next_loss(state, objective)
+                if terms is None:
+                    state.rewind()  # another process had a batch
                     tell(state.history, _ended_early(state, steps))
                     break
-                numbers = _one_step(state, network, objective, images)
+                numbers = _one_step(state, terms)
                 report(numbers)
                 if save is not None and state.step % save_every == 0:
                     save()
@@ -168,14 +186,14 @@ def train(
         except BaseException:
             if state.whole:
                 state.rewind()
-                if save is not None and state.step > 0:
+                if save is not None and state.step > 0 and finite(state.network.state_dict()):
                     save()
             raise
 
 
 def _start_together(state: State) -> None:
     """Raise in every process where they stand at different steps; in the middle of a fit they would hang."""
-    found = distributed.everyone(state.step)
+    found = distributed.everyone(state.step, patient=False)
     if len(set(found)) > 1:
         raise TrainingError(
             f"resume_from: all processes must start at the same step, got {', '.join(map(str, found))}; give each of "
@@ -183,8 +201,16 @@ def _start_together(state: State) -> None:
         )
 
 
-def _one_step(state: State, network: nn.Module, objective: Objective, images: Tensor) -> dict[str, float]:
-    terms = objective(network, images, state.generator)
+def _next_loss(state: State, objective: Objective) -> Terms | None:
+    """The loss of the next batch; ``None`` where the loader has ended, here or in another process."""
+    with distributed.meeting() as together:
+        images = next(state.batches, None)
+        terms = None if images is None else objective(state.network, images, state.generator)
+        together.ready = terms is not None
+    return terms if together.all_ready else None
+
+
+def _one_step(state: State, terms: Terms) -> dict[str, float]:
     names = list(terms.parts)
     values = torch.stack([terms.loss.detach(), *(terms.parts[name].detach() for name in names)]).double()
     numbers = dict(zip(["loss", *names], distributed.mean(values).tolist(), strict=True))
@@ -195,8 +221,9 @@ def _one_step(state: State, network: nn.Module, objective: Objective, images: Te
             "weights are those of the step before: lower lr, or use precision=None"
         )
     (terms.loss if state.scaler is None else state.scaler.scale(terms.loss)).backward()
+    distributed.average_gradients(state.network)
     seen = distributed.total(torch.bincount(terms.classes, minlength=len(state.counts)))
-    with _uninterrupted():
+    with held():
         state.whole = False
         numbers["lr"] = state.optimizer.param_groups[0]["lr"]
         state.step += 1
@@ -219,23 +246,6 @@ def _update(state: State) -> bool:
     state.scaler.step(state.optimizer)
     state.scaler.update()
     return state.scaler.get_scale() >= scale
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends, so that it finds whole steps only."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *event: caught.append(event))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if caught:
-        handler(*caught[0])
 
 
 def _validate(state: State, validate: Callable[[], dict[str, float]], watchers: Watchers, steps: int) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attrib_zoo.masking import Enlarge, upsampler
+from attrib_zoo.training import distributed
 
 ACTIVATIONS = ("relu", "sigmoid")
 _GATHER_BYTES = 64 * 2**20
@@ -110,7 +111,9 @@ class AttentionHead(nn.Module):
         size = tuple(max(x.shape[axis] for x in features) for axis in (-2, -1))
         enlarge = upsampler()
         if rows is None:
-            return self._all(attended, size, enlarge)
+            return self._all(attended, size, torch.arange(len(self._bias), device=self._bias.device), enlarge)
+        if len(rows) > 1 and rows.stride(0) == 0 and not torch.is_grad_enabled():  # the same classes for all images
+            return self._all(attended, size, rows[0], enlarge)
         limit = max(1, _GATHER_BYTES // (rows.shape[1] * self.fuser.weight.shape[1] * self.fuser.weight.element_size()))
         if len(rows) <= limit:
             return self._selected(rows, size, enlarge, *attended)
@@ -125,8 +128,9 @@ class AttentionHead(nn.Module):
             )
         return torch.cat(parts)
 
-    def _all(self, attended: list[Tensor], size: tuple[int, ...], enlarge: Enlarge) -> Tensor:
-        weight, bias = self._rows(torch.arange(len(self._bias), device=self._bias.device))
+    def _all(self, attended: list[Tensor], size: tuple[int, ...], rows: Tensor, enlarge: Enlarge) -> Tensor:
+        """The maps of the classes ``(M,)``, of each image."""
+        weight, bias = self._rows(rows)
         weights = weight[:, :, None, None].split([x.shape[1] for x in attended], dim=1)
         logits = sum(enlarge(F.conv2d(x, w), size) for x, w in zip(attended, weights, strict=True))
         return logits + bias.view(1, -1, 1, 1)
@@ -142,7 +146,7 @@ class AttentionHead(nn.Module):
 
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Weights ``(*rows.shape, ΣC)`` and biases ``rows.shape`` of the fusing convolution."""
-        weight, bias = self.fuser.weight[:, :, 0, 0][rows], self._bias[rows]
+        weight, bias = self.fuser.weight.flatten(1)[rows], self._bias[rows]  # a view: no gradient of it is copied
         if self.common is None or self.scale is None:
             return weight, bias
         if len(self.mixing):
@@ -221,10 +225,11 @@ class AttentionHead(nn.Module):
     def reach(self, features: Sequence[Tensor]) -> list[float]:
         """For each layer, the branch's absolute activations summed over channels, averaged over images and locations.
 
-        With batch statistics, as in training.
+        With batch statistics, as in training; averaged over the processes, too.
         """
         views = [b.batch_view(x) for b, x in zip(self._each(), features, strict=True)] if self.branches else features
-        return [float(view.abs().sum(1).mean()) for view in views]
+        found = torch.tensor([float(view.abs().sum(1).mean()) for view in views], dtype=torch.float64)
+        return [float(value) for value in distributed.mean(found)]
 
     @property
     def _ones(self) -> list[float]:
@@ -235,8 +240,9 @@ class AttentionHead(nn.Module):
 
 
 def _empty_conv(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 1x1 convolution whose weights are not drawn from the global generator."""
-    conv: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, inputs, outputs, 1)
+    """A 1x1 convolution whose weights are not drawn from the global generator; without storage on device "meta"."""
+    place = "meta" if torch.get_default_device().type == "meta" else "cpu"
+    conv: nn.Conv2d = nn.Conv2d(inputs, outputs, 1, device="meta").to_empty(device=place)
     return conv
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -50,6 +50,30 @@ class Schedule:
     def facts(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> Schedule:
+        """Inverse of :meth:`facts`.
+
+        Raises:
+            ValueError: a field is missing, unknown, or of another kind.
+        """
+        own = {entry.name: entry.type for entry in fields(cls)}
+        if not set(facts) <= set(own) or not {"name", "optimizer", "lr"} <= set(facts):
+            raise ValueError(f"a schedule has {', '.join(own)}, got {', '.join(facts)}")
+        for name, value in facts.items():
+            if not _is_a(value, str(own[name])):
+                raise ValueError(f"{name} of the schedule must be a {own[name]}, got {value!r}")
+        return cls(**facts)
+
+
+def _is_a(value: Any, kind: str) -> bool:
+    """Whether a value is what a field's annotation says."""
+    if value is None or isinstance(value, bool) or kind == "bool":
+        return (value is None and "None" in kind) or (isinstance(value, bool) and kind == "bool")
+    if kind == "str":
+        return isinstance(value, str)
+    return isinstance(value, int if kind == "int" else (int, float)) and math.isfinite(value)
 
 
 def is_long(asked: str, steps: int, recipe: str) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,17 +17,28 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import check_images
 from attrib_zoo.backbone.capture import check_gradient, frozen, run
 from attrib_zoo.backbone.grid import Grid, Tap
-from attrib_zoo.errors import BackboneMismatchError, CheckpointError, DataError, LayerError, UnsupportedModelError
-from attrib_zoo.masking import at_least_float32
+from attrib_zoo.errors import (
+    BackboneMismatchError,
+    CheckpointError,
+    DataError,
+    InputError,
+    LayerError,
+    UnsupportedModelError,
+    warn,
+)
+from attrib_zoo.masking import at_least_float32, free_bytes
 from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
 from attrib_zoo.targets import Target, TargetQuery, class_scores
-from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, read
-from attrib_zoo.training.data import Batches, images_of
+from attrib_zoo.training import distributed
+from attrib_zoo.training.checkpoint import Checkpoint, Fitted, alike, fingerprint, read
+from attrib_zoo.training.data import Batches, images_of, shape_of
 from attrib_zoo.training.fit import State, Terms, tell
 from attrib_zoo.training.history import History
+from attrib_zoo.training.locks import hold
 from attrib_zoo.training.losses import two_logits
 from attrib_zoo.training.recipe import as_recipe
 from attrib_zoo.training.schedule import OptimizerFactory, Schedule, build
+from attrib_zoo.training.vetting import believing, told_unsealed, vet, vet_state
 
 _FEW_STEPS = {
     "short": (30, "raise max_steps or epochs"),
@@ -163,24 +176,24 @@ def begin(
     decisions = {**explainer.decide(taps, images, len(counts), schedule, plan["steps"]), **started}
     if saved is not None:
         _check_layers(layers, saved)
-        network.load_state_dict(saved.part("network"))  # after the schedule, which may set rows to zero
-        schedule, counts = Schedule(**saved.facts["schedule"]), saved.tensors["class_counts"]
-        decisions = saved.facts["decisions"]
-    optimizer, cycle = build(network, schedule, plan["steps"], custom)
+        with believing(saved, "resume_from"):
+            network.load_state_dict(saved.part("network"))  # after the schedule, which may set rows to zero
+            schedule, counts = Schedule.read(saved.facts["schedule"]), saved.tensors["class_counts"]
+            decisions = _decided(saved.facts["decisions"], decisions)
+    with nullcontext() if saved is None else believing(saved, "resume_from"):
+        optimizer, cycle = build(network, schedule, plan["steps"], custom)
     scaler = torch.amp.GradScaler(images.device.type) if scaled else None
     state = State(network, optimizer, cycle, generator, batches, counts, scaler)
     state.keep_best = explainer.start_images > 0
     for message in told:
         tell(state.history, message)
-    if saved is not None:
-        state.restore(Checkpoint(saved.tensors, saved.facts["state"]))
-    elif plan["steps"] < _FEW_STEPS.get(schedule.name, (0, ""))[0]:
-        least, advice = _FEW_STEPS[schedule.name]
-        tell(
-            state.history,
-            f"fit: the {schedule.name!r} schedule needs at least {least} steps to train an explainer, got "
-            f"{plan['steps']}: {advice}",
-        )
+    if saved is None:
+        _tell_few(state.history, schedule.name, plan["steps"])
+    else:
+        with believing(saved, "resume_from"):
+            state.restore(Checkpoint(saved.tensors, saved.facts["state"]))
+        for message in batches.news:
+            tell(state.history, message)
     fitted = Fitted(
         network=network,
         layers=layers,
@@ -193,6 +206,24 @@ def begin(
         decisions=decisions,
     )
     return state, fitted
+
+
+def _tell_few(history: History, schedule: str, steps: int) -> None:
+    """Warn where there are too few steps for a schedule."""
+    least, advice = _FEW_STEPS.get(schedule, (0, ""))
+    if steps < least:
+        tell(
+            history,
+            f"fit: the {schedule!r} schedule needs at least {least} steps to train an explainer, got {steps}: {advice}",
+        )
+
+
+def _decided(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The decisions of the fit that is continued, each of the kind that this one would make."""
+    wrong = [name for name, value in own.items() if not alike(saved[name], value, math.inf)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} cannot be {saved[wrong[0]]!r}")
+    return saved
 
 
 def _channels(taps: Sequence[Tap], features: Sequence[Tensor]) -> tuple[int, ...]:
@@ -245,6 +276,39 @@ def head_maps(network: nn.Module, features: Sequence[Tensor], rows: Tensor | Non
     with torch.autocast(features[0].device.type, enabled=False):
         maps: Tensor = network(features, rows)
     return maps
+
+
+_SMALL = 64 * 2**20  # bytes of maps that are computed at once
+_PARTS = 40  # of the maps of all classes; what the computation of one part holds is a few times its size
+
+
+def is_small(network: nn.Module, features: Sequence[Tensor], classes: int) -> bool:
+    """Whether the maps of all classes are so small that they may be there several times."""
+    one = head_maps(network, features, torch.zeros(len(features[0]), 1, dtype=torch.long, device=features[0].device))
+    return one.numel() * one.element_size() * classes <= _SMALL
+
+
+def in_parts(compute: Callable[[Tensor], Tensor], classes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Maps ``(N, M, h, w)`` of the classes ``(M,)``, computed a part at a time.
+
+    Raises:
+        InputError: they do not fit into the memory that is free.
+    """
+    first = compute(classes[:1])
+    count, _, height, width = first.shape
+    size = count * height * width * torch.empty(0, dtype=dtype).element_size()
+    free = free_bytes(first.device)
+    if free is not None and 1.3 * size * len(classes) > free:
+        raise InputError(
+            f"inputs: {count} image{'s' * (count > 1)} with maps of {len(classes)} classes, {height} x {width} each, "
+            f"take {size * len(classes) / 1e9:.3g} GB, and {free / 1e9:.3g} GB of memory are free; name the classes "
+            "that are wanted (classes=[...]), or pass fewer images"
+        )
+    found = torch.empty(count, len(classes), height, width, dtype=dtype, device=first.device)
+    step = max(1, min(len(classes), max(len(classes) // _PARTS, _SMALL // 32 // max(size, 1))))
+    for start in range(0, len(classes), step):
+        found[:, start : start + step] = compute(classes[start : start + step])
+    return found
 
 
 # ---------------------------------------------------------------------- validate
@@ -359,30 +423,49 @@ def to_checkpoint(explainer: Explainer, fitted: Fitted) -> Checkpoint:
     )
 
 
+CHECKPOINT = "checkpoint.safetensors"
+"""The file in ``checkpoint_dir``."""
+
+
 def read_resume(
-    explainer: Explainer, path: str | os.PathLike[str], plan: dict[str, Any], any_steps: bool = False
-) -> Checkpoint:
-    """A checkpoint of a fit with this class, these options and this plan (its steps apart), for this model."""
+    explainer: Explainer, path: str | os.PathLike[str], plan: dict[str, Any], folder: Path | None, any_steps: bool
+) -> Checkpoint | None:
+    """A checkpoint of a fit with this class, these options and this plan (its steps apart), for this model.
+
+    ``None``, with a warning, for a folder in which no fit has come to its first checkpoint: an empty one, or the one
+    in which this fit writes its own.
+    """
     source = Path(path)
-    saved = read(source / "checkpoint.safetensors" if source.is_dir() else source)
+    if source.is_dir() and not (source / CHECKPOINT).exists():
+        own = folder is not None and os.path.realpath(folder) == os.path.realpath(source)
+        if own or all(entry.name.startswith(".") for entry in list(source.iterdir())):
+            warn(f"resume_from: no checkpoint in the folder {source} yet, so the fit starts anew")
+            return None
+    saved = read(source / CHECKPOINT if source.is_dir() else source)
     facts = saved.facts
     if facts.get("method") != type(explainer).__name__ or "state" not in facts:
         raise CheckpointError(
             f"resume_from: {source} must be a checkpoint that {type(explainer).__name__}.fit wrote to checkpoint_dir, "
             f"got a file of {facts.get('method')}{'' if 'state' in facts else ' made by save'}"
         )
+    vet(saved, "resume_from")
+    vet_state(saved, "resume_from")
     if facts["backbone"] != fingerprint(explainer.model):
         raise BackboneMismatchError(
             f"resume_from: {source} belongs to a {facts['model']} with other weights; load those weights first"
         )
     plan = {name: value for name, value in plan.items() if name != "steps" or not any_steps}
+    if not saved.sealed:  # version 0.1 did not write what the loader was
+        plan = {name: value for name, value in plan.items() if name in facts["plan"]}
     mine = {**plan, **_spelt_out(explainer.options())}
-    theirs = {**facts["plan"], **_spelt_out(facts["options"])}
+    with believing(saved, "resume_from"):
+        theirs = {**facts["plan"], **_spelt_out(facts["options"])}
     if mine.get("recipe") == "auto":  # what it came to in the fit that is continued, but for what was asked for
         mine = {name: value for name, value in mine.items() if value is not None and name != "recipe"} | plan
     differ = [f"{k}={mine[k]!r} (was {theirs.get(k)!r})" for k in mine if mine[k] != theirs.get(k)]
     if differ:
         raise CheckpointError(f"resume_from: must be continued with the same arguments, got {', '.join(differ)}")
+    told_unsealed(saved, "resume_from")
     return saved
 
 
@@ -399,6 +482,64 @@ def _check_layers(layers: tuple[tuple[str, Grid | None], ...], saved: Checkpoint
     mine, theirs = [name for name, _ in layers], [name for name, _ in saved.facts["layers"]]
     if mine != theirs:
         raise CheckpointError(f"resume_from: must be continued with the same layers, got {mine} (was {theirs})")
+
+
+@contextmanager
+def reserved(folder: Path | None) -> Iterator[None]:
+    """The folder of the checkpoints for this fit alone; where the first process cannot have it, none goes on.
+
+    Raises:
+        DataError: another fit writes there.
+    """
+    problem: DataError | None = None
+    with ExitStack() as stack:
+        if folder is not None and distributed.is_first():
+            try:
+                stack.enter_context(hold(folder, "fit", "checkpoint_dir"))
+            except DataError as error:
+                problem = error
+        told = [found for found in distributed.everyone(problem, patient=False) if found is not None]
+        if told:
+            raise told[0]
+        yield
+
+
+def agreed_steps(steps: int) -> int:
+    """The steps of a fit in several processes, whose loaders may differ in length: as many as the longest has."""
+    found = distributed.everyone(steps, patient=False)
+    if len(set(found)) > 1:
+        warn(
+            f"loader: the loaders of the processes make {', '.join(map(str, found))} steps; all take {max(found)}, and "
+            "the shorter ones begin anew (a DistributedSampler gives each the same number)"
+        )
+    return max(found)
+
+
+def plan_of(loader: Iterable[Any], **asked: Any) -> dict[str, Any]:
+    """What a fit must have in common with one that it continues, beside the explainer's options."""
+    return {**asked, **shape_of(loader), "processes": distributed.world_size()}
+
+
+def batches_of(loader: Iterable[Any], seed: int, like: Tensor, saved: Checkpoint | None) -> Batches:
+    """The loader's batches from their begin, or from where a checkpoint stands."""
+    batches = Batches(loader, seed, like)
+    if saved is not None:
+        with believing(saved, "resume_from"):
+            batches.restore(saved.tensors, saved.facts["state"]["order"], compare=distributed.is_first())
+    return batches
+
+
+def try_out(explainer: Any) -> None:
+    """Read what a loaded explainer says of itself: an impossible value raises here, and not at some later call."""
+    known = {name.replace("_orig_mod.", "") for name, _ in explainer.model.named_modules()} - {""}
+    missing = [name for name, _ in explainer._ready().layers if re.sub(r"\[[^[]*\]$", "", name) not in known]
+    if missing:
+        raise ValueError(f"the model has no layer {missing[0]!r}")
+    explainer.report()
+    repr(explainer)
+    if explainer.masking_ not in ("raw", "standardized", "blur", "auto"):
+        torch.as_tensor(explainer.masking_)
+    explainer.has_map_of(0)
 
 
 def writable(path: str | os.PathLike[str]) -> Path:

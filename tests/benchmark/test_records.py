@@ -252,9 +252,58 @@ def test_a_damaged_line_is_refused_and_stays(model, tmp_path):
         kept = path.read_text().splitlines()
         path.write_text("\n".join([kept[0], damaged, *kept[2:]]) + "\n")
         before = path.read_bytes()
-        with pytest.raises(DataError, match="must be a results file of this version"):
+        with pytest.raises(DataError, match=r"must be a results file of this version|line 2 of .* is not as it was"):
             run(model, wanted="sparseness", path=path)
         assert path.read_bytes() == before
+
+
+TAMPERED = {
+    "a digit": lambda kept: [*kept[:2], kept[2].replace("1", "2", 1), *kept[3:]],
+    "the setting": lambda kept: [kept[0].replace('"seed": 0', '"seed": 00'), *kept[1:]],
+    "a line less": lambda kept: [*kept[:2], *kept[3:]],
+    "two lines swapped": lambda kept: [kept[0], kept[2], kept[1], *kept[3:]],
+    "a line twice": lambda kept: [*kept[:2], kept[1], *kept[2:]],
+    "no seal": lambda kept: [kept[0], kept[1].rpartition(', "seal"')[0] + "}", *kept[2:]],
+}
+
+
+@pytest.mark.parametrize("how", TAMPERED)
+def test_lines_that_were_edited_or_deleted_are_noticed(model, tmp_path, how):
+    path = tmp_path / "results.jsonl"
+    run(model, wanted="sparseness", path=path)
+    path.write_text("\n".join(TAMPERED[how](path.read_text().splitlines())) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(
+        DataError, match=r"(line \d of .* is not as it was written, or lines .* measure anew|this version)"
+    ):
+        run(model, wanted="sparseness", path=path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_of_version_0_1_is_continued_with_a_warning(model, whole, tmp_path):
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(model, loader=Batches(2, stop=1), path=path)
+    old = [{name: value for name, value in line.items() if name != "seal"} for line in lines(path)]
+    old[0]["format"] = 1
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    with pytest.warns(UserWarning, match=r"was begun by version 0.1, whose lines have no checksums"):
+        assert_same(whole, run(model, path=path))
+    assert not any("seal" in line for line in lines(path))
+    with pytest.warns(UserWarning, match="version 0.1"):
+        assert_same(whole, run(model, path=path))
+
+
+def test_a_second_run_into_one_file_is_told_who_is_at_it(model, tmp_path):
+    path = tmp_path / "results.jsonl"
+
+    def again(inputs, target):
+        with pytest.raises(DataError, match=r"path: '.*results.jsonl' is in use by this very process; wait"):
+            run(model, path=path)
+        return brightness(inputs, target)
+
+    run(model, {"x": again}, wanted="sparseness", path=path)
+    assert [p.name for p in tmp_path.iterdir()] == ["results.jsonl"]
 
 
 def test_a_path_that_cannot_be_written_is_named_before_any_work(model, tmp_path):

@@ -23,6 +23,7 @@ from attrib_zoo import TTAME, Contrast, GradCAM, HiResCAM, models
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli import demo, explain, main
 from attrib_zoo.models.photos import Photos
+from attrib_zoo.training.locks import hold
 from attrib_zoo.visualize import picture
 
 COMMANDS = ("demo", "list", "layers", "explain", "fit", "evaluate", "reproduce", "doctor", "completion")
@@ -432,6 +433,17 @@ def test_a_folder_that_cannot_be_written_is_named(files, usual, tmp_path, capsys
     (tmp_path / "file").write_text("in the way")
     words = ["explain", str(files / "photos/p0.png"), *usual, "--output", str(tmp_path / "file")]
     assert re.search(r"cannot write into the folder '.*file' \(File exists\)", failure(capsys, words))
+
+
+@pytest.mark.parametrize("command", ["explain", "evaluate"])
+def test_a_folder_in_which_another_run_writes_is_refused(command: str, files, usual, tmp_path, capsys) -> None:
+    with hold(tmp_path, "explain"):
+        place = [str(files / "photos" / "p0.png")] if command == "explain" else ["--data", str(files / "photos")]
+        assert re.search(
+            rf"error: output: '{tmp_path}' is in use by this very process; wait until it has ended, stop it, or choose",
+            failure(capsys, [command, *place, *usual, "--output", str(tmp_path)]),
+        )
+        assert [p.name for p in tmp_path.iterdir()] == [".attrib-zoo.lock"]
 
 
 def test_an_explainer_is_used_and_compared(files, usual, loaded, explainer, tmp_path, capsys) -> None:

@@ -36,11 +36,16 @@ def test_alone_everything_is_local():
     assert distributed.world_size() == 1
     assert distributed.is_first()
     network, values = nn.Linear(2, 2), torch.ones(3)
-    assert distributed.wrap(network) is network
     assert distributed.total(values) is values
     assert torch.equal(distributed.mean(values), values)
     before = {k: v.clone() for k, v in network.state_dict().items()}
+    distributed.align(network)
     distributed.share(network)
+    distributed.average_gradients(network)
+    assert network.weight.grad is None
+    with distributed.meeting() as together:
+        together.ready = False
+    assert not together.all_ready
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward_args, frozen, run
 from attrib_zoo.backbone.grid import Tap
-from attrib_zoo.backbone.module import original
+from attrib_zoo.backbone.module import original, unwrap
 from attrib_zoo.errors import (
     BackboneMismatchError,
     CheckpointError,
@@ -29,14 +29,15 @@ from attrib_zoo.export.program import ClassMaps, Enlargement, own_modules
 from attrib_zoo.hub import card, repository
 from attrib_zoo.masking import at_least_float32, black, channel_stats
 from attrib_zoo.methods.bases.one_pass import OnePass
-from attrib_zoo.targets import Target, TargetQuery
+from attrib_zoo.targets import Target, TargetQuery, class_list
 from attrib_zoo.training import distributed, session
 from attrib_zoo.training.callbacks import Callback, Watchers, check_callbacks
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, packed, read, write
-from attrib_zoo.training.data import Batches, check_repeatable, total_steps
+from attrib_zoo.training.data import check_repeatable, total_steps
 from attrib_zoo.training.fit import State, Terms, autocast, train
 from attrib_zoo.training.history import History
 from attrib_zoo.training.schedule import OptimizerFactory, Schedule, check_optimizer
+from attrib_zoo.training.vetting import believing, told_unsealed, vet, vet_network
 from attrib_zoo.training.watch import Watch
 
 _Self = TypeVar("_Self", bound="TrainableAttribution")
@@ -171,10 +172,12 @@ class TrainableAttribution(OnePass):
             val_loader: images for validation after each epoch and at the end: the loss, and AD/IC at 100, 50, 15 %.
             precision: ``None`` (the model's own), ``"bf16-mixed"`` or ``"fp16-mixed"`` for the frozen model's passes.
             seed: fixes initial weights, drawn classes and the loader's order; the global generators stay untouched.
-            resume_from: checkpoint of an interrupted fit with the same arguments (the file, or the folder given as
-                ``checkpoint_dir``); continues to the same bits on CPU.
+            resume_from: checkpoint of an interrupted fit with the same arguments and a loader of the same shape (the
+                file, or the folder given as ``checkpoint_dir``, which may still be empty); continues to the same bits
+                on CPU, and warns where the loader's images are others.
             checkpoint_dir: folder for ``checkpoint.safetensors``, written every ``checkpoint_every`` steps, at the
-                end, and when the fit is interrupted.
+                end, and when the fit is interrupted: by an error, Ctrl-C, SIGTERM or SIGHUP. It is held for one fit
+                at a time.
             checkpoint_every: steps between checkpoints.
             callbacks: functions that are called with a :class:`~attrib_zoo.training.callbacks.Progress` after each
                 step and each validation, and may stop the fit.
@@ -185,34 +188,30 @@ class TrainableAttribution(OnePass):
             The explainer itself.
 
         Raises:
-            DataError: the loader yields nothing, something else than images, or images of several sizes.
+            DataError: the loader yields nothing, something else than images, or images of several sizes; another fit
+                writes to ``checkpoint_dir``.
             OptionError: an option outside its range.
-            TrainingError: the loss is not finite.
+            TrainingError: the loss is not finite; of several processes, another one has stopped or hangs.
             CheckpointError: ``resume_from`` is no checkpoint of such a fit.
         """
         named, custom = check_optimizer(optimizer)
         asked = _asked(schedule, lr)
-        steps = total_steps(
-            loader,
-            self.default_epochs if epochs is None else epochs,
-            max_steps,
-            least=0 if self.start_images else 1,
-            most=self.most_steps if epochs is None else None,
-        )
+        passes, most = (self.default_epochs, self.most_steps) if epochs is None else (epochs, None)
+        steps = total_steps(loader, passes, max_steps, least=0 if self.start_images else 1, most=most)
+        steps = session.agreed_steps(steps)
         check_repeatable(val_loader)
         check_callbacks(callbacks)
         check_number("checkpoint_every", checkpoint_every, least=1)
         folder = None if checkpoint_dir is None else session.writable(checkpoint_dir)
-        plan = {"steps": steps, "seed": seed, "schedule": asked, "optimizer": named, "lr": lr}
-        plan["precision"] = precision
+        plan = session.plan_of(
+            loader, steps=steps, seed=seed, schedule=asked, optimizer=named, lr=lr, precision=precision
+        )
         twin = copy.copy(self)  # the fit happens here; self changes only when it has gone well
         twin._fitted, twin._resolved, twin._warned, twin._strict = None, {}, False, True
         unasked = epochs is None and max_steps is None
-        saved = None if resume_from is None else session.read_resume(twin, resume_from, plan, unasked)
-        with session.ground(self.model) as like, autocast(precision, like.device):
-            batches = Batches(loader, seed, like)
-            if saved is not None:
-                batches.restore(saved.tensors, saved.facts["state"]["order"])
+        with session.reserved(folder), session.ground(self.model) as like, autocast(precision, like.device):
+            saved = None if resume_from is None else session.read_resume(twin, resume_from, plan, folder, unasked)
+            batches = session.batches_of(loader, seed, like, saved)
             args = forward_args(additional_forward_args)
             twin.settle(batches.peek(), args, steps, saved)
             if unasked:
@@ -220,6 +219,9 @@ class TrainableAttribution(OnePass):
             state, twin._fitted = session.begin(
                 twin, batches, args, plan, custom, precision == "fp16-mixed", saved, show_progress
             )
+            if saved is not None:
+                with believing(saved, "resume_from"):
+                    session.try_out(twin)
             try:
                 train(
                     state,
@@ -281,7 +283,7 @@ class TrainableAttribution(OnePass):
             return
         explainer, progress = session.to_checkpoint(self, self._so_far(state)._ready()), state.snapshot()
         facts = {**explainer.facts, "plan": plan, "state": progress.facts}
-        write(folder / "checkpoint.safetensors", Checkpoint({**explainer.tensors, **progress.tensors}, facts))
+        write(folder / session.CHECKPOINT, Checkpoint({**explainer.tensors, **progress.tensors}, facts))
 
     # ------------------------------------------------------------------ explain
 
@@ -333,24 +335,47 @@ class TrainableAttribution(OnePass):
         places = [Enlargement(size, whole, self.extents(images).of) for size in sizes]
         return ClassMaps(own_modules(self._network_for(features)), places, *self.rivals)
 
-    def maps(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
-        """The maps of all classes from one forward pass, at the resolution of the layers.
+    def some_maps(self, outputs: Tensor, network: nn.Module, features: Sequence[Tensor], classes: Tensor) -> Tensor:
+        """The same for the classes ``(M,)`` alone, as ``(N, M, h, w)``; who fills :meth:`all_maps` fills this too."""
+        return session.head_maps(network, features, classes.expand(len(outputs), -1))
+
+    def maps(
+        self, inputs: Any, additional_forward_args: Any = None, *, classes: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
+        """The maps of all classes, or of some, from one forward pass, at the resolution of the layers.
+
+        Many maps are computed a part at a time, so that little more memory is held than they take themselves.
 
         Args:
             inputs: as in :meth:`attribute`.
             additional_forward_args: as in :meth:`attribute`.
+            classes: which ones, in the order in which they are wanted; ``None`` for all K.
 
         Returns:
-            ``(N, K, h, w)`` in [0, 1], scaled as ``scale`` says; untrained where ``class_counts_ == 0``.
+            ``(N, K, h, w)``, or ``(N, len(classes), h, w)``, in [0, 1], scaled as ``scale`` says; untrained where
+            ``class_counts_ == 0``.
+
+        Raises:
+            TargetError: a class that the model does not have.
+            InputError: the maps do not fit into the memory that is free.
         """
         self.check_ready()
         images, _ = self._images(inputs)
+        wanted = None if classes is None else class_list(classes, self._ready().num_classes).to(images.device)
         with frozen(self.model), torch.inference_mode(False), torch.no_grad():
             clean = images.clone() if images.is_inference() else images.detach()
             outputs, features = self._features(clean, forward_args(additional_forward_args))
             self._check_model()
-            maps = session.head_maps(self._network_for(features), features, None)
-            return self._as_asked(self.all_maps(outputs, maps)).to(images.dtype)
+            network = self._network_for(features)
+            base = TrainableAttribution
+            at_once = type(self).some_maps is base.some_maps and type(self).all_maps is not base.all_maps
+            if at_once or (wanted is None and session.is_small(network, features, self._ready().num_classes)):
+                maps = self.all_maps(outputs, session.head_maps(network, features, None))
+                return self._as_asked(maps if wanted is None else maps[:, wanted]).to(images.dtype)
+            every = torch.arange(self._ready().num_classes, device=images.device) if wanted is None else wanted
+            return session.in_parts(
+                lambda part: self._as_asked(self.some_maps(outputs, network, features, part)), every, images.dtype
+            )
 
     def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         """Outputs and features of one pass, checked to be those that the network was trained on."""
@@ -601,7 +626,8 @@ class TrainableAttribution(OnePass):
             strict_backbone: ``False`` warns instead of raising where the model's weights differ.
 
         Raises:
-            CheckpointError: damaged, of another class, or of a newer format.
+            CheckpointError: damaged, edited, of another class, or of a newer format. A file of version 0.1 has no
+                checksum by which damage could be told, and a warning says so.
             BackboneMismatchError: the model has other weights.
         """
         saved = read(path)
@@ -611,7 +637,10 @@ class TrainableAttribution(OnePass):
                 f"path: {path} must be a checkpoint of {cls.__name__}, got one of {facts.get('method')}; "
                 f"use {facts.get('method')}.load"
             )
-        explainer = cls(model, [layer for layer, _ in facts["layers"]], **facts["options"])
+        vet(saved)
+        unwrap(model)  # says what cannot be explained; all that fails from here on is the file's fault
+        with believing(saved):
+            explainer = cls(model, [layer for layer, _ in facts["layers"]], **facts["options"])
         weights = fingerprint(explainer.model)
         if weights != facts["backbone"]:
             message = (
@@ -621,12 +650,13 @@ class TrainableAttribution(OnePass):
             if strict_backbone:
                 raise BackboneMismatchError(message + " (strict_backbone=False loads it all the same)")
             warn(message)
-        network = explainer.build_network(facts["channels"], facts["num_classes"], torch.Generator())
-        try:
+        vet_network(saved, explainer.build_network)
+        with believing(saved):
+            network = explainer.build_network(facts["channels"], facts["num_classes"], torch.Generator())
             explainer._fitted = Fitted.read(saved, network)
-        except KeyError as missing:
-            raise CheckpointError(f"path: {path} is incomplete, {missing} is not in it; fit again") from missing
-        explainer.finish_network(network)
+            explainer.finish_network(network)
+            session.try_out(explainer)
+        told_unsealed(saved)
         explainer._strict = strict_backbone
         explainer._watch = Watch(explainer.model, weights)
         return explainer

@@ -1,0 +1,131 @@
+"""safetensors files with a checksum of all that is in them, written tensor by tensor, without a copy of the whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+KEY, SEAL = "attrib_zoo", "sha256"
+"""The names in the file's metadata of the facts and of the checksum."""
+
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_EMPTY = "0" * 64
+
+
+class SealError(ValueError):
+    """The file is not what was written."""
+
+
+class _Digest:
+    """SHA-256 over the facts, and over name, type, shape and bytes of each tensor in the order of the file."""
+
+    def __init__(self, facts: str) -> None:
+        self._sum = hashlib.sha256(facts.encode())
+
+    def begin(self, name: str, tensor: Tensor) -> None:
+        self._sum.update(f"\n{name}|{_TYPES[tensor.dtype]}|{tuple(tensor.shape)}\n".encode())
+
+    def add(self, data: memoryview) -> None:
+        self._sum.update(data)
+
+    def text(self) -> str:
+        return self._sum.hexdigest()
+
+
+def write_sealed(file: BinaryIO, tensors: Mapping[str, Tensor], facts: str) -> None:
+    """Write a safetensors file of these tensors, with the facts and a checksum of both in its metadata.
+
+    Args:
+        file: open for writing, and one that can go back.
+        tensors: any of the common types, on any device.
+        facts: JSON.
+
+    Raises:
+        TypeError: a tensor of a type that such files do not have.
+    """
+    order = _in_order(tensors)
+    entries: dict[str, object] = {"__metadata__": {SEAL: _EMPTY, KEY: facts}}
+    place = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _TYPES:
+            raise TypeError(f"{name} is of type {tensor.dtype}, which safetensors files do not have")
+        end = place + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    file.write(len(header).to_bytes(8, "little") + header)
+    digest = _Digest(facts)
+    for name in order:
+        digest.begin(name, tensors[name])
+        data = _bytes(tensors[name])
+        digest.add(data)
+        file.write(data)
+    file.seek(8 + header.index(_EMPTY.encode()))
+    file.write(digest.text().encode())
+
+
+def read_metadata(path: Path) -> tuple[str | None, str | None]:
+    """The facts and the checksum of a safetensors file, as far as it has them; nothing of its tensors is read."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt", device="cpu") as file:
+        metadata = file.metadata() or {}
+    return metadata.get(KEY), metadata.get(SEAL)
+
+
+def read_tensors(path: Path, facts: str, seal: str | None) -> dict[str, Tensor]:
+    """The tensors of a file, in memory of their own, after a look at the checksum.
+
+    Args:
+        path: the file.
+        facts: what :func:`read_metadata` found.
+        seal: likewise; ``None`` for a file without a checksum, which is believed.
+
+    Raises:
+        SealError: the checksum is not that of the content.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt", device="cpu") as file:
+        found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a dict
+    if seal is None:
+        return found
+    digest = _Digest(facts)
+    for name in _in_order(found):
+        if found[name].dtype not in _TYPES:
+            raise SealError(f"{name} is of type {found[name].dtype}")
+        digest.begin(name, found[name])
+        digest.add(_bytes(found[name]))
+    if digest.text() != seal:
+        raise SealError("its checksum is not that of its content")
+    return found
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Wide types first, so that each tensor begins where its type may."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The values as they lie in memory: of a tensor on the CPU, without a copy."""
+    whole = tensor.detach().cpu().contiguous()
+    return memoryview(whole.reshape(-1).view(torch.uint8).numpy() if whole.numel() else b"")
