@@ -217,15 +217,15 @@ def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[s
                 raise ValueError(f"the optimiser's {name} must have the shape of its parameter, {tuple(sizes[index])}")
 
 
-def alike(saved: Any, own: Any, most: float = 1e9) -> bool:
-    """Whether a saved value is of the kind of one's own: a number from 0 to ``most``, a list of as many such, ..."""
+def alike(saved: Any, own: Any, most: float = 1e9, least: float = 0.0) -> bool:
+    """Whether a saved value is of the kind of one's own: a number within limits, a list of as many such, ..."""
     if isinstance(own, bool) or isinstance(saved, bool):
         return isinstance(own, bool) and isinstance(saved, bool)
     if isinstance(own, (int, float)):
-        return isinstance(saved, (int, float)) and 0 <= saved <= most
+        return isinstance(saved, (int, float)) and least <= saved <= most
     if isinstance(own, (list, tuple)):
         same = isinstance(saved, (list, tuple)) and len(saved) == len(own)
-        return same and all(alike(one, other, most) for one, other in zip(saved, own, strict=True))
+        return same and all(alike(one, other, most, least) for one, other in zip(saved, own, strict=True))
     return own is None or saved is None or isinstance(saved, type(own))
 
 

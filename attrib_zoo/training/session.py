@@ -220,7 +220,7 @@ def _tell_few(history: History, schedule: str, steps: int) -> None:
 
 def _decided(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The decisions of the fit that is continued, each of the kind that this one would make."""
-    wrong = [name for name, value in own.items() if not alike(saved[name], value, math.inf)]
+    wrong = [name for name, value in own.items() if not alike(saved[name], value, math.inf, -math.inf)]
     if wrong:
         raise ValueError(f"{wrong[0]} cannot be {saved[wrong[0]]!r}")
     return saved
