@@ -14,6 +14,7 @@ from attrib_zoo.methods.integrated_gradcam import IntegratedGradCAM as Integrate
 from attrib_zoo.methods.layercam import LayerCAM as LayerCAM
 from attrib_zoo.methods.lcam import LCAMFm as LCAMFm
 from attrib_zoo.methods.lcam import LCAMImg as LCAMImg
+from attrib_zoo.methods.legrad import LeGrad as LeGrad
 from attrib_zoo.methods.polycam import PolyCAM as PolyCAM
 from attrib_zoo.methods.rise import RISE as RISE
 from attrib_zoo.methods.rollout import AttentionRollout as AttentionRollout

@@ -57,6 +57,10 @@ def of_training(file: str, old: str, new: str, test: str) -> Mutation:
 CONTRACT = "tests/testing/test_contract.py -k "
 MUTATIONS = (
     # ------------------------------------------------------------------ methods
+    of_methods("legrad", "relu().mean(", "abs().mean(", "legrad"),
+    of_backbone(
+        "vit/layerwise", "activation if position == last else activation.detach()", "activation", "methods/test_legrad"
+    ),
     of_methods("gradcam", "gradients.mean(", "gradients.sum(", "gradcam"),
     of_methods("gradcam_plus_plus", "under = 2 + gradients", "under = 1 + gradients", "gradient_cams"),
     of_methods(

@@ -102,20 +102,14 @@ def find_attention(
         UnsupportedModelError: there is none, or one is no plain self-attention over all tokens.
     """
     trace = traced or look(model, inputs, args)
-    calls = [call for call in _attending(trace.root) if call.module is not trace.model]
-    if not calls:
-        raise UnsupportedModelError(
-            f"model: must be a vision transformer whose blocks hold attention modules, got "
-            f"{type(trace.model).__name__}, which has none that is known; use GradCAM or TTAME, which explain "
-            "convolutional networks too"
-        )
-    grids = [_grid(call, trace) for call in calls]
+    calls = attention_calls(trace)
+    grids = [token_grid(call, trace) for call in calls]
     for call, grid in zip(calls, grids, strict=True):
         heads_of(call.module, call.name, inputs.dtype)
         if grid != grids[0]:
             raise refuse(call.name, call.module, "it sees other tokens than the blocks before it")
     for before, call in pairwise(calls):
-        if _stage(before) is _stage(call) is not trace.root:
+        if block_of(before) is block_of(call) is not trace.root:
             raise refuse(call.name, call.module, f"it stands beside {before.name!r}, not behind it")
     h, w = grids[0].hw or (0, 0)
     everything = Grid("tokens", hw=(1, grids[0].prefix + h * w))
@@ -128,6 +122,22 @@ def find_attention(
     return found
 
 
+def attention_calls(trace: Trace) -> list[Call]:
+    """The calls of attention modules in the order of execution, the outermost where one lies inside another.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    calls = [call for call in _attending(trace.root) if call.module is not trace.model]
+    if not calls:
+        raise UnsupportedModelError(
+            f"model: must be a vision transformer whose blocks hold attention modules, got "
+            f"{type(trace.model).__name__}, which has none that is known; use GradCAM or TTAME, which explain "
+            "convolutional networks too"
+        )
+    return calls
+
+
 def _attending(call: Call) -> Iterator[Call]:
     """The outermost calls of attention modules."""
     for child in call.children:
@@ -137,14 +147,15 @@ def _attending(call: Call) -> Iterator[Call]:
             yield from _attending(child)
 
 
-def _stage(call: Call) -> Call:
+def block_of(call: Call) -> Call:
     """The smallest call around an attention that everything passes through: its block."""
     while call.parent is not None and not call.cut:
         call = call.parent
     return call
 
 
-def _grid(call: Call, trace: Trace) -> Grid:
+def token_grid(call: Call, trace: Trace) -> Grid:
+    """Where the patches lie among the tokens that an attention puts out, or an error that names it."""
     if trace.count(call.module) > 1:
         raise refuse(call.name, call.module, "it runs several times in a forward pass")
     grid = call.outputs[0].grid if call.outputs else None
