@@ -52,9 +52,16 @@ class TTAME(TrainableAttribution):
 
     with s_i the layer's mean spread over space, R the three other classes with the largest logits, and a 3x3 mean
     filter on the result. Where the model ends in pooling and a linear layer that is CAM, exactly; in a transformer it
-    is the sum over the last three blocks that the class token still reads. So after :meth:`fit` with ``max_steps=0``
-    *every* class has its map. The steps of :meth:`fit` then train one correction that all classes share,
-    :math:`w_c \leftarrow w_c + w_c M + g`, so that what one class teaches serves those that never come up: each image
+    is the sum over the last three blocks that the class token still reads. So after :meth:`fit` *every* class has its
+    map, without a training step.
+
+    **recipe="taught"**, the default for a vision transformer with so few images, adds one row g to those of all
+    classes. It is learnt by least squares from :class:`~attrib_zoo.GenericAttention` on 128 images, see
+    :func:`~attrib_zoo.training.teacher.learn_common_row`: where the model looks, whatever it decides. The map still
+    takes one pass and no gradient.
+
+    The steps of :meth:`fit` in these two, none unless ``epochs`` or ``max_steps`` ask for them, train one correction
+    that all classes share, :math:`w_c \leftarrow w_c + w_c M + g`, so that what one class teaches serves those that never come up: each image
     shows the frozen model the first cells of its map or all but these, at a share q drawn from 0.05 to 0.9, and the
     decision y must stand or fall,
 
@@ -85,7 +92,8 @@ class TTAME(TrainableAttribution):
             stage of a CNN and the last three blocks of a transformer that have a gradient; the paper's are the last
             three max-pools (VGG-16), stages (ResNet-50) or blocks (ViT-B-16), and the same rule elsewhere.
         recipe: ``"auto"``: the paper's in a fit that shows 100 images per class or more (steps times batch size, over
-            K), else ``"rows"``, as was measured to be better on either side; or one of these by name; or
+            K), else ``"taught"`` for a vision transformer that generic attention explains and ``"rows"`` for any other
+            model, as was measured to be better on either side; or one of these by name; or
             ``"released"``: what the authors' code does where it differs from their equations, i.e. the defaults of the
             next options marked †, ``norm1`` of the last blocks of vision transformers, and the long schedule unless
             ``fit`` is given ``schedule="short"``; or a :class:`~attrib_zoo.training.recipe.Recipe` of your own, such as
@@ -130,12 +138,12 @@ class TTAME(TrainableAttribution):
         Networks and Vision Transformers. IEEE Access, 2024.
 
     Deviations:
-        The recipe "rows" is this library's: start, contrast, filter, layers and loss are not the paper's, and it reads
-        the features without branches (they would be identities at the start, and a step can move the shared matrix M
-        as well). With ``recipe="paper"`` what differs is the schedule: the paper's needs hundreds of thousands of
-        steps; below 20 000 ``fit`` uses one that trains in few (Adam; the fusing convolution starts at zero, as a
-        common row plus a row per class), and with few images per class it leaves the other classes out of Ψ. The random
-        classes of Ψ are distinct. Dropout and batch normalisation of the frozen model always run in eval mode. Where
+        The recipes "rows" and "taught" are this library's: start, teacher, contrast, filter, layers and loss are not
+        the paper's, and they read the features without branches (these would be identities at the start, and a step can
+        move the shared matrix M as well). With ``recipe="paper"`` what differs is the schedule: the paper's needs
+        hundreds of thousands of steps; below 20 000 ``fit`` uses one that trains in few (Adam; the fusing convolution
+        starts at zero, as a common row plus a row per class), and with few images per class it leaves the other classes
+        out of Ψ. The random classes of Ψ are distinct. Dropout and batch normalisation of the frozen model always run in eval mode. Where
         the paper is silent (momentum, weight decay, initial weights) the released values are used. The published
         numbers are not promised: see the method's page for every known difference.
     """
