@@ -61,9 +61,9 @@ class TTAME(TrainableAttribution):
     takes one pass and no gradient.
 
     The steps of :meth:`fit` in these two, none unless ``epochs`` or ``max_steps`` ask for them, train one correction
-    that all classes share, :math:`w_c \leftarrow w_c + w_c M + g`, so that what one class teaches serves those that never come up: each image
-    shows the frozen model the first cells of its map or all but these, at a share q drawn from 0.05 to 0.9, and the
-    decision y must stand or fall,
+    that all classes share, :math:`w_c \leftarrow w_c + w_c M + g`, so that what one class teaches serves those that
+    never come up: each image shows the frozen model the first cells of its map or all but these, at a share q drawn
+    from 0.05 to 0.9, and the decision y must stand or fall,
 
     .. math:: m = \sigma\left(\frac{\mathcal{E}_y - Q_{1-q}(\mathcal{E}_y)}{\frac12 \mathrm{std}\,\mathcal{E}_y}
               \right), \qquad \mathrm{CE}(f(m \odot x), y) \ \text{ or } \ -\log(1 - p_y((1 - m) \odot x))
@@ -143,9 +143,9 @@ class TTAME(TrainableAttribution):
         move the shared matrix M as well). With ``recipe="paper"`` what differs is the schedule: the paper's needs
         hundreds of thousands of steps; below 20 000 ``fit`` uses one that trains in few (Adam; the fusing convolution
         starts at zero, as a common row plus a row per class), and with few images per class it leaves the other classes
-        out of Ψ. The random classes of Ψ are distinct. Dropout and batch normalisation of the frozen model always run in eval mode. Where
-        the paper is silent (momentum, weight decay, initial weights) the released values are used. The published
-        numbers are not promised: see the method's page for every known difference.
+        out of Ψ. The random classes of Ψ are distinct. Dropout and batch normalisation of the frozen model always run
+        in eval mode. Where the paper is silent (momentum, weight decay, initial weights) the released values are used.
+        The published numbers are not promised: see the method's page for every known difference.
     """
 
     family: ClassVar[str] = "trained"
