@@ -1,12 +1,15 @@
-"""What starting from the classifier's rows gives T-TAME, and what training adds: a page and a picture.
+"""What T-TAME's start is worth on three ImageNet models, and what training adds: a page and a picture.
 
     export ATTRIB_ZOO_DATA=FOLDER
     python benchmarks/results.py squeezenet efficientnet vit_tiny --work WORK \
-        --methods "TTAME, rows" TTAME "TTAME, seed 1" "TTAME, seed 2" GradCAM "GradCAM, smooth 3" "TTAME, paper"
+        --methods TTAME "TTAME, seed 1" "TTAME, seed 2" "TTAME, rows" GradCAM "GradCAM, smooth 3" "TTAME, paper"
+    python benchmarks/results.py squeezenet --work WORK --methods RISE --images 80
     python benchmarks/warm_start.py --work WORK
 
-Reads the per-image results that ``results.py`` left in WORK. Images are split by whether the class that the model
-decides for came up in the fits. Differences are paired, with 95 % intervals (1.96 standard errors over images).
+Adds the per-image results that ``results.py`` left in WORK to those of ``benchmarks/results/warm_start.json``, a method
+that is there again replaced, and writes the page of all. Images are split by whether the class that the model decides
+for is its decision on one of the 500 photographs that fits draw from. Differences are paired, with 95 % intervals
+(1.96 standard errors over images).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from measure import table
 
@@ -25,11 +29,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CASES = {"squeezenet": "SqueezeNet 1.1", "efficientnet": "EfficientNet-Lite0", "vit_tiny": "ViT-Ti/16"}
 MEASURES = ["SRG", "ROAD MoRF", "ROAD LeRF", "AD(50)", "AD(15)", "AD(100)", "insertion", "deletion", "EBPG"]
 BASES = ("GradCAM", "GradCAM, smooth 3")
+MORE = ("TTAME, rows", "GenericAttention", "GenericAttention, smooth 3", "RISE")
 ORDER = (
     "TTAME",
     "TTAME, seed 1",
     "TTAME, seed 2",
     "TTAME, rows",
+    "TTAME, 150 steps",
+    "TTAME, 150 steps, seed 1",
+    "TTAME, rows, 150 steps",
     "TTAME, paper",
     *BASES,
     "GenericAttention",
@@ -40,6 +48,7 @@ ORDER = (
     "centre blob",
 )
 PASSES = {"TTAME": 1, "GradCAM": 2, "GenericAttention": 2, "RISE": 1001}  # a backward pass counts as one
+DRAWN = [method for method in ORDER if method.partition(",")[0] in PASSES and "seed" not in method]
 Rows = dict[str, dict[int, dict[str, float]]]
 
 
@@ -55,10 +64,20 @@ def read(folder: Path) -> Rows:
     return {method: found[method] for method in ORDER if method in found}
 
 
-def seen_classes(folder: Path) -> list[bool]:
-    """Whether each class came up in the fit with seed 0."""
-    facts: list[bool] = json.loads((folder / "TTAME.facts.json").read_text())["classes seen"]
-    return facts
+def seen_classes(name: str, work: Path) -> list[int]:
+    """The model's decisions on the photographs that fits draw from."""
+    from results import CASES as LOADED
+    from torch.utils.data import DataLoader
+
+    from attrib_zoo.models.photos import Photos
+
+    case = LOADED[name](work)
+    photos: Any = case.training().dataset
+    explained: Any = case.images
+    whole = Photos(photos.paths, explained.dataset.photos.transform)  # no random crops
+    with torch.no_grad():
+        found = torch.cat([case.model(images).argmax(1) for images in DataLoader(whole, batch_size=20)])
+    return sorted(set(found.tolist()))
 
 
 def mean(values: list[float]) -> tuple[float, float]:
@@ -73,8 +92,8 @@ def means(rows: Rows, images: set[int]) -> str:
     for method, found in rows.items():
         own = [found[i] for i in found if i in images]
         if len(own) > 1:
-            cells = [mean([row[m] for row in own]) for m in MEASURES]
-            lines.append([method, len(own), *(f"{value:.1f} ± {half:.1f}" for value, half in cells)])
+            cells = [mean([row.get(m, math.nan) for row in own]) for m in MEASURES]
+            lines.append([method, len(own), *("–" if math.isnan(v) else f"{v:.1f} ± {h:.1f}" for v, h in cells)])
     return table(lines, ["method", "images", *MEASURES])
 
 
@@ -83,9 +102,10 @@ def differences(rows: Rows, images: set[int], base: str) -> str:
     lines = []
     for method in rows:
         shared = [i for i in rows[method] if i in images and i in rows.get(base, {})]
-        if method.startswith("TTAME") and len(shared) > 1:
-            cells = [mean([rows[method][i][m] - rows[base][i][m] for i in shared]) for m in MEASURES]
-            marked = [f"{v:+.1f} ± {h:.1f}" + ("*" if abs(v) > h else "") for v, h in cells]
+        if method.startswith("TTAME") and method != base and len(shared) > 1:
+            pairs = [(rows[method][i], rows[base][i]) for i in shared]
+            cells = [mean([a.get(m, math.nan) - b.get(m, math.nan) for a, b in pairs]) for m in MEASURES]
+            marked = ["–" if math.isnan(v) else f"{v:+.1f} ± {h:.1f}" + ("*" if abs(v) > h else "") for v, h in cells]
             lines.append([method, len(shared), *marked])
     return table(lines, [f"minus {base}", "images", *MEASURES])
 
@@ -95,12 +115,11 @@ def draw(cases: dict[str, tuple[Rows, set[int], set[int]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, len(cases), figsize=(4 * len(cases), 7), sharex=True, squeeze=False)
-    shown = [m for m in ORDER if m.partition(",")[0] in PASSES and "seed" not in m]
-    colours = dict(zip(shown, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colours = dict(zip(DRAWN, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     for column, (name, (rows, seen, unseen)) in enumerate(cases.items()):
-        for row, (title, images) in enumerate((("seen in the fit", seen), ("not seen", unseen))):
+        for row, (title, images) in enumerate((("in the fit's photographs", seen), ("not in them", unseen))):
             axis = axes[row, column]
-            for place, method in enumerate(m for m in shown if m in rows):
+            for place, method in enumerate(m for m in DRAWN if m in rows):
                 values = [rows[method][i]["SRG"] for i in rows[method] if i in images]
                 if len(values) < 2:
                     continue
@@ -109,7 +128,7 @@ def draw(cases: dict[str, tuple[Rows, set[int], set[int]]], path: Path) -> None:
                 label = f"{method} ({len(values)})"
                 axis.errorbar(at, middle, half, fmt="o", capsize=3, color=colours[method], label=label)
             axis.set_xscale("log")
-            axis.set_title(f"{CASES[name]}: classes {title}", fontsize=10)
+            axis.set_title(f"{CASES[name]}: {title}", fontsize=10)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7, loc="best")
             if row:
@@ -123,9 +142,11 @@ def draw(cases: dict[str, tuple[Rows, set[int], set[int]]], path: Path) -> None:
 def checks(name: str, work: Path, count: int = 96) -> list[list[object]]:
     """Grid pointing, the encoding check and model randomisation, on the first images that results.py drew."""
     from results import CASES as LOADED
+    from results import made
     from torch.utils.data import DataLoader, Subset
 
-    from attrib_zoo import TTAME, GradCAM, metrics
+    from attrib_zoo import TTAME, metrics
+    from attrib_zoo.attribution import Attribution
 
     case = LOADED[name](work)
     model, kept = case.model, range(count)
@@ -136,12 +157,9 @@ def checks(name: str, work: Path, count: int = 96) -> list[list[object]]:
     mosaics = metrics.grid_mosaics(images, decided, sure, least=0.5)
     asked = mosaics.target
     kinds = decided.bincount(minlength=scores.shape[1]).topk(5).indices
-    explainers = {
-        "TTAME": TTAME.load(work / name / "TTAME.safetensors", model),
-        "TTAME, rows": TTAME.load(work / name / "TTAME-rows.safetensors", model),
-        "GradCAM": GradCAM(model),
-        "GradCAM, smooth 3": GradCAM(model, smooth=3),
-    }
+    asked_for = ["TTAME", "TTAME, rows", "GradCAM", "GradCAM, smooth 3"]
+    asked_for += ["GenericAttention"] if case.kind == "vit" else []
+    explainers = {method: made(method, case, work / name) for method in asked_for}
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -161,10 +179,10 @@ def checks(name: str, work: Path, count: int = 96) -> list[list[object]]:
         )
         plain = explainer.attribute(images[:32], decided[:32])
         if isinstance(explainer, TTAME):
-            random: TTAME | GradCAM = TTAME(other, recipe="rows", upsample=False)
-            random.fit([images[32:64]], max_steps=0, show_progress=False)
+            random: Attribution = TTAME(other, recipe=explainer.recipe, upsample=False)
+            random.fit([images[32:64]], show_progress=False)  # type: ignore[attr-defined]
         else:
-            random = GradCAM(other, smooth=explainer.smooth, upsample=False)
+            random = type(explainer)(other, smooth=explainer.smooth, upsample=False)
         after = random.attribute(images[:32], decided[:32])
         similar = metrics.spearman(plain, after)
         value, half = mean((100 * grid).tolist())
@@ -188,37 +206,51 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--raw", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
+    held = options.raw / "warm_start.json"
+    numbers: dict[str, Any] = json.loads(held.read_text()) if held.exists() else {}
     cases: dict[str, tuple[Rows, set[int], set[int]]] = {}
-    numbers: dict[str, Rows] = {}
-    lines = ["# T-TAME from the classifier's rows, on three ImageNet models", ""]
-    lines += [
-        "Validation images of ImageNet; the model's own decision is explained; explainers fitted on 500 other",
-        "photographs, 150 steps of 16. Means ± half the 95 % interval over images; a star: the interval of the paired",
-        "difference leaves 0 out. ROAD at 20, 50 and 80 %; SRG is its LeRF - MoRF. Written by",
-        "`benchmarks/warm_start.py`; what it says is in [starting from rows](../explanation/starting-from-rows.md).",
+    lines = [
+        "# T-TAME from the classifier's rows, on three ImageNet models",
+        "",
+        "Validation images of ImageNet; the model's own decision is explained; explainers are fitted on 500 other",
+        "photographs. `TTAME` is `TTAME(model).fit(loader)` as it comes: rows and no step on the CNNs, rows and what",
+        "generic attention teaches on the transformer. Means ± half the 95 % interval over images; a star: the",
+        "interval of the paired difference leaves 0 out; –: not measured. ROAD at 20, 50 and 80 %; SRG is its LeRF - MoRF.",
+        "Written by `benchmarks/warm_start.py`; what it says is in",
+        "[starting from rows](../explanation/starting-from-rows.md).",
         "",
         "![SRG against passes](warm_start.png)",
         "",
     ]
     for name, title in CASES.items():
-        folder = options.work / name
-        if not (folder / "TTAME.facts.json").exists():
-            continue
-        rows, known = read(folder), seen_classes(folder)
-        targets = {i: int(row["target"]) for found in rows.values() for i, row in found.items()}
-        seen = {i for i, target in targets.items() if known[target]}
-        cases[name], numbers[name] = (rows, seen, set(targets) - seen), rows
-        lines += [f"## {title}", ""]
+        entry = numbers.setdefault(name, {"rows": {}})
+        for method, found in read(options.work / name).items():
+            entry["rows"][method] = {str(image): row for image, row in found.items()}
+        if "seen" not in entry:
+            entry["seen"] = seen_classes(name, options.work)
         if options.checks:
+            entry["checks"] = checks(name, options.work)
+        rows: Rows = {m: {int(i): row for i, row in entry["rows"][m].items()} for m in ORDER if m in entry["rows"]}
+        targets = {i: int(row["target"]) for found in rows.values() for i, row in found.items()}
+        known = set(entry["seen"])
+        seen = {i for i, target in targets.items() if target in known}
+        cases[name] = rows, seen, set(targets) - seen
+        lines += [f"## {title}", ""]
+        if "checks" in entry:
             head = ["method", "grid pointing, % (mosaics)", "class guessed from the mask, %", "after randomisation"]
-            lines += [table(checks(name, options.work), head), ""]
-        lines += [f"{sum(known)} of {len(known)} classes came up in the fit.", ""]
-        for part, images in (("all", set(targets)), ("seen", seen), ("not seen", set(targets) - seen)):
-            lines += [f"### Classes: {part} ({len(images)} images)", "", means(rows, images), ""]
-            lines += [line for base in BASES if base in rows for line in (differences(rows, images, base), "")]
+            lines += [table(entry["checks"], head), ""]
+        for part, images in (
+            ("All images", set(targets)),
+            ("Classes that the model decides for on the fit's photographs", seen),
+            ("Other classes", set(targets) - seen),
+        ):
+            lines += [f"### {part} ({len(images)})", "", means(rows, images), ""]
+            lines += [
+                line for base in (*BASES, *MORE) if base in rows for line in (differences(rows, images, base), "")
+            ]
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "warm_start.md").write_text("\n".join(lines), encoding="utf-8")
-    (options.raw / "warm_start.json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+    held.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
     draw(cases, options.output / "warm_start.png")
 
 
