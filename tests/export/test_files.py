@@ -115,7 +115,11 @@ def test_ranks_and_coarse_maps(kind, tmp_path):
 @each_kind
 def test_what_a_file_knows_about_itself(kind, tmp_path):
     explainer = some.rows()
-    told = facts(explainer.export(tmp_path / f"model.{kind}", some.images(1), any_batch=False, any_size=False))
+    path = explainer.export(tmp_path / f"model.{kind}", some.images(1), any_batch=False, any_size=False)
+    check(path, explainer, some.images(1))
+    with pytest.raises(Exception, match=r"(?i)shape|dimension|size"):
+        run(path, some.images(2))
+    told = facts(path)
     assert told == {
         "library": told["library"],
         "method": "TTAME",

@@ -360,6 +360,24 @@ def test_a_model_that_draws_random_numbers():
         explainer.as_module()
 
 
+class Scaled(nn.Module):
+    """Takes more than images."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = some.cnn()
+
+    def forward(self, x, factor):
+        return self.inner(x * factor)
+
+
+def test_a_model_that_takes_more_than_images():
+    explainer = TTAME(Scaled(), "inner.stages.2", recipe="rows")
+    explainer.fit([some.images(4)], max_steps=0, additional_forward_args=2.0, **some.QUIET)
+    with pytest.raises(UnsupportedModelError, match=r"must take images and nothing else.*Scaled does not.*'factor'"):
+        explainer.as_module()
+
+
 class Holder:
     def __init__(self, module):
         self.module = module

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import Attribution, check_images
 from attrib_zoo.backbone.capture import frozen, run
 from attrib_zoo.backbone.grid import Tap
-from attrib_zoo.errors import UnsupportedModelError, check_choice
+from attrib_zoo.errors import UnsupportedModelError, check_choice, reason
 from attrib_zoo.export.files import check_path, write_program
 from attrib_zoo.export.program import (
     PREPROCESSING,
@@ -73,7 +73,13 @@ class OnePass(Attribution):
         self.check_ready()
         example = self._example(images)
         with frozen(self.model), torch.inference_mode(False), torch.no_grad():
-            taps = self.taps(example)
+            try:
+                taps = self.taps(example)
+            except TypeError as error:
+                raise UnsupportedModelError(
+                    f"model: must take images and nothing else to become a program, but {type(self.model).__name__} "
+                    f"does not ({reason(error)}); wrap it in a module that supplies the rest"
+                ) from error
             outputs, features = run(self.model, example, (), taps)
             features = [at_least_float32(f) for f in features]
             head = self.program_head(example, taps, outputs, features)
@@ -112,7 +118,7 @@ class OnePass(Attribution):
             images: see :meth:`as_module`.
             with_target: the class ``(N,)`` is a second input, ``target``.
             preprocess: see :meth:`as_module`.
-            any_batch: ``False`` writes the number of the example images down.
+            any_batch: ``False`` writes the number of the example images down, 1 without an example.
             any_size: ``True``: images of any height and width; ``False``: of the example's; ``None``: of any where the
                 model allows it. The file says which axes are free.
             opset: of ONNX, from 18; ``None`` for the exporter's own.
@@ -129,6 +135,8 @@ class OnePass(Attribution):
         target = check_path(path, opset)
         program = self.as_module(images, preprocess=preprocess)
         example = self._example(images)
+        if not any_batch:
+            example = example[:1] if images is None else images.detach().clone()
         if preprocess is not None:
             example = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
             example = (255 * example).to(torch.uint8) if preprocess == "uint8" else example
@@ -183,6 +191,7 @@ class OnePass(Attribution):
         channels = 3 if first is None else first.in_channels
         side: Any = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
         side = side or getattr(self.model, "image_size", None)
+        side = side or getattr(getattr(self.model, "config", None), "image_size", None)  # Hugging Face's
         if side is None:
             for name in ("pretrained_cfg", "default_cfg"):
                 config = getattr(self.model, name, None)
