@@ -172,8 +172,8 @@ def _untraceable(name: str, error: Exception, any_size: bool | None) -> str:
         )
     if "onstraint" in text:
         return (
-            f"any_batch: must be False for {name}, whose forward pass writes the number of images down "
-            f"({reason(error)})"
+            f"any_batch: must be False for {name}, whose forward pass writes the number of images down, as len(images) "
+            "does where images.shape[0] does not"
         )
     return (
         f"model: must be traceable by torch.export to become a program, but {name} is not ({reason(error)}); "

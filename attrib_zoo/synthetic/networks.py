@@ -123,7 +123,7 @@ class TinyViT(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, 3, size, size)``."""
         patches = self.patch_embed(inputs).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.pos_embed
+        tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1) + self.pos_embed
         logits: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
         return logits
 

@@ -301,9 +301,27 @@ def test_an_operator_that_onnx_has_not(tmp_path):
         explainer,
         tmp_path / "m.onnx",
         UnsupportedModelError,
-        r"Unknown has others \(aten\.special_i0e\); export to \.pt2",
+        r"Unknown has others \(\w+\.\w*i0e\); export to \.pt2",
     )
     check(explainer.export(tmp_path / "m.pt2"), explainer, some.images())
+
+
+class Counting(nn.Module):
+    """Writes the number of images down."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = some.cnn()
+
+    def forward(self, x):
+        return self.inner(x) * torch.ones(len(x), 1)
+
+
+def test_a_model_that_writes_the_number_of_images_down(tmp_path):
+    explainer = some.rows(Counting(), "inner.stages.2")
+    words = r"any_batch: must be False for Counting.*as len\(images\) does"
+    refused(explainer, tmp_path / "m.pt2", UnsupportedModelError, words)
+    check(explainer.export(tmp_path / "m.pt2", any_batch=False), explainer, some.images(1))
 
 
 def test_a_model_of_one_size_told_to_take_any(tmp_path):

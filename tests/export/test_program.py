@@ -107,9 +107,9 @@ class Padded(nn.Module):
         return self.inner(nn.functional.pad(x, (8, 4, 0, 3)))
 
 
-@pytest.mark.parametrize("make", [some.rows, some.paper], ids=["rows", "paper"])
-def test_a_model_that_pads_and_crops(make):
-    explainer, images = make(Padded()), some.images()
+@pytest.mark.parametrize("recipe", ["rows", "paper"])
+def test_a_model_that_pads_and_crops(recipe):
+    explainer, images = getattr(some, recipe)(Padded(), layers=["inner.stages.1", "inner.stages.2"]), some.images()
     module = check(explainer, images)
     moved = module(images)[1]
     assert module.enlarge.rows is not None
