@@ -247,7 +247,7 @@ def _unsaid(error: BaseException) -> str:
 
 def _name_axes(proto: Any) -> None:
     """``batch``, ``height`` and ``width`` in the place of the tracer's symbols."""
-    symbols = {}
+    symbols: dict[str, str] = {}
     for place, axis in ((0, "batch"), (2, "height"), (3, "width")):
         symbol = proto.graph.input[0].type.tensor_type.shape.dim[place].dim_param
         if symbol:

@@ -254,7 +254,8 @@ class ClassMaps(nn.Module):
         attended = list(features)
         if network.branches:
             attended = [branch(x) for branch, x in zip(network.branches, features, strict=True)]
-        weight, bias = network.fuser.weight.flatten(1)[rows], network.fuser.bias[rows]  # type: ignore[index]
+        fuser: Any = network.fuser
+        weight, bias = fuser.weight.flatten(1)[rows], fuser.bias[rows]
         weights = weight.split([x.shape[1] for x in attended], dim=2)
         parts = [torch.bmm(w, x.flatten(2)).unflatten(2, x.shape[2:]) for w, x in zip(weights, attended, strict=True)]
         highest, widest = (max(range(len(parts)), key=lambda i: self.places[i].before[axis]) for axis in (0, 1))
@@ -280,7 +281,7 @@ class LinearMaps(nn.Module):
     def forward(self, outputs: Tensor, classes: Tensor, features: Sequence[Tensor]) -> Tensor:
         """``(N, 1, h, w)``."""
         (maps,) = features
-        heat = torch.bmm(self.weight[classes].unsqueeze(1), maps.flatten(2)).unflatten(2, maps.shape[2:])
+        heat: Tensor = torch.bmm(self.weight[classes].unsqueeze(1), maps.flatten(2)).unflatten(2, maps.shape[2:])
         return heat.relu() if self.relu else heat
 
 

@@ -50,6 +50,7 @@ def check(path, explainer, images, target=None):
     torch.testing.assert_close(logits, wanted, rtol=0, atol=tolerance * max(1, float(wanted.abs().max())))
     assert torch.equal(classes, wanted.argmax(1) if target is None else target)
     wanted = explainer.attribute(images, target)[:, :1]
+    assert float(wanted.std((2, 3)).min()) > 0.05, "a map that says something"
     torch.testing.assert_close(maps, wanted, rtol=0, atol=tolerance * max(1, float(wanted.abs().max())))
 
 
@@ -160,16 +161,16 @@ def zoo_of_models():
     import torchvision.models as tv
 
     return {
-        "ResNet-18": (lambda: tv.resnet18(), 64),
-        "EfficientNet-Lite0": (lambda: timm.create_model("tf_efficientnet_lite0"), 64),
-        "ConvNeXt-T": (lambda: tv.convnext_tiny(), 64),
-        "ViT-Ti": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64), 64),
+        "ResNet-18": (lambda: tv.resnet18(), 128),
+        "EfficientNet-Lite0": (lambda: timm.create_model("tf_efficientnet_lite0"), 128),
+        "ConvNeXt-T": (lambda: tv.convnext_tiny(), 128),
+        "ViT-Ti": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=112), 112),
         "DINOv2-S with registers": (
-            lambda: timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=1000, img_size=70),
-            70,
+            lambda: timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=1000, img_size=112),
+            112,
         ),
-        "Swin-T": (lambda: tv.swin_t(), 64),
-        "SqueezeNet": (lambda: tv.squeezenet1_1(), 96),
+        "Swin-T": (lambda: tv.swin_t(), 128),
+        "SqueezeNet": (lambda: tv.squeezenet1_1(), 128),
     }
 
 

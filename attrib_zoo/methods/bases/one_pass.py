@@ -186,7 +186,7 @@ class OnePass(Attribution):
         """(C, H, W): of the images last explained; else what the model says of itself; else 224 x 224."""
         seen = [key[1][0] for key in self._resolved if isinstance(key, tuple) and key[0] == "layers"]
         if seen:
-            return tuple(seen[-1])  # type: ignore[return-value]  # three sizes
+            return tuple(seen[-1])
         first = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
         channels = 3 if first is None else first.in_channels
         side: Any = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
