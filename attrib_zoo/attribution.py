@@ -19,7 +19,7 @@ from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.known import known, situation
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.errors import InputError, ModelChangedError, OptionError, check_choice, html_table
-from attrib_zoo.masking import mean_filter, min_max, placed, rank_scale, upsample
+from attrib_zoo.masking import mean_filter, min_max, placed, positive_scale, rank_scale, upsample
 from attrib_zoo.targets import TargetQuery
 
 if TYPE_CHECKING:  # Captum ships no type information; this is what we use of its base classes
@@ -42,7 +42,8 @@ else:
 _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 
-SCALES = ("min-max", "rank")
+SCALES: dict[str, Callable[[Tensor], Tensor]] = {"min-max": min_max, "rank": rank_scale, "positive": positive_scale}
+"""What can be done to the values of maps ``(..., h, w)``."""
 """What ``scale`` may be, beside ``None``."""
 
 
@@ -88,8 +89,10 @@ class Attribution(_CaptumAttribution, ABC):
             around it, at the borders of those that there are; of several layers the map of each, before they are
             joined. ``None`` for none. Methods whose map has the images' resolution have no such option.
         scale: what is done to the values of a map afterwards, before it is enlarged: ``"min-max"`` scales them to
-            [0, 1]; ``"rank"`` replaces them by their ranks, also in [0, 1], of equal values by the mean rank; ``None``
-            leaves to them the scale of the method, which is min-max for trained methods and the formula's for others.
+            [0, 1]; ``"rank"`` replaces them by their ranks, also in [0, 1], of equal values by the mean rank;
+            ``"positive"`` makes what is below 0 zero and divides by the maximum, so that places without evidence for
+            the target stay dark; ``None`` leaves to them the scale of the method, which is min-max for trained methods
+            and the formula's for others.
 
     Attributes:
         family: the kind of method, for tables.
@@ -139,7 +142,7 @@ class Attribution(_CaptumAttribution, ABC):
         self.layers = layers
         self.upsample = bool(upsample)
         self.smooth = check_smooth(smooth)
-        self.scale: str | None = None if scale is None else check_choice("scale", scale, SCALES)
+        self.scale: str | None = None if scale is None else check_choice("scale", scale, tuple(SCALES))
         self._resolved: dict[Hashable, tuple[object, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -286,7 +289,7 @@ class Attribution(_CaptumAttribution, ABC):
         scale = self.scale or self.own_scale
         if scale is None:
             return parts[0]
-        return min_max(parts[0]) if scale == "min-max" else rank_scale(parts[0])
+        return SCALES[scale](parts[0])
 
     def _images(self, inputs: Any) -> tuple[Tensor, bool]:
         as_tuple = isinstance(inputs, tuple)

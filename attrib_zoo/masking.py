@@ -154,6 +154,19 @@ def rank_scale(maps: Tensor) -> Tensor:
     return torch.where(maps.isnan(), maps, ranks)
 
 
+def positive_scale(maps: Tensor) -> Tensor:
+    """What speaks against the target becomes 0, the rest is divided by its maximum; zero where nothing speaks for it.
+
+    Unlike min-max scaling it keeps the formula's zero, so that places without evidence stay dark. NaN stays NaN.
+
+    Args:
+        maps: ``(..., h, w)``.
+    """
+    found = maps.clamp(min=0)
+    most = found.amax(dim=(-2, -1), keepdim=True)
+    return found / torch.where(most == 0, torch.ones_like(most), most)
+
+
 def blend(inputs: Tensor, mask: Tensor, baseline: Tensor | float = 0.0) -> Tensor:
     """Show ``inputs`` where the mask is 1 and ``baseline`` where it is 0: ``m*x + (1 - m)*b``.
 

@@ -36,7 +36,7 @@ class SmallCAM(Attribution):
     def __init__(self, model, layers=None, *, upsample=True, smooth=None, scale=None):
         if not (smooth is None or (isinstance(smooth, int) and smooth % 2)):
             raise ValueError(f"smooth: must be odd, got {smooth!r}")
-        if scale not in (None, "min-max", "rank"):
+        if scale not in (None, "min-max", "rank", "positive"):
             raise ValueError(f"scale: must be 'min-max' or 'rank', got {scale!r}")
         if not isinstance(model, nn.Module):
             raise TypeError("model: wrap the function in an nn.Module")

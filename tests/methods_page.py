@@ -55,8 +55,9 @@ scaled and enlarged. It is off by default. Smooth maps keep more of the model's 
 compare a method with a smoothed one only beside a smoothed Grad-CAM. Methods whose map has the resolution of the image
 have no such option.
 
-**Another scale.** `scale="min-max"` or `scale="rank"` brings the values of a map to [0, 1] before it is enlarged; ranks
-keep nothing but the order, so that no extreme cell decides how bright the others are. Without it maps have the scale of
+**Another scale.** `scale="min-max"`, `"rank"` or `"positive"` brings the values of a map to [0, 1] before it is
+enlarged. Ranks keep nothing but the order, so that no extreme cell decides how bright the others are; the positive part
+leaves dark what does not speak for the target. Without it maps have the scale of
 their formula (trained ones are min-max scaled). Measures that rank pixels hardly notice; average drop does.
 
 ```python

@@ -27,6 +27,7 @@ from attrib_zoo.errors import (
     check_choice,
 )
 from attrib_zoo.masking import mean_filter, rank_scale, upsample
+from attrib_zoo.targets import TargetQuery
 
 
 class Sum(Attribution):
@@ -154,6 +155,19 @@ def test_each_layers_map_is_smoothed_then_joined_then_scaled():
     torch.testing.assert_close(found, rank_scale(joined[1]))
 
 
+def test_a_trained_map_can_keep_its_zero():
+    """T-TAME's raw map is not scaled first: its negative cells are dark, the others keep their ratios."""
+    model = zoo.small_cnn()
+    classes = torch.arange(len(IMAGES)) % 5
+    trained = zoo.fit(TTAME(model, recipe="rows", scale="positive", upsample=False), [IMAGES])
+    target = trained.choose_targets(model(IMAGES), TargetQuery(classes))
+    raw = mean_filter(trained._class_maps(trained.network_, trained._features(IMAGES, ())[1], target), 3).detach()
+    assert bool((raw < 0).any())
+    assert bool((raw > 0).any())
+    wanted = raw.clamp(min=0) / raw.clamp(min=0).amax((-2, -1), keepdim=True).clamp(min=1e-12)
+    torch.testing.assert_close(trained.attribute(IMAGES, classes)[:, :1], wanted)
+
+
 @pytest.mark.parametrize("smooth", [0, 2, -3, 3.0, True, "3"])
 def test_smooth_must_be_odd(smooth):
     with pytest.raises(OptionError, match="smooth: must be an odd number of cells"):
@@ -165,7 +179,7 @@ def test_smooth_and_scale_are_options_like_others():
     explainer = GradCAM(model, smooth=5, scale="min-max")
     assert repr(explainer) == "GradCAM(SmallCNN, layers=None, smooth=5, scale='min-max')"
     assert GradCAM(model, **explainer.options()).options() == explainer.options()
-    with pytest.raises(OptionError, match="scale: must be one of 'min-max', 'rank', got 'ranks'"):
+    with pytest.raises(OptionError, match="scale: must be one of 'min-max', 'rank', 'positive', got 'ranks'"):
         GradCAM(model, scale="ranks")
     trained = zoo.fit(TTAME(model, smooth=3, scale="rank"), [IMAGES], max_steps=2)
     every = trained.maps(IMAGES)

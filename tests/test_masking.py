@@ -32,6 +32,7 @@ from attrib_zoo.masking import (
     is_out_of_memory,
     mean_filter,
     min_max,
+    positive_scale,
     rank_scale,
     upsample,
 )
@@ -357,6 +358,21 @@ def test_ranks_are_counted_pair_by_pair(maps, levels):
         below = (heat[:, None] > heat).sum(1) + ((heat[:, None] == heat).sum(1) - 1) / 2
         wanted = below / (len(heat) - 1) if len(heat) > 1 else torch.full_like(heat, 0.5)
         torch.testing.assert_close(ranked, wanted.double())
+
+
+@given(zoo.maps(), st.floats(0.1, 1000))
+def test_the_positive_part_keeps_the_zero(maps, unit):
+    found = positive_scale(unit * maps)
+    for heat, scaled in zip(maps.flatten(0, 1).flatten(1), found.flatten(0, 1).flatten(1), strict=True):
+        most = max(0.0, float(heat.max()))
+        wanted = [max(0.0, value) / most if most else 0.0 for value in heat.tolist()]
+        torch.testing.assert_close(scaled, torch.tensor(wanted, dtype=torch.float64))
+    torch.testing.assert_close(positive_scale(found), found)
+
+
+def test_a_map_without_positive_values_is_dark_and_nan_stays():
+    assert torch.equal(positive_scale(torch.tensor([[[[-3.0, -1.0]]]])), torch.zeros(1, 1, 1, 2))
+    assert positive_scale(torch.tensor([[[[float("nan"), -1.0]]]])).isnan().any()
 
 
 def test_constant_maps_are_ranked_in_the_middle_and_nan_stays():

@@ -88,7 +88,7 @@ def _shape(name: str, explainer: Attribution, smooth: int | None, scale: str | N
             )
         explainer.smooth = check_smooth(smooth)
     if scale is not None:
-        explainer.scale = check_choice("scale", scale, SCALES)
+        explainer.scale = check_choice("scale", scale, tuple(SCALES))
 
 
 def load_model(options: Any) -> LoadedModel:

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attrib_zoo.attribution import SCALES
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.backbone.nested import pick
 from attrib_zoo.errors import UnsupportedModelError, reason
-from attrib_zoo.masking import Extent, at_least_float32, mean_filter, min_max, moving, rank_scale
+from attrib_zoo.masking import Extent, at_least_float32, mean_filter, moving
 from attrib_zoo.targets import one_logit, scores_in
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.losses import two_logits
@@ -44,7 +45,7 @@ class ExplainingModel(nn.Module):
         readings: one for each layer that is read, in the order of execution.
         head: ``(outputs, classes (N,), features) -> (N, 1, h, w)``, the map before smoothing and scaling.
         smooth: side of the mean filter; 1 for none.
-        scale: ``None``, ``"min-max"`` or ``"rank"``.
+        scale: ``None``, or what is done to the values: ``"min-max"``, ``"rank"``, ``"positive"``.
         enlarge: brings maps to the size of the images; ``None`` leaves them as they are.
 
     Attributes:
@@ -95,8 +96,8 @@ class ExplainingModel(nn.Module):
             features = [reading(runs, images.shape) for reading, runs in zip(self.readings, heard, strict=True)]
             maps = mean_filter(self.head(outputs, classes, features), self.smooth)
             if self.scale is not None:
-                rank = counted_ranks if self.by_counting else rank_scale
-                maps = min_max(maps) if self.scale == "min-max" else rank(maps)
+                counted = self.scale == "rank" and self.by_counting
+                maps = counted_ranks(maps) if counted else SCALES[self.scale](maps)
             if self.enlarge is not None:
                 maps = self.enlarge(maps, images.shape[-2:])
         return outputs, maps.to(images.dtype), classes

@@ -39,7 +39,7 @@ class AblationCAM(Perturbation):
         chunk_size: ablations per pass; ``None``: 32, fewer where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
+        scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch

@@ -34,7 +34,7 @@ class AdaSISE(BlockwiseSampling):
         baseline: what is seen where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
+        scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch

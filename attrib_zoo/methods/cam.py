@@ -41,7 +41,7 @@ class CAM(GradientCAM, OnePass):
         relu: ``True`` keeps positive evidence only; the paper has no ReLU.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
+        scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch

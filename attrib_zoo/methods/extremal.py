@@ -49,7 +49,7 @@ class ExtremalPerturbation(Attribution, PerturbationAttribution):
         blur: deviation of the strongest blur in pixels; the authors' at any size, since it must hide the evidence.
         score: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         chunk_size: masks that are optimised at once; ``None``: 32, fewer where memory runs out.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
+        scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch

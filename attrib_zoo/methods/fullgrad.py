@@ -44,7 +44,7 @@ class FullGrad(Attribution, GradientAttribution):
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: not used; FullGrad reads every layer with a bias.
         align_corners: how maps are enlarged; ``True`` as in the authors' program.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
+        scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch

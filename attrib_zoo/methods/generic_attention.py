@@ -31,7 +31,7 @@ class GenericAttention(AttentionMethod, GradientAttribution):
         mean_pooling: also explain models whose head averages tokens: the mean over their rows of R.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
+        scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch

@@ -59,7 +59,7 @@ class IIA(AttentionMethod, GradientAttribution):
         chunk_size: images in one pass; ``None`` begins with 32 and halves where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
+        scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch

@@ -201,7 +201,7 @@ class LCAMFm(_LCAM):
             heads: each class by itself. The cross-entropy of fit and the confidence of its validation follow.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for ``"min-max"``.
+        scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for ``"min-max"``.
 
     Example:
         >>> import torch
@@ -324,7 +324,7 @@ class LCAMImg(_LCAM):
         std: as ``mean``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for ``"min-max"``.
+        scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for ``"min-max"``.
 
     Example:
         >>> import torch

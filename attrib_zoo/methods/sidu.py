@@ -40,7 +40,7 @@ class SIDU(PerturbationCAM):
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own.
+        scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
 
     Example:
         >>> import torch

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from attrib_zoo.attribution import SCALES
 from attrib_zoo.errors import OptionError, check_choice, check_number
 from attrib_zoo.training.head import ACTIVATIONS
 
@@ -48,7 +49,7 @@ class Recipe:
             the paper's.
         contrast_weight: how much of that mean.
         smooth: width of the mean filter on the map at the layers' resolution; 1 is the paper's.
-        scale: ``"min-max"`` (the paper's) or ``"rank"``.
+        scale: ``"min-max"`` (the paper's), ``"rank"`` or ``"positive"``.
         lambda_ce: λ1, weight of the cross-entropy in Eq. 11.
         lambda_tv: λ2, weight of area and variation.
         lambda_variation: λ3, weight of the variation V inside.
@@ -96,7 +97,7 @@ class Recipe:
         check_choice("layer_rule", self.layer_rule, ("outputs", "norms", "live"))
         check_choice("num_layers", self.num_layers, (1, 2, 3))
         check_number("contrast", self.contrast, least=0)
-        check_choice("scale", self.scale, ("min-max", "rank"))
+        check_choice("scale", self.scale, tuple(SCALES))
         check_choice("variation", self.variation, ("mean", "sum"))
         check_choice("psi", self.psi, ("auto", "random", "batch", "own"))
         for name, least in _WEIGHTS.items():

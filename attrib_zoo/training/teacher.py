@@ -12,7 +12,7 @@ from torch import Tensor
 from attrib_zoo.backbone.capture import run, select_args
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.errors import TrainingError
-from attrib_zoo.masking import at_least_float32, upsample
+from attrib_zoo.masking import at_least_float32, mean_ranks, upsample
 from attrib_zoo.training.losses import two_logits
 
 TEACHER_IMAGES = 128
@@ -150,10 +150,7 @@ def normal_scores(maps: Tensor) -> Tensor:
     Args:
         maps: ``(N, cells)``. Equal values have the mean of their ranks.
     """
-    ascending = maps.sort(1).values.contiguous()
-    values = maps.contiguous()
-    low, high = torch.searchsorted(ascending, values), torch.searchsorted(ascending, values, right=True)
-    share = (low + high).to(maps) / (2 * maps.shape[1])  # the middle of the rank's interval, in 0...1
+    share = (mean_ranks(maps) + 0.5) / maps.shape[1]  # the middle of the rank's interval, in 0...1
     return _unit(_centred(torch.special.ndtri(share)))
 
 

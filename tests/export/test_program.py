@@ -52,6 +52,7 @@ def test_it_says_what_attribute_says(make):
 OPTIONS = [
     {"smooth": 3},
     {"smooth": 1, "scale": "rank"},
+    {"scale": "positive"},
     {"scale": "min-max", "upsample": False},
     {"smooth": 5, "scale": "rank", "upsample": False},
 ]
