@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+_fcntl: Any
 try:
     import fcntl as _fcntl
 except ImportError:  # Windows
-    _fcntl = None  # type: ignore[assignment]
+    _fcntl = None
 
 _PART = re.compile(r"\.[0-9a-f]{12}\.part")
 _FRESH = 60.0  # seconds

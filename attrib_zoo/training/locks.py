@@ -14,10 +14,11 @@ from typing import Any
 
 from attrib_zoo.errors import DataError, reason
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows has no such locks; there nothing is held
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 NAME = ".attrib-zoo.lock"
 """The file that holds a folder; it is there for as long as a run is, or was when it was killed."""
