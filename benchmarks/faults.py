@@ -148,33 +148,53 @@ def kills(files: Files, work: Path, times: int, what: str) -> list[Row]:
         raise SystemExit((work / "log").read_text())
     length = time.monotonic() - begun
     wanted = files.result(what, straight)
-    draw, rows = random.Random(what), []
+    kept, rows = Kept(work / f"kills-{what}.json"), []
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP):
-        found: Counter[str] = Counter()
-        for _ in range(times if number is signal.SIGKILL else max(1, times // 4)):
-            folder = fresh(work / f"{what}-killed")
-            (folder / "c").mkdir()
-            child = forked(lambda folder=folder: command(files.words(what, folder)), work / "log")
-            time.sleep(draw.uniform(0.1, 0.95) * length)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, number)
-            code = ended(child)
-            said = (work / "log").read_text()
-            if code == 0:
-                found["had ended before"] += 1
-            if code == 1 and "stopped by" not in said:
-                found["stopped without a sentence"] += 1
-            again = ended(forked(lambda folder=folder: command(files.words(what, folder)), work / "log"))
-            if again:
-                found[f"could not be continued: {(work / 'log').read_text()[-200:]}"] += 1
-            elif files.result(what, folder) != wanted:
-                found["another result"] += 1
-            elif leftovers(folder):
-                found["same result, files left behind"] += 1
-            elif code:
-                found["continued to the same result"] += 1
-        rows.append(row(f"{what}: {number.name} at a random moment, run again", found))
+        for turn in kept.turns(number.name, times if number is signal.SIGKILL else max(1, times // 4)):
+            at = random.Random(f"{what} {number} {turn}").uniform(0.1, 0.95) * length
+            kept.add(number.name, killed(files, work, what, number, at, wanted))
+        rows.append(row(f"{what}: {number.name} at a random moment, run again", kept.found(number.name)))
     return rows
+
+
+def killed(files: Files, work: Path, what: str, number: signal.Signals, at: float, wanted: Any) -> str:
+    """One command, killed after so many seconds, and run again: how that went."""
+    folder = fresh(work / f"{what}-killed")
+    (folder / "c").mkdir()
+    child = forked(lambda: command(files.words(what, folder)), work / "log")
+    time.sleep(at)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, number)
+    code = ended(child)
+    if code == 0:
+        return "had ended before"
+    if code == 1 and "stopped by" not in (work / "log").read_text():
+        return "stopped WITHOUT a sentence"
+    if ended(forked(lambda: command(files.words(what, folder)), work / "log")):
+        return f"could NOT be continued: {(work / 'log').read_text()[-200:]}"
+    if files.result(what, folder) != wanted:
+        return "ANOTHER result"
+    return "same result, files LEFT BEHIND" if leftovers(folder) else "continued to the same result"
+
+
+class Kept:
+    """Counts that are kept in a file after each turn, so that many turns can be done in pieces."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def turns(self, name: str, times: int) -> Iterator[int]:
+        while (turn := sum(self.counts.get(name, {}).values())) < times:
+            yield turn
+
+    def add(self, name: str, result: str) -> None:
+        counts = self.counts.setdefault(name, {})
+        counts[result] = counts.get(result, 0) + 1
+        self.path.write_text(json.dumps(self.counts))
+
+    def found(self, name: str) -> Counter[str]:
+        return Counter(self.counts[name])
 
 
 def pairs(files: Files, work: Path, times: int) -> list[Row]:
