@@ -184,16 +184,16 @@ class Kept:
         self.path = path
         self.counts: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
 
-    def turns(self, name: str, times: int) -> Iterator[int]:
+    def turns(self, name: str, times: int) -> Iterator[int]:  # noqa: D102
         while (turn := sum(self.counts.get(name, {}).values())) < times:
             yield turn
 
-    def add(self, name: str, result: str) -> None:
+    def add(self, name: str, result: str) -> None:  # noqa: D102
         counts = self.counts.setdefault(name, {})
         counts[result] = counts.get(result, 0) + 1
         self.path.write_text(json.dumps(self.counts))
 
-    def found(self, name: str) -> Counter[str]:
+    def found(self, name: str) -> Counter[str]:  # noqa: D102
         return Counter(self.counts[name])
 
 
