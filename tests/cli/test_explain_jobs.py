@@ -229,6 +229,24 @@ def test_what_a_kill_left_behind_is_made_again(words, tmp_path, stopped) -> None
     assert [row["photo"] for row in rows_of(tmp_path / "out")] == [f"p{i}.png" for i in range(10)]
 
 
+def test_only_whole_batches_are_written(tmp_path) -> None:
+    """Who interrupts in the middle of a batch finds no half of it in the files."""
+    job = parts.Job(tmp_path, {}, "npz", "jsonl")
+    assert job.begin(resume=False) == []
+    part = job.part(4)
+    for i in range(3):
+        part.add({"photo": f"p{i}"}, {"gradcam": torch.full((2, 2), float(i))})
+        if i == 1:
+            part.skip("bad", "why")
+            part.reach(7)
+    part.skip("later", "why")
+    part.write()
+    assert [row["photo"] for row in rows_of(tmp_path)] == ["p0", "p1"]
+    assert np.load(tmp_path / "maps/000000004.npz")["gradcam"].shape == (2, 2, 2)
+    assert parts.Job(tmp_path, {}, "npz", "jsonl").begin(resume=True) == [(4, 7)]
+    assert job.finish() == (2, 1)
+
+
 def test_another_job_is_not_continued(words, files, tmp_path, capsys) -> None:
     words[1] = str(files / "photos/p1.png")
     assert main([*words, "--resume"]) == 0  # nothing was begun: it begins
