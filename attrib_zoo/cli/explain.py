@@ -7,11 +7,10 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,6 +20,7 @@ from attrib_zoo.cli.parts import SKIPPED, Job, Part, check_formats, spelt
 from attrib_zoo.cli.shared import explainers, load_model
 from attrib_zoo.cli.stream import (
     Batch,
+    Eye,
     Interval,
     Names,
     View,
@@ -42,11 +42,9 @@ from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import fingerprint
 from attrib_zoo.training.locks import hold
 from attrib_zoo.training.signals import Stopped
-from attrib_zoo.visualize import Box, check_colours, figure, picture, write_picture
+from attrib_zoo.visualize import check_colours, figure, picture, write_picture
 
 _FEW = 64  # photographs that are held in memory, and whose table is printed
-_LARGEST = 2048  # pixels of the longer side of a photograph that is drawn on
-_BICUBIC = 3  # PIL's name for it
 _Value = TypeVar("_Value")
 
 
@@ -103,27 +101,9 @@ class _Task:
 
     def loader(self, intervals: Sequence[Interval], options: Any) -> DataLoader[Any]:
         """These photographs, and what of them is for the eye where pictures are drawn."""
-        view = None if self.stems is None else _Eye(replace(self.loaded, model=nn.Identity()))
+        view = None if self.stems is None else Eye(replace(self.loaded, model=nn.Identity()))
         sizes = {"batch_size": options.batch_size, "workers": options.workers}
         return loader(self.names, intervals, self.loaded.transform, view, **sizes)
-
-
-@dataclass
-class _Eye:
-    """A photograph as it is drawn on, and what of it the model sees; sent to the processes that read, so no model."""
-
-    loaded: LoadedModel
-    known: dict[tuple[int, int], Box] = field(default_factory=dict)
-
-    def __call__(self, photo: Any) -> View:
-        if photo.size not in self.known:
-            self.known = {photo.size: self.loaded.seen(photo)}
-        box, scale = self.known[photo.size], min(1.0, _LARGEST / max(photo.size))
-        size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
-        small = photo.resize(size, _BICUBIC) if scale < 1 else photo
-        across, down = small.width / photo.width, small.height / photo.height
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)
-        return pixels, (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from attrib_zoo.errors import AttribZooError, DataError, reason
+from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.photos import open_photo
 from attrib_zoo.training import distributed
 from attrib_zoo.visualize import Box
@@ -28,6 +30,8 @@ Interval = tuple[int, int]
 CHUNK = 512
 """Photographs that a process takes at a time, and as many as one file of maps holds."""
 
+_LARGEST = 2048  # pixels of the longer side of a photograph that is drawn on
+_BICUBIC = 3  # PIL's name for it
 _Value = TypeVar("_Value")
 
 
@@ -80,6 +84,24 @@ class Batch:
     images: Tensor | None = None
     views: list[View | None] = field(default_factory=list)
     wrong: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class Eye:
+    """A photograph as it is drawn on, and what of it the model sees; sent to the processes that read, so no model."""
+
+    loaded: LoadedModel
+    known: dict[tuple[int, int], Box] = field(default_factory=dict)
+
+    def __call__(self, photo: Any) -> View:
+        if photo.size not in self.known:
+            self.known = {photo.size: self.loaded.seen(photo)}
+        box, scale = self.known[photo.size], min(1.0, _LARGEST / max(photo.size))
+        size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
+        small = photo.resize(size, _BICUBIC) if scale < 1 else photo
+        across, down = small.width / photo.width, small.height / photo.height
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+        return pixels, (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
 
 
 _Item = tuple[int, Tensor | None, View | None, str]
