@@ -94,6 +94,7 @@ class Eye:
     known: dict[tuple[int, int], Box] = field(default_factory=dict)
 
     def __call__(self, photo: Any) -> View:
+        """The photograph, smaller where it is large."""
         if photo.size not in self.known:
             self.known = {photo.size: self.loaded.seen(photo)}
         box, scale = self.known[photo.size], min(1.0, _LARGEST / max(photo.size))
