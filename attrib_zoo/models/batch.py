@@ -136,17 +136,18 @@ class BatchExplainer:
         function takes the targets as a second argument.
         """
         self._ready()
+        if self.columns["target"] is None:
+            return lambda images: self._flat(images)
+        return lambda images, targets: self._flat(images, targets)  # Spark counts the arguments
 
-        def predict(images: Any, targets: Any = None) -> Arrays:
-            batch = {str(self.columns["image"]): images}
-            if targets is not None:
-                batch[str(self.columns["target"])] = targets
-            found = self(batch)
-            written = (self.columns[key] for key in ("class", "confidence", "map"))
-            out = {name: found[name] for name in written if name is not None}
-            return {name: value.reshape(len(value), -1) if value.ndim > 2 else value for name, value in out.items()}
-
-        return predict
+    def _flat(self, images: Any, targets: Any = None) -> Arrays:
+        batch = {str(self.columns["image"]): images}
+        if targets is not None:
+            batch[str(self.columns["target"])] = targets
+        found = self(batch)
+        written = (self.columns[key] for key in ("class", "confidence", "map"))
+        out = {name: found[name] for name in written if name is not None}
+        return {name: value.reshape(len(value), -1) if value.ndim > 2 else value for name, value in out.items()}
 
     # ------------------------------------------------------------------ loading
 

@@ -5,10 +5,10 @@ from datasets import Dataset
 
 from attrib_zoo import GradCAM
 from attrib_zoo.models.batch import BatchExplainer
-from attrib_zoo.synthetic import tiny_cnn  # yours: functools.partial(attrib_zoo.models.load, "resnet50")
+from attrib_zoo.synthetic import tiny_vit  # yours: functools.partial(attrib_zoo.models.load, "resnet50")
 
-images = np.random.default_rng(0).random((24, 3, 32, 32), dtype=np.float32)
-explain = BatchExplainer(tiny_cnn, GradCAM)
+images = 3 * np.random.default_rng(0).standard_normal((24, 3, 32, 32), dtype=np.float32)
+explain = BatchExplainer(tiny_vit, GradCAM)
 
 rows = Dataset.from_dict({"id": list(range(24)), "image": list(images)}).with_format("numpy")
 found = rows.map(explain, batched=True, batch_size=8, remove_columns=["image"])

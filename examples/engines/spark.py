@@ -9,11 +9,11 @@ from pyspark.sql import SparkSession
 
 from attrib_zoo import GradCAM
 from attrib_zoo.models.batch import BatchExplainer
-from attrib_zoo.synthetic import tiny_cnn  # yours: functools.partial(attrib_zoo.models.load, "resnet50")
+from attrib_zoo.synthetic import tiny_vit  # yours: functools.partial(attrib_zoo.models.load, "resnet50")
 
 os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-images = np.random.default_rng(0).random((24, 3, 32, 32), dtype=np.float32)
-explain = BatchExplainer(tiny_cnn, GradCAM, {"class": "label", "map": "heat"})
+images = 3 * np.random.default_rng(0).standard_normal((24, 3, 32, 32), dtype=np.float32)
+explain = BatchExplainer(tiny_vit, GradCAM, {"class": "label", "map": "heat"})
 shape, written = [[3, 32, 32]], "label long, confidence float, heat array<float>"
 
 spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
@@ -24,6 +24,6 @@ try:
     found = table.select("id", explained("image").alias("it")).select("id", "it.*").orderBy("id").collect()
 finally:
     spark.stop()
-maps = np.array([row.heat for row in found], dtype=np.float32).reshape(24, 8, 8)
+maps = np.array([row.heat for row in found], dtype=np.float32).reshape(24, 4, 4)
 classes = np.array([row.label for row in found])
 print(f"{len(maps)} maps, of the classes {sorted(set(classes.tolist()))}")
