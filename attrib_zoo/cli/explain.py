@@ -37,7 +37,7 @@ from attrib_zoo.masking import upsample
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
 from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.onepass import answer
-from attrib_zoo.models.photos import cut, find_photos, own_stems, writable_folder
+from attrib_zoo.models.photos import cut, each_photo, own_stems, writable_folder
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import fingerprint
 from attrib_zoo.training.locks import hold
@@ -125,7 +125,7 @@ def explain(options: Any) -> str:
     if options.target is not None and options.top_k > 1:
         raise OptionError("top_k: explains the classes that the model ranks first; leave it or --target out")
     with together():
-        names = from_first(lambda: Names(find_photos(options.photos, leave_out=Path(options.output))))
+        names = from_first(lambda: Names(each_photo(options.photos, leave_out=Path(options.output))))
         few = len(names) <= _FEW and distributed.world_size() == 1
         task = _task(options, names, colours)
         if few and not (options.maps or options.table or options.resume):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,30 +40,37 @@ def find_photos(places: Iterable[str | os.PathLike[str]], *, leave_out: Path | N
     Raises:
         DataError: a place that does not exist, or a folder without images.
     """
-    found: dict[str, Path] = {}
+    return list(each_photo(places, leave_out=leave_out))
+
+
+def each_photo(places: Iterable[str | os.PathLike[str]], *, leave_out: Path | None = None) -> Iterator[Path]:
+    """What :func:`find_photos` finds, one after the other: a million paths need not be in memory at once."""
+    seen: set[int] = set()  # hashes of where they really lie, a tenth of the size of the paths
     for place in map(Path, places):
         if place.is_dir():
             photos = _in_folder(place, leave_out)
-            if not photos:
+            first = next(photos, None)
+            if first is None:
                 raise DataError(f"no image in the folder '{place}' or below ({' '.join(SUFFIXES)}); give another one")
+            photos = itertools.chain([first], photos)
         elif os.path.lexists(place):
-            photos = [(os.path.realpath(place), place)]
+            photos = iter([(os.path.realpath(place), place)])
         elif re.match(r"[a-z][a-z0-9+.-]+:/", str(place), re.IGNORECASE):
             raise DataError(f"'{place}' is an address; nothing is downloaded: save the photograph and name the file")
         else:
             raise DataError(f"no file or folder '{place}'; look at the path")
         for real, photo in photos:
-            found.setdefault(real, photo)
-    return list(found.values())
+            if hash(real) not in seen:
+                seen.add(hash(real))
+                yield photo
 
 
-def _in_folder(folder: Path, leave_out: Path | None) -> list[tuple[str, Path]]:
+def _in_folder(folder: Path, leave_out: Path | None) -> Iterator[tuple[str, Path]]:
     """The images of a folder and all below, each with where it really lies; each folder once, by whatever links.
 
     A link that leads nowhere is among them, as a damaged file is; what is no file (a pipe, a device) is not.
     """
     seen = set() if leave_out is None else {os.path.realpath(leave_out)} - {os.path.realpath(folder)}
-    photos: list[tuple[str, Path]] = []
     waiting = [folder]
     while waiting:
         place = waiting.pop()
@@ -83,9 +91,8 @@ def _in_folder(folder: Path, leave_out: Path | None) -> list[tuple[str, Path]]:
                 folders.append(place / entry.name)
             elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and _may_be_photo(entry):  # noqa: PTH122  # quick
                 whole = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)  # noqa: PTH118
-                photos.append((whole, place / entry.name))
+                yield whole, place / entry.name
         waiting += reversed(folders)
-    return photos
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -646,9 +646,9 @@ def test_tracebacks_are_for_debugging(files, usual, tmp_path, capsys, monkeypatc
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("unforeseen")
 
-    monkeypatch.setattr("attrib_zoo.cli.explain.find_photos", broken)
+    monkeypatch.setattr("attrib_zoo.cli.explain.each_photo", broken)
     assert (
         failure(capsys, words) == "error: ZeroDivisionError: unforeseen (this should not happen; --debug shows where)"
     )
-    monkeypatch.setattr("attrib_zoo.cli.explain.find_photos", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("attrib_zoo.cli.explain.each_photo", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert failure(capsys, words, code=1) == "interrupted"
