@@ -63,12 +63,12 @@ def model_file(folder: Path, name: str) -> Path:
 
 
 def memory_of(pid: int) -> float:
-    """MiB of a process and its children: what they hold of their own (PSS)."""
+    """MiB of a process and its children: memory of their own, without the libraries that other processes share."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     total = 0.0
     for one in (str(pid), *children):
         for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
+            if line.startswith("Anonymous:"):
                 total += int(line.split()[1]) / 1024
     return total
 
