@@ -118,8 +118,8 @@ class Files:
             return [*words, "--checkpoint-dir", str(folder / "c"), "--resume", str(folder / "c"), *self.usual]
         if what == "evaluate":
             words = ["evaluate", "--data", str(self.photos), "--output", str(folder), "--metrics", "ad,ic"]
-            return [*words, "--method", "gradcam,layercam", "--batch-size", "2", *self.usual]
-        words = ["explain", str(self.photos), "--output", str(folder), "--method", "gradcam,layercam"]
+            return [*words, "--method", "gradcam", "--batch-size", "2", *self.usual]
+        words = ["explain", str(self.photos), "--output", str(folder), "--method", "gradcam"]
         return [*words, "--batch-size", "2", *self.usual]
 
     def result(self, what: str, folder: Path) -> Any:

@@ -18,8 +18,8 @@ try:
 except ImportError:  # Windows
     _fcntl = None
 
-_PART = re.compile(r"\.[0-9a-f]{12}\.part")
-_FRESH = 60.0  # seconds
+_PART = re.compile(r"\.[0-9a-f]{12}\.(part|new)")
+_FRESH = 60.0  # seconds in which a new file has got its mark
 _swept: set[Path] = set()
 
 
@@ -40,9 +40,11 @@ def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object])
     _sweep(target.parent)
     # not named after the target, whose name may be as long as the file system allows
     temporary = target.with_name(f".{secrets.token_hex(6)}.part")
+    fresh = temporary.with_suffix(".new")  # until it is marked, so that nobody takes it for one that was left behind
     try:
-        with temporary.open("xb") as file:
+        with fresh.open("xb") as file:
             _mark(file)
+            os.rename(fresh, temporary)  # noqa: PTH104  # the one that counts is the replacement
             if callable(content):
                 content(file)
             else:
@@ -54,8 +56,9 @@ def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object])
         if _fcntl is None:
             _take_place(temporary, target)
     except BaseException:
-        with suppress(OSError):  # the first error is the one to report
-            temporary.unlink(missing_ok=True)
+        for path in (fresh, temporary):
+            with suppress(OSError):  # the first error is the one to report
+                path.unlink(missing_ok=True)
         raise
 
 
@@ -81,6 +84,5 @@ def _sweep(folder: Path) -> None:
         for left in [Path(entry.path) for entry in os.scandir(folder) if _PART.fullmatch(entry.name)]:
             with suppress(OSError), left.open("rb") as file:
                 _fcntl.flock(file.fileno(), _fcntl.LOCK_EX | _fcntl.LOCK_NB)  # fails where its writer lives
-                state = os.fstat(file.fileno())
-                if state.st_size or time.time() - state.st_mtime > _FRESH:  # an empty one may get its mark just now
+                if left.suffix == ".part" or time.time() - left.stat().st_mtime > _FRESH:
                     left.unlink()

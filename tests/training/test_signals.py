@@ -205,9 +205,11 @@ def test_an_empty_folder_is_resumed_from_the_start_with_a_word(tmp_path):
 
 def test_temporary_files_of_killed_saves_are_swept_away(tmp_path):
     mine = tmp_path / ".aaaaaaaaaaaa.part.txt"  # of another kind
-    dead, fresh, old, alive = (tmp_path / f".{letter * 12}.part" for letter in "abcd")
+    kinds = (("a", "part"), ("b", "part"), ("c", "new"), ("d", "new"), ("e", "part"))
+    dead, empty, fresh, old, alive = (tmp_path / f".{letter * 12}.{kind}" for letter, kind in kinds)
     for path in (mine, dead, alive):
         path.write_text("half a checkpoint")
+    empty.touch()
     fresh.touch()  # its writer may be about to mark it
     old.touch()
     os.utime(old, (1, 1))
