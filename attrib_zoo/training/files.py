@@ -40,11 +40,13 @@ def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object])
     _sweep(target.parent)
     # not named after the target, whose name may be as long as the file system allows
     temporary = target.with_name(f".{secrets.token_hex(6)}.part")
-    fresh = temporary.with_suffix(".new")  # until it is marked, so that nobody takes it for one that was left behind
+    # until it is marked, so that nobody takes it for one that was left behind
+    fresh = temporary if _fcntl is None else temporary.with_suffix(".new")
     try:
         with fresh.open("xb") as file:
             _mark(file)
-            os.rename(fresh, temporary)  # noqa: PTH104  # the one that counts is the replacement
+            if fresh != temporary:
+                os.rename(fresh, temporary)  # noqa: PTH104  # the one that counts is the replacement
             if callable(content):
                 content(file)
             else:
