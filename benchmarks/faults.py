@@ -206,7 +206,7 @@ def pairs(files: Files, work: Path, times: int) -> list[Row]:
     def one(rank: int, folder: Path, meeting: str) -> int:
         warnings.simplefilter("ignore")
         dist.init_process_group("gloo", init_method=f"file://{folder}/{meeting}", rank=rank, world_size=2)
-        plan: Any = {"max_steps": 40, "schedule": "short", "checkpoint_every": 2, "show_progress": False}
+        plan: Any = {"max_steps": 12, "schedule": "short", "checkpoint_every": 2, "show_progress": False}
         resume = folder if (folder / "checkpoint.safetensors").exists() else None
         explainer = TTAME(model, recipe="paper", psi="own")
         try:
@@ -230,8 +230,8 @@ def pairs(files: Files, work: Path, times: int) -> list[Row]:
     if any(codes):
         raise SystemExit((work / "log0").read_text())
     wanted = load_file(straight / "x.safetensors")
-    draw, found, slowest = random.Random(2), Counter(), 0.0
-    for turn in range(times):
+    draw, kept, slowest = random.Random(2), Kept(work / "pairs.json"), 0.0
+    for turn in kept.turns("pairs", times):
         folder = fresh(work / "pair-killed")
         children = both(folder, "first")
         time.sleep(draw.uniform(0.3, 0.95) * length)
@@ -243,17 +243,17 @@ def pairs(files: Files, work: Path, times: int) -> list[Row]:
         ended(children[turn % 2])
         said = (work / f"log{1 - turn % 2}").read_text()
         if left not in (0, 3) or "Traceback" in said:
-            found[f"the other one ended with {left}: {said[-150:]}"] += 1
-            continue
-        if any(ended(child) for child in both(folder, "second")):
-            found[f"could not be continued: {(work / 'log0').read_text()[-150:]}"] += 1
-            continue
-        same = load_file(folder / "x.safetensors")
-        equal = all(torch.equal(value, same[name]) for name, value in wanted.items())
-        found[
-            "had ended before" if left == 0 else "one sentence, continued to the same bits" if equal else "others"
-        ] += 1
-    return [row(f"fit in two processes: one killed (the other ended after {slowest:.1f} s at most)", found)]
+            kept.add("pairs", f"the other one ended with {left}: {said[-150:]}")
+        elif any([ended(child) for child in both(folder, "second")]):  # a list: both are waited for
+            kept.add("pairs", f"could NOT be continued: {(work / 'log0').read_text()[-150:]}")
+        else:
+            same = load_file(folder / "x.safetensors")
+            equal = all(torch.equal(value, same[name]) for name, value in wanted.items())
+            result = "one sentence, continued to the same bits" if equal else "continued to OTHER bits"
+            kept.add("pairs", "had ended before" if left == 0 else result)
+    return [
+        row(f"fit in two processes: one killed (the other ended after {slowest:.1f} s at most)", kept.found("pairs"))
+    ]
 
 
 def bits(files: Files, work: Path, times: int) -> list[Row]:
