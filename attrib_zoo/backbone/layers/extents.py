@@ -38,6 +38,11 @@ class Extents:
         self._unpadded: dict[Size, Size] = {}
         self._spread: set[Size] = {image}
 
+    @property
+    def pads(self) -> bool:
+        """Whether some operator pads: by how much depends, as a rule, on the size of the images."""
+        return bool(self._unpadded)
+
     def of(self, size: Size) -> Extent:
         """Top, bottom, left and right of what a grid covers, in heights and widths of the image."""
         (top, bottom), (left, right) = self._of(size)

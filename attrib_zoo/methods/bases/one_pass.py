@@ -120,7 +120,7 @@ class OnePass(Attribution):
             preprocess: see :meth:`as_module`.
             any_batch: ``False`` writes the number of the example images down, 1 without an example.
             any_size: ``True``: images of any height and width; ``False``: of the example's; ``None``: of any where the
-                model allows it. The file says which axes are free.
+                model allows it and does not pad inside. The file says which axes are free.
             opset: of ONNX, from 18; ``None`` for the exporter's own.
 
         Returns:
@@ -135,6 +135,8 @@ class OnePass(Attribution):
         target = check_path(path, opset)
         program = self.as_module(images, preprocess=preprocess)
         example = self._example(images)
+        if any_size is None and self.extents(example).pads:
+            any_size = False  # sizes that follow from paddings that follow from sizes: torch.export traces for minutes
         if not any_batch:
             example = example[:1] if images is None else images.detach().clone()
         if preprocess is not None:
