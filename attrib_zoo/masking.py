@@ -78,7 +78,8 @@ def upsampler() -> Enlarge:
         moved = None if extent_of is None else moving(before, after, extent_of)
         if moved is not None:
             rows, columns = (weights.to(maps) for weights in moved)
-            return rows @ maps @ columns.mT
+            with torch.autocast(maps.device.type, enabled=False):  # as interpolation is
+                return rows @ maps @ columns.mT
         return F.interpolate(maps, size=after, mode="bilinear", align_corners=False)
 
     return enlarge
