@@ -71,8 +71,8 @@ def test_maps_are_those_of_the_library(studio, files, loaded, tmp_path) -> None:
     with np.load(write_maps(studio, found, tmp_path / "m.npz")) as held:
         assert np.array_equal(held["4-hirescam"], found.maps[4, "hirescam"].numpy())
         assert json.loads(str(held["about"]))["classes"] == {"2": "cat", "4": "elk"}
-    sheet = Image.open(write_picture(studio, found, OPACITY, 0, tmp_path / "m.png"))
-    assert sheet.width > 2 * 360
+    with Image.open(write_picture(studio, found, OPACITY, 0, tmp_path / "m.png")) as sheet:
+        assert sheet.width > 2 * 360
     assert gallery(studio, found, OPACITY, 0).count("<figure>") == 4
 
 
