@@ -16,7 +16,7 @@ _HOUR = 3600  # seconds after which files are deleted
 
 _CSS = """
 .gradio-container { margin: 0 auto !important; }
-.gradio-container, .gradio-container > *, .gradio-container main { width: 100% !important; max-width: 1240px !important; }
+.gradio-container, .gradio-container > *, .gradio-container main { width: 100%; max-width: 1240px !important; }
 #said, #top, #maps { padding: 0 !important; }
 #said .html-container, #top .html-container, #maps .html-container { padding: 0 !important; }
 .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 150px), 1fr)); gap: 14px; }
