@@ -84,7 +84,7 @@ def build(studio: Studio, title: str) -> Any:
 
     acts = _Acts(studio)
     names = [(studio.loaded.class_name(i), i) for i in range(studio.loaded.num_classes)]
-    held = {"analytics_enabled": False, "delete_cache": (_HOUR, _HOUR), "fill_width": True}
+    held: dict[str, Any] = {"analytics_enabled": False, "delete_cache": (_HOUR, _HOUR), "fill_width": True}
     with gr.Blocks(title=f"{title} explained", **held) as blocks:
         state = gr.State(None)
         gr.Markdown(f"## Which regions made `{title}` decide?")
@@ -118,7 +118,7 @@ def build(studio: Studio, title: str) -> Any:
         go.click(
             acts.explain, [state, classes, methods, opacity, smooth], [state, said, *drawn], api_visibility="private"
         )
-        last = {"trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
+        last: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
         for slider in (opacity, smooth):  # while it is drawn, only its last place counts
             slider.change(acts.draw, [state, opacity, smooth], drawn, **last)
     return blocks

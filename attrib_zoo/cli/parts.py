@@ -206,7 +206,8 @@ class Part:
         tensors |= {f"{name}.scale": torch.tensor(scales[:rows]) for name, scales in self._scales.items()}
         if form == "npz":
             file = io.BytesIO()
-            np.savez(file, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
+            arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+            np.savez(file, **arrays)
             return file.getvalue()
         from safetensors.torch import save
 

@@ -219,7 +219,7 @@ def write_picture(studio: Studio, sight: Sight, opacity: float, smooth: float, p
 def write_maps(studio: Studio, sight: Sight, path: Path) -> Path:
     """One npz: each raw map under ``class-method``, and ``about``, JSON that says what they are of."""
     height, width = sight.pixels.shape[:2]
-    arrays = {f"{target}-{method}": heat.numpy() for (target, method), heat in sight.maps.items()}
+    arrays: dict[str, Any] = {f"{target}-{method}": heat.numpy() for (target, method), heat in sight.maps.items()}
     about = {
         "photo": sight.name,
         "seen": [sight.box[0] / width, sight.box[1] / height, sight.box[2] / width, sight.box[3] / height],
