@@ -15,8 +15,8 @@ _VISITORS, _WAITING, _AT_ONCE = 64, 64, 2
 _HOUR = 3600  # seconds after which files are deleted
 
 _CSS = """
-.gradio-container { margin: 0 auto !important; }
-.gradio-container, .gradio-container > *, .gradio-container main { width: 100%; max-width: 1240px !important; }
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container main { width: 100%; }
 #said, #top, #maps { padding: 0 !important; }
 #said .html-container, #top .html-container, #maps .html-container { padding: 0 !important; }
 .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 150px), 1fr)); gap: 14px; }
