@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REFRESH = "ATTRIB_ZOO_REFRESH"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 LONGEST_LINE = 120
-NOT_DRAWN: dict[str, str] = {}
+NOT_DRAWN = {"ExtremalPerturbation": "800 passes forward and back for each area and photograph"}
 """Methods that the gallery names without a picture, and why."""
 
 
