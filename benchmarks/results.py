@@ -56,6 +56,7 @@ RELEASED = {"variation": "sum", "border_penalty": 0.3, "area_offset": 5e-4}
 COLD = "TTAME, paper"
 VARIANTS: dict[str, dict[str, Any]] = {
     "TTAME, rows": {"recipe": "rows"},
+    "TTAME, positive": {"scale": "positive"},
     "TTAME, 150 steps": {},
     COLD: {"recipe": "paper"},
     "LCAMImg, rows": {"start": "rows"},

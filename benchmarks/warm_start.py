@@ -34,6 +34,7 @@ ORDER = (
     "TTAME",
     "TTAME, seed 1",
     "TTAME, seed 2",
+    "TTAME, positive",
     "TTAME, rows",
     "TTAME, 150 steps",
     "TTAME, 150 steps, seed 1",
@@ -157,7 +158,7 @@ def checks(name: str, work: Path, count: int = 96) -> list[list[object]]:
     mosaics = metrics.grid_mosaics(images, decided, sure, least=0.5)
     asked = mosaics.target
     kinds = decided.bincount(minlength=scores.shape[1]).topk(5).indices
-    asked_for = ["TTAME", "TTAME, rows", "GradCAM", "GradCAM, smooth 3"]
+    asked_for = ["TTAME", "TTAME, positive", "TTAME, rows", "GradCAM", "GradCAM, smooth 3"]
     asked_for += ["GenericAttention"] if case.kind == "vit" else []
     explainers = {method: made(method, case, work / name) for method in asked_for}
     other = copy.deepcopy(model)
