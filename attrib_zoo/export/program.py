@@ -252,7 +252,8 @@ class ClassMaps(nn.Module):
             maps: Tensor = self.network(features, rows)
             return maps
         network = self.network
-        attended = list(features)
+        features = network.without_places(features)
+        attended = features
         if network.branches:
             attended = [branch(x) for branch, x in zip(network.branches, features, strict=True)]
         fuser: Any = network.fuser

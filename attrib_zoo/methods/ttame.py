@@ -24,10 +24,11 @@ from attrib_zoo.training.recipe import RECIPES, Recipe, as_recipe
 from attrib_zoo.training.rows import ROW_IMAGES, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
 from attrib_zoo.training.session import class_count, head_maps
-from attrib_zoo.training.teacher import TEACHER_IMAGES, Teacher, learn_common_row
+from attrib_zoo.training.teacher import TEACHER_IMAGES, Teacher, learn_common_row, place_means
 
 _BRANCH_LR = 1e-3
 _MOST_STEPS = 200  # of a fit that is told neither epochs nor steps, where it starts from rows
+_LEAST_FOR_PLACES = 16  # images; of fewer, a mean has too much of each
 _SHARES = (0.05, 0.9)  # of the cells that the order loss shows or hides
 _BLUR = 10 / 224  # deviation of the blur that hides, as a share of the image's width
 _IMAGES_PER_CLASS = 100  # with fewer in a short fit, classes that are not the image's own cost more than they teach
@@ -297,7 +298,7 @@ class TTAME(TrainableAttribution):
     def start_images(self) -> int:
         if self.recipe.start != "rows":
             return 0
-        return TEACHER_IMAGES if self.recipe.teacher else ROW_IMAGES
+        return TEACHER_IMAGES if self.recipe.teacher or self.recipe.forget_places else ROW_IMAGES
 
     @property
     def most_steps(self) -> int | None:
@@ -312,9 +313,11 @@ class TTAME(TrainableAttribution):
         first, own = images[:ROW_IMAGES], select_args(args, torch.arange(min(len(images), ROW_IMAGES)), len(images))
         started, told = start_from_rows(self.model, network, first, own, taps, show_progress=show_progress)
         name = self.recipe.teacher
+        head: Any = network
+        if self.recipe.forget_places and started and len(images) >= _LEAST_FOR_PLACES:
+            head.forget_places(place_means(self.model, images, args, taps, show_progress=show_progress))
         if not name or not started:
             return started, told
-        head: Any = network
         lesson = learn_common_row(
             self.model,
             head,

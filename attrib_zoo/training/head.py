@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attrib_zoo.masking import Enlarge, upsampler
+from attrib_zoo.masking import Enlarge, upsample, upsampler
 from attrib_zoo.training import distributed
 
 ACTIVATIONS = ("relu", "sigmoid")
@@ -91,6 +91,7 @@ class AttentionHead(nn.Module):
         self.mixing = nn.ParameterList()  # (C_i, C_i) for each layer: see start_from
         self.scale: Tensor | None
         self.register_buffer("scale", None)  # (ΣC,): see share_rows
+        self.places: list[str] = []  # of buffers (C_i, h_i, w_i): see forget_places
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 draw_conv(module, generator)
@@ -105,7 +106,8 @@ class AttentionHead(nn.Module):
         Returns:
             ``(N, M, h, w)``, with h and w the largest h_i and w_i.
         """
-        attended = list(features)
+        features = self.without_places(features)
+        attended = features
         if self.branches:
             attended = [branch(x) for branch, x in zip(self.branches, features, strict=True)]
         size = tuple(max(x.shape[axis] for x in features) for axis in (-2, -1))
@@ -199,6 +201,27 @@ class AttentionHead(nn.Module):
         """Add one row ``(ΣC,)`` to that of every class."""
         self.fuser.weight.add_(common.to(self.fuser.weight)[None, :, None, None])
 
+    @torch.no_grad()
+    def forget_places(self, means: Sequence[Tensor]) -> None:
+        """Take from the features what a place has in every image, such as a transformer's position embedding.
+
+        Where it stays, the map of a class has a shape of its own before the image is seen.
+
+        Args:
+            means: ``(C_i, h_i, w_i)`` for each layer, the mean features of some images.
+        """
+        self.places = [f"place{i}" for i in range(len(means))]
+        for name, mean in zip(self.places, means, strict=True):
+            own = mean.to(self.fuser.weight)
+            self.register_buffer(name, own - own.mean((-2, -1), keepdim=True))
+
+    def without_places(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The features less what was measured at their places; of another size, less its bilinear interpolation."""
+        if not self.places:
+            return list(features)
+        means = [getattr(self, name).unsqueeze(0) for name in self.places]
+        return [x - upsample(mean, x.shape[-2:]) for x, mean in zip(features, means, strict=True)]
+
     def _share(self, reach: Sequence[float]) -> None:
         scale = [1 / max(a, 1e-12) for a, size in zip(reach, self.channels, strict=True) for _ in range(size)]
         self.scale = self.fuser.weight.new_tensor(scale)
@@ -209,6 +232,9 @@ class AttentionHead(nn.Module):
             self.start_from([self.fuser.weight.new_zeros(len(self._bias), c) for c in self.channels], self._ones)
         elif prefix + "common" in state and self.common is None:
             self.share_rows(self._ones)
+        held = [name for name in (f"{prefix}place{i}" for i in range(len(self.channels))) if name in state]
+        if held and not self.places:
+            self.forget_places([torch.zeros_like(state[name], device=self.fuser.weight.device) for name in held])
         super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()

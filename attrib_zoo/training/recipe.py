@@ -36,6 +36,8 @@ class Recipe:
         teacher: with ``start="rows"``, the class name of a method whose maps of the decisions a common row is learnt
             from before the first step, see :func:`~attrib_zoo.training.teacher.learn_common_row`; empty for none.
         evidence: how many times more the class's own row counts beside the common one than fits the teacher best.
+        forget_places: take from the features their mean over images at each place, such as position embeddings, which
+            else give every class a map of a shape of its own; with ``start="rows"``.
         loss: ``"mask"``: Eq. 11 of the T-TAME paper; ``"order"``: the first pixels of the map must be enough for the
             decision, and without them the decision must fall, at a share drawn for each image.
         branches: the feature branches of Eq. 8; ``False`` reads the features as they are.
@@ -65,6 +67,7 @@ class Recipe:
     start: str = "random"
     teacher: str = ""
     evidence: float = 6.0
+    forget_places: bool = False
     loss: str = "mask"
     branches: bool = True
     skip: bool = True
@@ -90,7 +93,7 @@ class Recipe:
         check_choice("loss", self.loss, ("mask", "order"))
         if self.teacher and self.start != "rows":
             raise OptionError(f"teacher: needs start='rows', got teacher={self.teacher!r} with start={self.start!r}")
-        for name in ("branches", "skip", "batch_norm"):
+        for name in ("branches", "skip", "batch_norm", "forget_places"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: must be True or False, got {getattr(self, name)!r}")
         check_choice("branch_activation", self.branch_activation, ACTIVATIONS)
@@ -125,7 +128,7 @@ class Recipe:
 PAPER = Recipe("paper")
 RELEASED = Recipe("released", layer_rule="norms", variation="sum", border_penalty=0.3, area_offset=5e-4, psi="batch")
 ROWS = Recipe("rows", start="rows", loss="order", branches=False, layer_rule="live", contrast=3, smooth=3, psi="own")
-TAUGHT = replace(ROWS, name="taught", teacher="GenericAttention")
+TAUGHT = replace(ROWS, name="taught", teacher="GenericAttention", forget_places=True)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, TAUGHT, PAPER, RELEASED)}
 
 

@@ -48,6 +48,22 @@ class Lesson:
 
 
 @torch.no_grad()
+def place_means(
+    model: Any, images: Tensor, args: Sequence[Any], taps: Sequence[Tap], *, show_progress: bool = False
+) -> list[Tensor]:
+    """The mean features of the images at each place, ``(C_i, h_i, w_i)`` for each layer."""
+    from tqdm.auto import tqdm
+
+    totals: list[Tensor] = []
+    parts = torch.arange(len(images), device=images.device).split(_AT_ONCE)
+    for rows in tqdm(parts, "places", unit="batch", leave=False, disable=not show_progress):
+        features = run(model, images[rows], select_args(args, rows, len(images)), taps)[1]
+        sums = [at_least_float32(f).sum(0) / len(images) for f in features]
+        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+    return totals
+
+
+@torch.no_grad()
 def learn_common_row(
     model: Any,
     head: Any,
@@ -98,7 +114,8 @@ def learn_common_row(
         if not bool(torch.isfinite(taught).all()):
             raise TrainingError("fit: the teacher's maps must be finite, got NaN or infinity; choose another teacher")
         size = tuple(own.shape[-2:])
-        sums.add(own.flatten(2), _whole(features, size), normal_scores(upsample(taught.to(own), size).flatten(1)))
+        read = head.without_places(features)
+        sums.add(own.flatten(2), _whole(read, size), normal_scores(upsample(taught.to(own), size).flatten(1)))
     return sums.solve(evidence)
 
 

@@ -145,6 +145,41 @@ def test_normal_scores_of_a_constant_are_zero():
 # ---------------------------------------------------------------------- in a fit
 
 
+def test_what_a_place_has_in_every_image_is_forgotten():
+    """By hand: features less their mean over images at each place, the channel's mean over places kept."""
+    model, images = zoo.small_vit(), IMAGES.float()
+    recipe = RECIPES["rows"].but(contrast=0, smooth=1)
+    plain, without = (
+        zoo.fit(TTAME(model, recipe=some, upsample=False), [images])
+        for some in (recipe, recipe.but(forget_places=True))
+    )
+    with frozen(model):
+        features = run(model, images, (), resolve(model, None, images, count=3, rule="live"))[1]
+    rows = plain.network_.fuser.weight[:, :, 0, 0].detach()
+    assert torch.equal(rows, without.network_.fuser.weight[:, :, 0, 0])
+    whole = torch.cat(features, dim=1)
+    bias = whole.mean(0) - whole.mean((0, 2, 3))[:, None, None]
+    assert float(bias.abs().max()) > 0.1
+    raw = torch.einsum("kc,nchw->nkhw", rows, whole - bias)
+    low, high = raw.amin((2, 3), keepdim=True), raw.amax((2, 3), keepdim=True)
+    torch.testing.assert_close(without.maps(images), (raw - low) / (high - low), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(without.maps(images), plain.maps(images), atol=0.01)
+    assert zoo.fit(TTAME(model, recipe=recipe.but(forget_places=True)), [images[:4]]).network_.places == []
+
+
+def test_forgotten_places_are_in_the_file_and_fit_other_sizes(tmp_path):
+    from timm.models import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5, dynamic_img_size=True
+    ).eval()
+    explainer = zoo.fit(TTAME(model, upsample=False), [IMAGES.float()])
+    again = TTAME.load(explainer.save(tmp_path / "taught.safetensors"), model)
+    assert again.network_.places == ["place0", "place1"]
+    assert torch.equal(again.attribute(IMAGES.float()), explainer.attribute(IMAGES.float()))
+    assert again.attribute(zoo.batch(2, size=24)).shape[-2:] == (6, 6)
+
+
 def test_every_class_gets_the_same_row_on_top_of_its_own():
     model = zoo.small_vit()
     plain = zoo.fit(TTAME(model, recipe=RECIPES["rows"].but(contrast=0)), [IMAGES.float()])
