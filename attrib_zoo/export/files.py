@@ -96,6 +96,8 @@ def write_program(
     program.by_counting = path.suffix == ".onnx"
     with torch.no_grad(), _quiet():
         inputs = (images, program(images)[2]) if with_target else (images,)
+        if any_size is None and _at_another_size(program, inputs, (2, 3)) is None:
+            any_size = False
         try:
             data, free = _made(program, inputs, path.suffix, any_batch, any_size, opset, facts)
         except UnsupportedModelError:
@@ -286,17 +288,24 @@ def _others(
     if any_batch:
         inputs = [torch.cat([x.flip(0), x[:1]]) for x in inputs]
     yield inputs, program(*inputs)
+    axes = [axis for axis, name in ((2, "height"), (3, "width")) if free[name]]
+    found = _at_another_size(program, inputs, axes) if axes else None
+    if found is not None:
+        yield found
+
+
+def _at_another_size(
+    program: ExplainingModel, inputs: Sequence[Tensor], axes: Sequence[int]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
+    """Inputs of which these axes are longer, and what the program says of them; ``None`` where the model refuses."""
     images = inputs[0]
-    for axis, name in ((2, "height"), (3, "width")):
-        if free[name]:
-            images = torch.cat([images, images.narrow(axis, 0, min(_STEP, images.shape[axis]))], axis)
-    if images is not inputs[0]:
-        inputs = [images, *inputs[1:]]
-        try:
-            wanted = program(*inputs)
-        except Exception:  # whatever the model says against such a size, it says of the file's, too
-            return
-        yield inputs, wanted
+    for axis in axes:
+        images = torch.cat([images, images.narrow(axis, 0, min(_STEP, images.shape[axis]))], axis)
+    inputs = [images, *inputs[1:]]
+    try:
+        return inputs, program(*inputs)
+    except Exception:  # whatever the model's own code raises
+        return None
 
 
 def _compare(
