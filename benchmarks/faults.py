@@ -702,6 +702,18 @@ could have said, and so "another map" is no fault where the checksum is new or m
 """
 
 
+FOOT = """
+## A step against the number of classes
+
+With the recipe `"rows"` a step trains what all classes share; the rows themselves are frozen, and what grows with K is
+the model's own last layer. With the recipe `"paper"` the rows are trained, and a step does grow with K: momentum goes
+on moving every row that ever had a gradient, and the random other classes of Ψ, B - 1 for each of B images, leave
+hardly any row without one after some K / B² steps. An optimiser that passes over the rows that a batch does not touch
+would give other maps than the dense one, so there is none. Where images are few for so many classes, `recipe="auto"`
+takes the rows anyway.
+"""
+
+
 def page(found: dict[str, list[Row]]) -> str:
     lines = [
         f"| {entry['what']} | {entry['times']} | "
@@ -710,7 +722,7 @@ def page(found: dict[str, list[Row]]) -> str:
         for name in PARTS
         for entry in found.get(name, [])
     ]
-    return HEAD + "\n".join(lines) + "\n"
+    return HEAD + "\n".join(lines) + "\n" + FOOT
 
 
 PARTS: dict[str, Callable[[Files, Path, int], list[Row]]] = {
