@@ -114,13 +114,23 @@ class Files:
         """A command that writes into a folder, and continues there if it is run again."""
         if what == "fit":
             words = ["fit", "--data", str(self.photos), "--output", str(folder / "x.safetensors"), "--recipe", "paper"]
-            words += ["--max-steps", "30", "--batch-size", "4", "--workers", "0", "--checkpoint-every", "3"]
+            words += ["--max-steps", "12", "--batch-size", "2", "--workers", "0", "--checkpoint-every", "2"]
             return [*words, "--checkpoint-dir", str(folder / "c"), "--resume", str(folder / "c"), *self.usual]
         if what == "evaluate":
-            words = ["evaluate", "--data", str(self.photos), "--output", str(folder), "--metrics", "ad,ic"]
+            words = [
+                "evaluate",
+                "--data",
+                str(self.photos),
+                "--output",
+                str(folder),
+                "--metrics",
+                "ad",
+                "--max-images",
+                "4",
+            ]
             return [*words, "--method", "gradcam", "--batch-size", "2", *self.usual]
-        words = ["explain", str(self.photos), "--output", str(folder), "--method", "gradcam"]
-        return [*words, "--batch-size", "2", *self.usual]
+        photos = [str(self.photos / f"p{number}.png") for number in range(4)]
+        return ["explain", *photos, "--output", str(folder), "--method", "gradcam", "--batch-size", "2", *self.usual]
 
     def result(self, what: str, folder: Path) -> Any:
         """What must be the same, however often the command was killed."""
