@@ -172,7 +172,7 @@ class Batches(Iterator[Tensor]):
         """Note where the batch before the interruption is not the one of the fit that is continued."""
         self.last = images.to(device=self.like.device, dtype=self.like.dtype)
         found = checksum(self.last)
-        if self._expected is not None and self._expected != found:
+        if found is not None and self._expected is not None and self._expected != found:
             self.news.append(
                 f"fit: the loader's batches must be those of the fit that is continued, but number {self.position} of "
                 f"this epoch differs ({found['images']} images, were {self._expected['images']}"

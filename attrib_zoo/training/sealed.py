@@ -128,4 +128,4 @@ def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
 def _bytes(tensor: Tensor) -> memoryview:
     """The values as they lie in memory: of a tensor on the CPU, without a copy."""
     whole = tensor.detach().cpu().contiguous()
-    return memoryview(whole.reshape(-1).view(torch.uint8).numpy() if whole.numel() else b"")
+    return whole.reshape(-1).view(torch.uint8).numpy().data if whole.numel() else memoryview(b"")
