@@ -96,7 +96,10 @@ def write_program(
     program.by_counting = path.suffix == ".onnx"
     with torch.no_grad(), _quiet():
         inputs = (images, program(images)[2]) if with_target else (images,)
-        if any_size is None and _at_another_size(program, inputs, (2, 3)) is None:
+        if any_size is not False and _at_another_size(program, inputs, (2, 3)) is None:
+            if any_size:
+                name = type(program.model).__name__
+                raise UnsupportedModelError(f"any_size: must be left out for {name}, which takes images of one size")
             any_size = False
         try:
             data, free = _made(program, inputs, path.suffix, any_batch, any_size, opset, facts)
