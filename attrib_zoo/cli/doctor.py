@@ -109,9 +109,9 @@ def _extras() -> list[tuple[str, str]]:
         if extra and name and not re.search(r"python_version|sys_platform|platform_system", line):
             extras.setdefault(extra[1], []).append(name[0])
     rows = []
-    for extra, names in sorted(extras.items()):
-        absent = [name for name in names if _version(name) is None]
+    for part, names in sorted(extras.items()):
+        absent = [needed for needed in names if _version(needed) is None]
         rows.append(
-            (extra, "complete" if not absent else f"needs {', '.join(absent)}: pip install 'attrib_zoo[{extra}]'")
+            (part, "complete" if not absent else f"needs {', '.join(absent)}: pip install 'attrib_zoo[{part}]'")
         )
     return rows

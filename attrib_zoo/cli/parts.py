@@ -211,7 +211,8 @@ class Part:
             return file.getvalue()
         from safetensors.torch import save
 
-        return save(tensors)
+        written: bytes = save(tensors)
+        return written
 
     def _table(self, form: str, rows: int) -> bytes:
         if form == "jsonl":

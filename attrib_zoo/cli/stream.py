@@ -252,9 +252,9 @@ def from_first(find: Callable[[], _Value]) -> _Value:
             if distributed.world_size() == 1:
                 raise
             held = None, error
-    value, error = _everyone(held)[0]
-    if error is not None:
-        raise error
+    value, raised = _everyone(held)[0]
+    if raised is not None:
+        raise raised
     found: _Value = value
     return found
 

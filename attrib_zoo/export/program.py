@@ -251,12 +251,12 @@ class ClassMaps(nn.Module):
         if not isinstance(self.network, AttentionHead):
             maps: Tensor = self.network(features, rows)
             return maps
-        network = self.network
+        network: Any = self.network
         features = network.without_places(features)
         attended = features
         if network.branches:
             attended = [branch(x) for branch, x in zip(network.branches, features, strict=True)]
-        fuser: Any = network.fuser
+        fuser = network.fuser
         weight, bias = fuser.weight.flatten(1)[rows], fuser.bias[rows]
         weights = weight.split([x.shape[1] for x in attended], dim=2)
         parts = [torch.bmm(w, x.flatten(2)).unflatten(2, x.shape[2:]) for w, x in zip(weights, attended, strict=True)]

@@ -185,7 +185,7 @@ def download(name: str) -> Iterator[None]:
 def ask_hub(repository: str, filename: str | None) -> None:
     """Raise at once if weights that are not in the cache are out of reach; timm's own way tries for a minute."""
     import huggingface_hub as hub
-    from huggingface_hub.utils import HfHubHTTPError  # type: ignore[attr-defined]  # not in its __all__
+    from huggingface_hub.utils import HfHubHTTPError
 
     files = [filename] if filename else ["model.safetensors", "pytorch_model.bin"]
     if any(isinstance(hub.try_to_load_from_cache(repository, file), str) for file in files):

@@ -158,7 +158,7 @@ class _Sums:
     def _correlation(self, weights: Tensor) -> float:
         """Of the columns in this mixture with what is wanted, over all cells of all images."""
         power = float(weights @ self.gram @ weights) * self.images * self.cells
-        return float(weights @ self.moment) / power**0.5
+        return float(weights @ self.moment) / float(power**0.5)
 
 
 def normal_scores(maps: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class Layers:
     def cells(self, rows: Tensor) -> Tensor:
         """Of values ``(..., T)`` of all tokens, or of all but the prefix, those of the patches, ``(..., h, w)``."""
         h, w = self.grid.hw or (0, 0)
-        return rows[..., rows.shape[-1] - h * w :].unflatten(-1, (h, w))
+        patches: Tensor = rows[..., rows.shape[-1] - h * w :].unflatten(-1, (h, w))
+        return patches
 
 
 def find_layers(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Layers:
@@ -231,7 +232,8 @@ def _at_pool(model: nn.Module, layers: Layers, again: Replay, maps: Tensor, targ
 
 def _apart(tokens: Tensor, heads: int) -> Tensor:
     """``(..., T, H d)`` to ``(..., H, T, d)``."""
-    return tokens.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    apart: Tensor = tokens.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    return apart
 
 
 def _normed(module: nn.Module, name: str, parts: Tensor) -> Tensor:
