@@ -24,6 +24,11 @@ FAMILIES = {
         "Feature maps of a layer, weighed by gradients. Cheap, and the first thing to try.",
     ),
     "gradient": ("Gradients of all layers", ""),
+    "features": (
+        "Features alone",
+        "What is strong in the features of a layer. No class takes part: these maps show a backbone, and explain no "
+        "decision.",
+    ),
     "perturbation": (
         "Perturbation",
         "Parts of the image or of the features are hidden, and the score says what they were worth. Many passes.",
