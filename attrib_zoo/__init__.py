@@ -18,6 +18,7 @@ from attrib_zoo.methods.lcam import LCAMFm as LCAMFm
 from attrib_zoo.methods.lcam import LCAMImg as LCAMImg
 from attrib_zoo.methods.legrad import LeGrad as LeGrad
 from attrib_zoo.methods.polycam import PolyCAM as PolyCAM
+from attrib_zoo.methods.refinecam import RefineCAM as RefineCAM
 from attrib_zoo.methods.rise import RISE as RISE
 from attrib_zoo.methods.rollout import AttentionRollout as AttentionRollout
 from attrib_zoo.methods.scorecam import ScoreCAM as ScoreCAM

@@ -93,5 +93,5 @@ def first_component(features: Tensor) -> Tensor:
         vectors = torch.linalg.eigh(unit.transpose(1, 2) @ unit).eigenvectors
         along = (unit @ vectors[:, :, -1:]).squeeze(2)
     total = along.sum(1, keepdim=True)
-    along = along * torch.where(total < 0, 1.0, 1.0).to(along) * size.squeeze(2)
+    along = along * torch.where(total < 0, -1.0, 1.0).to(along) * size.squeeze(2)
     return along.unflatten(1, features.shape[-2:])

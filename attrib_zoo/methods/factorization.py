@@ -74,7 +74,7 @@ class DeepFeatureFactorization(Attribution):
         *,
         n_factors: int = 4,
         factor: int = 0,
-        n_iter: int = 50,
+        n_iter: int = 200,
         upsample: bool = True,
         smooth: int | None = None,
         scale: str | None = None,

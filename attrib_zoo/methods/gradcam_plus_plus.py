@@ -75,13 +75,24 @@ class GradCAMPlusPlus(GradientCAM):
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """The positive gradient summed over space, weighted by α."""
-        if self.alpha == "local":
-            top = gradients.abs().amax(dim=(-3, -2, -1), keepdim=True)
-            unit = gradients / top.where(top > 0, torch.ones_like(top))  # its cube is finite in any precision
-            square = unit.square()
-            under = 2 * square + top * (activations * unit * square).sum(dim=(-2, -1), keepdim=True)
-        else:
-            square = torch.ones_like(gradients)
-            under = 2 + gradients * activations.sum(dim=(-2, -1), keepdim=True)
-        share = torch.where(under > 0, square / under.where(under > 0, torch.ones_like(under)), 0)
-        return (share * gradients.relu()).sum(dim=(-2, -1))
+        return plus_plus_weights(activations, gradients, local=self.alpha == "local")
+
+
+def plus_plus_weights(activations: Tensor, gradients: Tensor, *, local: bool = False) -> Tensor:
+    """The weight ``(M, D)`` of each feature map: the positive gradient summed over space, weighted by α.
+
+    Args:
+        activations: ``(M, D, h, w)``.
+        gradients: ``(M, D, h, w)``.
+        local: see ``alpha`` of :class:`GradCAMPlusPlus`.
+    """
+    if local:
+        top = gradients.abs().amax(dim=(-3, -2, -1), keepdim=True)
+        unit = gradients / top.where(top > 0, torch.ones_like(top))  # its cube is finite in any precision
+        square = unit.square()
+        under = 2 * square + top * (activations * unit * square).sum(dim=(-2, -1), keepdim=True)
+    else:
+        square = torch.ones_like(gradients)
+        under = 2 + gradients * activations.sum(dim=(-2, -1), keepdim=True)
+    share = torch.where(under > 0, square / under.where(under > 0, torch.ones_like(under)), 0)
+    return (share * gradients.relu()).sum(dim=(-2, -1))
