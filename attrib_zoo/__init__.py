@@ -30,5 +30,6 @@ from attrib_zoo.methods.ttame import TTAME as TTAME
 from attrib_zoo.methods.xgradcam import XGradCAM as XGradCAM
 from attrib_zoo.methods.zoomcam import ZoomCAM as ZoomCAM
 from attrib_zoo.targets import Contrast as Contrast
+from attrib_zoo.targets import Scalar as Scalar
 
 __version__ = "0.1.0"

@@ -200,7 +200,8 @@ class Attribution(_CaptumAttribution, ABC):
                 outputs with more axes, a list of N tuples, or ``None`` for the model's own decision (argmax) on
                 each image. A model with one logit per image has the targets 1, the logit, and 0, the negated logit,
                 and ``None`` follows its sign; of a regression pass 1. A :class:`~attrib_zoo.Contrast` asks why it is
-                this class and not those that come next. With Captum's NoiseTunnel and metrics give the target: each
+                this class and not those that come next; a :class:`~attrib_zoo.Scalar`, or a function, explains any
+                value of the outputs. With Captum's NoiseTunnel and metrics give the target: each
                 noisy copy would get its own decision.
             additional_forward_args: passed to the model after the inputs; tensors are per image.
             show_progress: show a progress bar where a method makes many passes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from attrib_zoo.errors import TargetError, UnsupportedModelError, check_number
 from attrib_zoo.masking import at_least_float32, wide_dtype
 
 SCORES = ("logit", "softmax", "logsoftmax", "sigmoid")
-_FORMS = "an int, a list or 1-D tensor of N ints, a tuple of ints, a list of N tuples, or None"
+_FORMS = "an int, a list or 1-D tensor of N ints, a tuple of ints, a list of N tuples, None, or a Scalar"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,70 @@ class Contrast:
         check_number("weight", self.weight, least=0.0)
         if isinstance(self.target, Contrast):
             raise TargetError(f"target: a Contrast must name a class, got another one: {self.target!r}")
+
+
+class Scalar:
+    """A target: any function of the outputs to one value per image, where no class is asked for.
+
+    For the score of a region in a segmentation, of a box, a similarity to a text or to another image, an energy. The
+    model must put out one tensor with a row for each image, ``(N, ...)``; wrap it where it puts out something else.
+    Taken by every method whose map comes from scores or their gradients, in :meth:`Attribution.attribute_many` beside
+    other functions, and by the measures. What is differentiated or compared is the value itself: the option ``score``
+    of a method has no say in it. Methods that know classes only, those that are trained among them, refuse it.
+
+    A plain function of the outputs may be passed as a target as it is.
+
+    Args:
+        function: takes the outputs ``(M, ...)`` of M passes and, behind them, what belongs to each of these images;
+            returns ``(M,)``. Row m may depend on row m of its arguments only: methods change the order and the number
+            of rows. Differentiable for methods that use gradients.
+        *per_image: tensors ``(N, ...)`` with a row for each image, which is handed to ``function`` for whichever
+            copies of that image are in the pass; anything else is handed on as it is.
+
+    Example:
+        >>> import torch
+        >>> from attrib_zoo import GradCAM, Scalar
+        >>> from attrib_zoo.synthetic import tiny_cnn
+        >>> wanted = torch.rand(2, 4)
+        >>> similar = Scalar(lambda outputs, vector: torch.cosine_similarity(outputs, vector), wanted)
+        >>> GradCAM(tiny_cnn()).attribute(torch.rand(2, 3, 32, 32), target=similar).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(self, function: Callable[..., Tensor], *per_image: Any) -> None:
+        if not callable(function):
+            raise TargetError(f"target: a Scalar must be given a function of the outputs, got {function!r}")
+        self.function = function
+        self.per_image = per_image
+
+    def __repr__(self) -> str:
+        name = getattr(self.function, "__name__", type(self.function).__name__)
+        return f"Scalar({', '.join([name, *(f'<{len(t)} rows>' for t in self.per_image if isinstance(t, Tensor))])})"
+
+    def check(self, outputs: Tensor) -> None:
+        """Raise where the function does not give one value for each row of the clean outputs ``(N, ...)``."""
+        short = [len(t) for t in self.per_image if isinstance(t, Tensor) and (t.ndim == 0 or len(t) != len(outputs))]
+        if short:
+            raise TargetError(
+                f"target: each tensor of a Scalar must have a row for each of the {len(outputs)} images, got "
+                f"{short[0]} rows; let the function itself hold what is the same for all"
+            )
+        found = self.value(outputs)
+        if not isinstance(found, Tensor) or found.shape != (len(outputs),) or not found.is_floating_point():
+            got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise TargetError(
+                f"target: its function must return one floating-point value for each of the {len(outputs)} rows of the "
+                f"outputs {tuple(outputs.shape)}, got {got}; reduce all other axes"
+            )
+
+    def value(self, outputs: Tensor) -> Tensor:
+        """``(M,)`` of outputs ``(M, ...)``."""
+        held = (t.to(outputs.device) if isinstance(t, Tensor) else t for t in self.per_image)
+        return self.function(outputs, *held)
+
+    def rows(self, rows: Tensor) -> Scalar:
+        """The same, of these images in this order."""
+        return Scalar(self.function, *(t[rows.to(t.device)] if isinstance(t, Tensor) else t for t in self.per_image))
 
 
 def _nothing() -> Tensor:
@@ -151,12 +215,54 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Functions(Target):
+    """Functions of the outputs in the place of classes.
+
+    Attributes:
+        scalars: T functions.
+        columns: ``(N,)``, where each example has but one of them: which.
+    """
+
+    scalars: tuple[Scalar, ...] = ()
+    columns: Tensor | None = None
+
+    @property
+    def classes(self) -> Tensor:
+        """There are none.
+
+        Raises:
+            TargetError: always.
+        """
+        raise TargetError(
+            "target: must be a class, for what was asked knows classes only (a trained explainer, a measure of the "
+            f"model's decision, a reward against other classes), got {self.scalars[0]!r}; use a method that reads "
+            "scores or their gradients, such as GradCAM or RISE"
+        )
+
+    def select(self, outputs: Tensor, score: str = "logit") -> Tensor:
+        """The values, ``(N, T)``."""
+        found = torch.stack([scalar.value(outputs) for scalar in self.scalars], 1)
+        return found if self.columns is None else found.gather(1, self.columns.to(found.device).unsqueeze(1))
+
+    def rows(self, rows: Tensor) -> Functions:
+        """The targets of these examples, in this order."""
+        columns = None if self.columns is None else self.columns[rows.to(self.columns.device)]
+        scalars = tuple(scalar.rows(rows) for scalar in self.scalars)
+        return Functions(self.index[rows.to(self.index.device)], scalars=scalars, columns=columns)
+
+    def one_of(self, rows: Tensor, columns: Tensor) -> Functions:
+        """One target each of these examples: that in the column of the same place, both ``(M,)``."""
+        scalars = tuple(scalar.rows(rows) for scalar in self.scalars)
+        return Functions(self.index[rows.to(self.index.device)][:, :1], scalars=scalars, columns=columns)
+
+
+@dataclass(frozen=True)
 class TargetQuery:
     """What the caller asked for, before the model's output is known.
 
     Attributes:
-        target: any of Captum's forms, a :class:`Contrast`, or ``None`` for the model's own decision; 0 or 1 for one
-            logit per example.
+        target: any of Captum's forms, a :class:`Contrast`, a :class:`Scalar`, or ``None`` for the model's own
+            decision; 0 or 1 for one logit per example.
         many: ``target`` lists several targets per example (see :meth:`Attribution.attribute_many`).
     """
 
@@ -166,6 +272,8 @@ class TargetQuery:
     def resolve(self, outputs: Tensor) -> Target:
         """Check the request against the clean outputs ``(N, ...)`` and turn it into positions."""
         columns = _columns(self.target, outputs) if self.many else [self.target]
+        if any(_is_scalar(column) for column in columns):
+            return _values(columns, outputs)
         return _joined([_column(column, outputs) for column in columns])
 
 
@@ -336,7 +444,24 @@ def _columns(targets: Any, outputs: Tensor) -> list[list[Any]]:
 
 def _spread(entry: Any, batch: int) -> Any:
     """One of ``attribute_many``'s targets for every image: a contrast may have a target for each image itself."""
-    return entry if isinstance(entry, Contrast) else [entry] * batch
+    return entry if isinstance(entry, Contrast) or _is_scalar(entry) else [entry] * batch
+
+
+# ---------------------------------------------------------------------- functions of the outputs
+
+
+def _is_scalar(target: Any) -> bool:
+    return isinstance(target, Scalar) or callable(target)
+
+
+def _values(columns: Sequence[Any], outputs: Tensor) -> Functions:
+    if not all(_is_scalar(column) for column in columns):
+        raise TargetError("targets: must be classes, or functions of the outputs, but not both in one call")
+    scalars = tuple(column if isinstance(column, Scalar) else Scalar(column) for column in columns)
+    for scalar in scalars:
+        scalar.check(outputs)
+    index = torch.zeros(len(outputs), len(scalars), 1, dtype=torch.long, device=outputs.device)
+    return Functions(index, scalars=scalars)
 
 
 # ---------------------------------------------------------------------- contrasts
@@ -344,6 +469,11 @@ def _spread(entry: Any, batch: int) -> Any:
 
 def _column(target: Any, outputs: Tensor) -> Target:
     """One target of each example: a class, a contrast, or a list of both."""
+    if isinstance(target, list) and any(_is_scalar(entry) for entry in target):
+        raise TargetError(
+            "target: one function stands for all images, got a list of them; give it what differs between images as "
+            "tensors, Scalar(function, tensor)"
+        )
     if isinstance(target, Contrast):
         place = _positions(target.target, outputs)
         return _contrasted(place, [target] * len(outputs), outputs)

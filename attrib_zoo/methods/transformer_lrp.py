@@ -17,7 +17,7 @@ from attrib_zoo.backbone.vit.prenorm import Block, PreNorm, Values, take_apart
 from attrib_zoo.errors import OptionError, TargetError, UnsupportedModelError
 from attrib_zoo.methods.bases import relevance as rules
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
-from attrib_zoo.targets import Target, TargetQuery
+from attrib_zoo.targets import Functions, Target, TargetQuery
 
 
 class TransformerLRP(AttentionMethod, GradientAttribution):
@@ -136,7 +136,12 @@ class TransformerLRP(AttentionMethod, GradientAttribution):
 
 
 def _alone(target: Target) -> Target:
-    """The targets, if none contrasts."""
+    """The targets, if they are classes and none contrasts."""
+    if isinstance(target, Functions):
+        raise TargetError(
+            "target: TransformerLRP starts from a relevance of one at a class, and has no rule for a function of the "
+            "outputs; use GenericAttention, LeGrad or GradCAM, or name a class"
+        )
     if target.contrasts:
         raise TargetError(
             "target: TransformerLRP starts from a relevance of one at a class, and has no rule for the negative one of "
