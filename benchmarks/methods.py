@@ -46,6 +46,11 @@ def ours(model: nn.Module, images: Tensor, masks: int) -> dict[str, Callable[[],
         with contextlib.suppress(AttribZooError):  # layers are found once per model, which is no part of a map's cost
             explainer.taps(images)
         found[cls.__name__] = lambda explainer=explainer: explainer.attribute(images, TARGET)
+    for cls in (attrib_zoo.GradCAM, attrib_zoo.HiResCAM, attrib_zoo.GenericAttention):
+        balanced = cls(model, libra=True)
+        found[f"{cls.__name__}(libra=True)"] = lambda balanced=balanced: balanced.attribute(images, TARGET)
+    finer, contrast = attrib_zoo.GradCAM(model), attrib_zoo.Contrast(3, target=TARGET)
+    found["GradCAM, Contrast(3)"] = lambda: finer.attribute(images, contrast)
     return found
 
 
@@ -67,7 +72,7 @@ def main() -> None:
         batch = torch.randn(32, *size)
         calls = {(n, "ours"): call for n, call in ours(model, images, options.masks).items()}
         if not options.no_peers:
-            calls |= peers(model, images)
+            calls |= peers(model, images) | legrad(model, images)
         rows = []
         for key, call in calls.items():
             if options.methods and key[0] not in options.methods:
@@ -154,6 +159,7 @@ def peers(model: nn.Module, images: Tensor) -> dict[tuple[str, str], Callable[[]
         "FullGrad",
         "ScoreCAM",
         "AblationCAM",
+        "EigenCAM",
     ):
         if theirs is None or (tokens and name in ("FullGrad", "XGradCAM")):
             continue
@@ -164,6 +170,21 @@ def peers(model: nn.Module, images: Tensor) -> dict[tuple[str, str], Callable[[]
                 return torch.from_numpy(cam(images, [ClassifierOutputTarget(TARGET)]))
 
         found[name, "grad-cam"] = call
+    if theirs is not None:
+        options = {"reshape_transform": reshape} if tokens else {}
+
+        def factorise() -> Tensor:
+            made = theirs.DeepFeatureFactorization(model, layer, **options)
+            return torch.from_numpy(made(images, n_components=4)[1][0])
+
+        def refine() -> Tensor:
+            several = [model.get_submodule(tap.name) for tap in attrib_zoo.RefineCAM(model).taps(images)]
+            return torch.from_numpy(
+                theirs.RefineCAM(model, several, **options)(images, [ClassifierOutputTarget(TARGET)])
+            )
+
+        found["DeepFeatureFactorization", "grad-cam"] = factorise
+        found["RefineCAM", "grad-cam"] = refine
     if not tokens:
         found |= torchcams(model, images, taps[0].name)
     return found
@@ -184,7 +205,32 @@ def torchcams(model: nn.Module, images: Tensor, layer: str) -> dict[tuple[str, s
                 return cam(TARGET, model(images))[0]
 
         found[ours_name, "torchcam"] = call
+
+    def refine() -> Tensor:
+        several = [tap.name for tap in attrib_zoo.RefineCAM(model).taps(images)]
+        with theirs.RefineCAM(model, several) as cam:
+            return cam(TARGET, model(images))[0]
+
+    found["RefineCAM", "torchcam"] = refine
     return found
+
+
+def legrad(model: nn.Module, images: Tensor) -> dict[tuple[str, str], Callable[[], Tensor]]:
+    """Torchcam's LeGrad, which knows torchvision's transformers."""
+    blocks = getattr(getattr(model, "encoder", None), "layers", None)
+    try:
+        from torchcam.methods import LeGrad
+    except ImportError:
+        return {}
+    if blocks is None:
+        return {}
+
+    def call() -> Tensor:
+        with LeGrad(model, list(blocks)) as cam:
+            model(images)
+            return cam(TARGET)[0]
+
+    return {("LeGrad", "torchcam"): call}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -330,9 +330,15 @@ def _without_gradient(name: str) -> str:
 
 @contextmanager
 def run_with_graph(
-    model: nn.Module, inputs: Tensor, args: Sequence[Any], taps: Sequence[Tap]
+    model: nn.Module,
+    inputs: Tensor,
+    args: Sequence[Any],
+    taps: Sequence[Tap],
+    within: AbstractContextManager[Any] | None = None,
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """One pass whose graph starts at the first tap to run; gradients are enabled inside the block.
+
+    The model's own forward, and nothing else, runs ``within`` a context, where one is given.
 
     Yields:
         The outputs ``(N, ...)`` and, for each tap, its map ``(N, C, h, w)`` in the graph: differentiate with
@@ -356,7 +362,7 @@ def run_with_graph(
         return grid.from_map(maps[position], kept).clone()
 
     with torch.inference_mode(False):
-        with torch.no_grad(), listening(bare, taps, keep):
+        with torch.no_grad(), listening(bare, taps, keep), within or nullcontext():
             outputs = forward(bare, inputs.detach(), args)
         if not outputs.requires_grad:
             raise LayerError(
@@ -370,9 +376,15 @@ def run_with_graph(
 
 @contextmanager
 def run_from_inputs(
-    model: nn.Module, inputs: Tensor, args: Sequence[Any], names: Sequence[str]
+    model: nn.Module,
+    inputs: Tensor,
+    args: Sequence[Any],
+    names: Sequence[str],
+    within: AbstractContextManager[Any] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, list[tuple[str, Tensor]]]]:
     """One pass whose graph starts at the images; gradients are enabled inside the block.
+
+    The model's own forward, and nothing else, runs ``within`` a context, where one is given.
 
     Yields:
         The outputs ``(N, ...)``, the images ``(N, C, H, W)`` in the graph, and for each call of each named module, in
@@ -398,7 +410,9 @@ def run_from_inputs(
         with ExitStack() as stack:
             for name in names:
                 stack.callback(find(bare, name).register_forward_hook(keep_as(name)).remove)
-            outputs = forward(bare, images.clone(), args)
+            given = images.clone()
+            with within or nullcontext():
+                outputs = forward(bare, given, args)
         if not outputs.requires_grad:
             raise LayerError(
                 f"model: no gradient path from the images to the outputs of {type(bare).__name__}; a no_grad block "

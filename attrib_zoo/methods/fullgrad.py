@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import Attribution, GradientAttribution
 from attrib_zoo.backbone.capture import run_from_inputs
 from attrib_zoo.backbone.kind import attends
+from attrib_zoo.backbone.layers.resolve import look
+from attrib_zoo.backbone.layers.trace import Trace
+from attrib_zoo.backbone.libra import Balanced, Term
 from attrib_zoo.backbone.module import find
 from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
 from attrib_zoo.masking import at_least_float32, min_max, upsample
@@ -36,14 +40,20 @@ class FullGrad(Attribution, GradientAttribution):
     stay out.
 
     The map is at the resolution of the image, and the method reads all layers. Activations other than ReLU have
-    implicit biases that are missing here: a call warns where the terms do not add up to the score. Layers that
-    normalise by the statistics of the image itself have no constant bias, so models with these or with self-attention
-    are refused.
+    implicit biases that are missing here: a call warns where the terms do not add up to the score.
+
+    Networks with attention, or with layers that normalise by the statistics of the image itself, have no such sum. The
+    balanced backward pass of LibraGrad (``libra``) gives them one: attention weights, gates and deviations are
+    constants in it, and then the pixels and all that is added on the way (biases, positions, the class token) make up
+    the score again. Terms lie where their layer has its cells; those of class tokens, of windows and of vectors have
+    no place and stay out.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: not used; FullGrad reads every layer with a bias.
         align_corners: how maps are enlarged; ``True`` as in the authors' program.
+        libra: ``True`` for the balanced backward pass; ``False`` for the plain one, which refuses networks that have no
+            such sum; ``None`` for the balanced one where the plain one would refuse.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
 
     Example:
@@ -56,27 +66,46 @@ class FullGrad(Attribution, GradientAttribution):
 
     References:
         S. Srinivas, F. Fleuret: Full-Gradient Representation for Neural Network Visualization. NeurIPS 2019.
+        F. Mehri, M. Soleymani Baghshah, M. T. Pilehvar: LibraGrad: Balancing Gradient Flow for Universally Better
+        Vision Transformer Attributions. CVPR 2025.
 
     Deviations:
-        Maps are enlarged without aligned corners. No small constant in ψ; a constant map becomes zero.
+        Maps are enlarged without aligned corners. No small constant in ψ; a constant map becomes zero. The map of a
+        transformer gathers the terms of its token layers as those of convolutions, which is not in either paper.
     """
 
     family: ClassVar[str] = "gradient"
     paper: ClassVar[str] = "Srinivas and Fleuret, NeurIPS 2019"
-    models: ClassVar[tuple[str, ...]] = ("cnn",)
+    models: ClassVar[tuple[str, ...]] = ("cnn", "vit")
     cost: ClassVar[str] = "1F + 1B"
     default_layers: ClassVar[tuple[str, int] | None] = None
 
     def __init__(
-        self, model: nn.Module, layers: Any = None, *, align_corners: bool = False, scale: str | None = None
+        self,
+        model: nn.Module,
+        layers: Any = None,
+        *,
+        align_corners: bool = False,
+        libra: bool | None = None,
+        scale: str | None = None,
     ) -> None:
         super().__init__(model, scale=scale)
         if layers is not None:
             raise OptionError(f"layers: must be None, for FullGrad reads every layer, got {layers!r}; leave it out")
         self.align_corners = bool(align_corners)
+        if libra is not None and not isinstance(libra, bool):
+            raise OptionError(f"libra: must be True, False or None, got {libra!r}")
+        self.libra = libra
 
     def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
-        self._check_model()
+        without = self._without_sum()
+        if without is not None and self.libra is False:
+            raise UnsupportedModelError(
+                "FullGrad: needs a network whose layers have constant biases (convolutions, batch normalisations, "
+                f"ReLUs), got {without}; use libra=True, HiResCAM or LayerCAM"
+            )
+        if self.libra or without is not None:
+            return self._balanced(inputs, query, args)
         biases = dict(_biases(self.model))
         linear = {name: isinstance(find(self.model, name), nn.Linear) for name in biases}
         found = []
@@ -124,13 +153,75 @@ class FullGrad(Attribution, GradientAttribution):
                 "are no modules), which are not in the map"
             )
 
-    def _check_model(self) -> None:
+    def _without_sum(self) -> str | None:
+        """The first layer that makes the plain sum fail, in words."""
         for name, module in self.model.named_modules():
             if isinstance(module, _OWN_STATISTICS) or attends(module):
-                raise UnsupportedModelError(
-                    "FullGrad: needs a network whose layers have constant biases (convolutions, batch "
-                    f"normalisations, ReLUs), got {type(module).__name__} at {name!r}; use HiResCAM or LayerCAM"
-                )
+                return f"{type(module).__name__} at {name!r}"
+        return None
+
+    def _balanced(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...]) -> Tensor:
+        places = _places(look(self.model, inputs, args))
+        terms: list[Term] = []
+        found = []
+        with run_from_inputs(self.model, inputs, args, (), Balanced(terms)) as (outputs, images, _):
+            target = query.resolve(outputs.detach())
+            scores = target.select(outputs)
+            reached = [images, *(term.output for term in terms)]
+            for t in range(target.count):
+                more = t + 1 < target.count
+                slopes = torch.autograd.grad(scores[:, t].sum(), reached, retain_graph=more, allow_unused=True)
+                pixels = slopes[0]
+                if pixels is None:
+                    raise UnsupportedModelError("model: the gradient of its outputs must reach the images")
+                parts = [at_least_float32(images.detach()) * at_least_float32(pixels)]
+                shown = list(parts)
+                for term, slope in zip(terms, slopes[1:], strict=True):
+                    if slope is not None and slope.shape[term.batch] % len(inputs) == 0:
+                        part = term.times(at_least_float32(slope), len(inputs))
+                        parts.append(part)
+                        shown += places.maps(part, term.last)
+                self._check_sum(scores[:, t].detach(), parts)
+                found.append(self._gathered(shown, inputs))
+        return torch.stack(found, 1)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the cells of a model's layers lie.
+
+    Attributes:
+        tokens: how many tokens a layer has -> those before the patches, and rows and columns of the patches.
+        sizes: rows and columns of the maps that the pass goes through.
+    """
+
+    tokens: dict[int, tuple[int, tuple[int, int]]]
+    sizes: frozenset[tuple[int, int]]
+
+    def maps(self, part: Tensor, last: bool | None) -> list[Tensor]:
+        """Values ``(N, parts, ...)`` of a layer as a map ``(N, D, h, w)``; none where they have no place."""
+        if part.shape[1] != 1:
+            return []
+        values = part[:, 0]
+        if values.ndim == 3 and values.shape[1] in self.tokens:
+            prefix, size = self.tokens[values.shape[1]]
+            return [values[:, prefix:].transpose(1, 2).unflatten(2, size)]
+        if values.ndim != 4:
+            return []
+        if last is None:
+            last = tuple(values.shape[2:]) not in self.sizes
+        values = values.movedim(3, 1) if last else values
+        return [values] if tuple(values.shape[2:]) in self.sizes else []
+
+
+def _places(trace: Trace) -> _Places:
+    tokens: dict[int, tuple[int, tuple[int, int]]] = {}
+    for call in trace.root.inside():
+        for output in call.outputs:
+            grid = output.grid
+            if grid is not None and grid.kind == "tokens" and grid.permutation is None and grid.hw is not None:
+                tokens[grid.prefix + grid.hw[0] * grid.hw[1]] = grid.prefix, grid.hw
+    return _Places(tokens, frozenset(size for _, size in trace.sizes))
 
 
 def _biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from attrib_zoo.attribution import GradientAttribution
 from attrib_zoo.methods.bases.attention import AttentionMethod, attention_for, not_zero, positive, with_identity
@@ -29,6 +29,8 @@ class GenericAttention(AttentionMethod, GradientAttribution):
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: must be ``None``: every attention block is read.
         mean_pooling: also explain models whose head averages tokens: the mean over their rows of R.
+        libra: gradients of a backward pass that is balanced as in LibraGrad (CVPR 2025): attention weights, gates and
+            deviations are constants there.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
@@ -53,9 +55,23 @@ class GenericAttention(AttentionMethod, GradientAttribution):
     paper: ClassVar[str] = "Chefer et al., ICCV 2021"
     cost: ClassVar[str] = "1F + 1B"
 
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Any = None,
+        *,
+        mean_pooling: bool = False,
+        libra: bool = False,
+        upsample: bool = True,
+        smooth: int | None = None,
+        scale: str | None = None,
+    ) -> None:
+        super().__init__(model, layers, mean_pooling=mean_pooling, upsample=upsample, smooth=smooth, scale=scale)
+        self.libra = bool(libra)
+
     def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         found = self.attention(inputs, args)
-        attended = attention_for(self.model, found, inputs, args, query)
+        attended = attention_for(self.model, found, inputs, args, query, libra=self.libra)
         shares = (positive(block.gradients(), block.values) for block in attended.matrices())
         maps = found.follow(with_identity(share, normalise=False) for share in shares)
         return not_zero(maps.transpose(0, 1), self.get_name())

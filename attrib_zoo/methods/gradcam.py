@@ -29,6 +29,8 @@ class GradCAM(GradientCAM):
         layers: see :class:`~attrib_zoo.attribution.Attribution`; several layers give the mean of their maps.
         relu: the paper's ReLU; ``False`` keeps negative evidence.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
+        libra: gradients of a backward pass that is balanced as in LibraGrad (CVPR 2025): attention weights, gates and
+            deviations are constants there. For transformers and gated networks; changes nothing behind ReLUs.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.

@@ -26,6 +26,8 @@ class HiResCAM(GradientCAM):
         layers: see :class:`~attrib_zoo.attribution.Attribution`; several layers give the mean of their maps.
         relu: ``True`` keeps positive evidence only; the paper needs no ReLU.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
+        libra: gradients of a backward pass that is balanced as in LibraGrad (CVPR 2025): attention weights, gates and
+            deviations are constants there. For transformers and gated networks; changes nothing behind ReLUs.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
@@ -55,11 +57,14 @@ class HiResCAM(GradientCAM):
         *,
         relu: bool = False,
         score: str = "logit",
+        libra: bool = False,
         upsample: bool = True,
         smooth: int | None = None,
         scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, relu=relu, score=score, upsample=upsample, smooth=smooth, scale=scale)
+        super().__init__(
+            model, layers, relu=relu, score=score, libra=libra, upsample=upsample, smooth=smooth, scale=scale
+        )
 
     def combine(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """Gradient times activation, summed over the feature maps."""

@@ -35,6 +35,8 @@ class LayerCAM(GradientCAM):
         gamma: γ, how far the scaling of several layers saturates.
         relu: the paper's ReLU of the sum; ``False`` keeps negative values, which only signed features have.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
+        libra: gradients of a backward pass that is balanced as in LibraGrad (CVPR 2025): attention weights, gates and
+            deviations are constants there. For transformers and gated networks; changes nothing behind ReLUs.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
@@ -66,11 +68,14 @@ class LayerCAM(GradientCAM):
         gamma: float = 2.0,
         relu: bool = True,
         score: str = "logit",
+        libra: bool = False,
         upsample: bool = True,
         smooth: int | None = None,
         scale: str | None = None,
     ) -> None:
-        super().__init__(model, layers, relu=relu, score=score, upsample=upsample, smooth=smooth, scale=scale)
+        super().__init__(
+            model, layers, relu=relu, score=score, libra=libra, upsample=upsample, smooth=smooth, scale=scale
+        )
         self.gamma = check_number("gamma", gamma, least=1e-6)
 
     def combine(self, activations: Tensor, gradients: Tensor) -> Tensor:

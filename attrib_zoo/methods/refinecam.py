@@ -52,8 +52,8 @@ class RefineCAM(GradientCAM):
 
     Deviations:
         Written from descriptions of the method (the product of maps that are scaled to [0, 1], Grad-CAM++ by default),
-        not from the paper's numbered equations. Maps are scaled at the resolution of their layer and then enlarged;
-        a constant map becomes zero.
+        not from the paper's numbered equations. Maps are scaled at the resolution of their layer, and
+        their product is formed at that of the finest; a constant map becomes zero.
     """
 
     paper: ClassVar[str] = "Domeniconi et al., arXiv 2026"
@@ -87,8 +87,9 @@ class RefineCAM(GradientCAM):
         return min_max(super().layer_map(activation, gradient))
 
     def fuse(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """The product of the enlarged maps."""
-        found = torch.stack([enlarge(heat, size) for heat in maps]).prod(0)
+        """The product of the maps, at the resolution of the finest."""
+        finest = [max(heat.shape[axis] for heat in maps) for axis in (-2, -1)]
+        found = torch.stack([enlarge(heat, finest) for heat in maps]).prod(0)
         if not bool(found.any()):
             warn(f"{type(self).__name__}: the map is exactly zero: no place has evidence in all {len(maps)} layers")
         return found

@@ -66,6 +66,20 @@ def test_gradient_methods_differentiate_the_difference(model, kind, target):
     torch.testing.assert_close(found, (slope * features).sum(1, keepdim=True).detach(), rtol=1e-10, atol=1e-12)
 
 
+def test_finer_cam_is_that_of_torchcam(model):
+    """On the model's decision both mean the same rivals."""
+    finer = pytest.importorskip("torchcam.methods").FinerCAM
+    from torchcam.methods import GradCAM as TheirGradCAM
+
+    for n in range(len(IMAGES)):
+        one = IMAGES[n : n + 1]
+        with finer(model, "stages", base_method=TheirGradCAM, gamma=WEIGHT, num_references=K) as extractor:
+            outputs = model(one)
+            wanted = extractor(int(outputs.argmax()), outputs)[0].detach()
+        found = GradCAM(model, "stages", scale="min-max", upsample=False).attribute(one, Contrast(K, WEIGHT))[:, 0]
+        torch.testing.assert_close(found, wanted.to(found).view_as(found), rtol=1e-4, atol=1e-5)
+
+
 def test_cam_subtracts_rows(model):
     features, outputs = model.stages(IMAGES).detach(), model(IMAGES).detach()
     rows = []

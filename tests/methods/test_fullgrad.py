@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import cam_cases as nets
 import engine_cases as cases
 import pytest
@@ -149,7 +151,91 @@ def test_what_has_no_constant_biases_is_refused(build, size):
             UnsupportedModelError, match=r"FullGrad: needs .* got (LayerNorm|GroupNorm|Attention) at '.*; use"
         ),
     ):
-        FullGrad(model).attribute(cases.images(2, size), 1)
+        FullGrad(model, libra=False).attribute(cases.images(2, size), 1)
+
+
+# ---------------------------------------------------------------------- transformers, by a balanced backward pass
+
+
+def terms_by_hand(model, image, target):
+    """Pixels and all that a timm ViT with a class token adds, each times its gradient; what is constant is detached."""
+    held = []
+
+    def add(z, constant):
+        spread = constant.detach().expand_as(z)
+        held.append((spread, torch.zeros_like(z).requires_grad_()))
+        return z + spread + held[-1][1]
+
+    def norm(layer, x):
+        middle = x - x.mean(2, keepdim=True)
+        deviation = (middle.square().mean(2, keepdim=True) + layer.eps).sqrt().detach()
+        return add(middle / deviation * layer.weight.detach(), layer.bias)
+
+    def linear(layer, x):
+        return add(x @ layer.weight.detach().T, layer.bias)
+
+    x = image[None].clone().requires_grad_()
+    proj = model.patch_embed.proj
+    z = add(F.conv2d(x, proj.weight.detach(), stride=proj.stride), proj.bias.view(1, -1, 1, 1))
+    tokens = z.flatten(2).transpose(1, 2)
+    nothing = torch.zeros_like(model.cls_token)
+    row = torch.cat([model.cls_token, torch.zeros_like(tokens)], 1)
+    tokens = add(add(torch.cat([nothing, tokens], 1), row), model.pos_embed)
+    for block in model.blocks:
+        mixed = linear(block.attn.qkv, norm(block.norm1, tokens))
+        heads = mixed.unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = heads[0].detach(), heads[1].detach(), heads[2]
+        context = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(3) @ v
+        tokens = tokens + linear(block.attn.proj, context.transpose(1, 2).flatten(2))
+        hidden = linear(block.mlp.fc1, norm(block.norm2, tokens))
+        gate = 0.5 * (1 + torch.erf(hidden / 2**0.5)).detach()
+        tokens = tokens + linear(block.mlp.fc2, hidden * gate)
+    vector = norm(model.norm, tokens)[:, 0]
+    score = linear(model.head, vector)[0, target]
+    slopes = torch.autograd.grad(score, [x, *(e for _, e in held)])
+    terms = [(value * slope)[0].detach() for value, slope in zip([x, *(c for c, _ in held)], slopes, strict=True)]
+    close(sum(term.sum() for term in terms), score.detach())
+    return terms
+
+
+def token_map(model, image, target):
+    heat = torch.zeros(image.shape[-2:], dtype=image.dtype)
+    for term in terms_by_hand(model, image, target):
+        if term.ndim == 2:  # tokens, the class token before the patches
+            term = term[1:].T.unflatten(1, (4, 4))
+        if term.ndim == 3:
+            for channel in psi(term) if term.abs().max() > term.abs().min() else 0 * term:
+                heat += F.interpolate(channel[None, None], size=image.shape[-2:], mode="bilinear")[0, 0]
+    return heat
+
+
+def test_a_transformer_by_hand():
+    model, images, targets = cases.vit(global_pool="token", depth=2).double(), zoo.normal(2, 3, 32, 32), [0, 3]
+    with cases.untouched(model, images):
+        found = FullGrad(model).attribute(images, targets)
+    wanted = [token_map(model, x, t) for x, t in zip(images, targets, strict=True)]
+    close(found, torch.stack(wanted).unsqueeze(1).expand(2, 3, 32, 32))
+    many = FullGrad(model).attribute_many(images, [[1, 0], [2, 3]])
+    close(many[:, 1], found)
+
+
+@pytest.mark.parametrize("build", [cases.resnet, lambda: cases.lively(Plain())])
+def test_behind_relus_the_balanced_pass_is_the_plain_one(build):
+    """The same terms; sums and positions of theirs may be split otherwise, and these networks have none."""
+    model, images = build().double(), zoo.normal(2, 3, 32, 32)
+    close(FullGrad(model, libra=True).attribute(images, 1), FullGrad(model).attribute(images, 1))
+
+
+def test_a_gated_network_is_complete_when_balanced():
+    model, images = cases.lively(Plain(activation=nn.SiLU)).double(), zoo.normal(2, 3, 8, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FullGrad(model, libra=True).attribute(images, 1).any()
+
+
+def test_libra_is_one_of_three():
+    with pytest.raises(OptionError, match="libra: must be True, False or None, got 'yes'"):
+        FullGrad(Plain(), libra="yes")
 
 
 def test_it_has_no_layers_to_choose():

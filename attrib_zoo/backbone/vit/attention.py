@@ -13,7 +13,7 @@ model is refused by the name of the module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -265,6 +265,7 @@ def read_attention(
     *,
     last: Tensor | None = None,
     beside: Sequence[Tensor] = (),
+    within: AbstractContextManager[Any] | None = None,
 ) -> AttentionPass:
     """One pass, with the gradients of scores at every attention module where they are asked for.
 
@@ -279,6 +280,7 @@ def read_attention(
         last: ``(N,)``: the last module attends with the *constant* matrix that is its own times this factor, so that
             nothing flows back through its queries and keys.
         beside: further tensors of the graph to differentiate with respect to; a list that hooks fill in the pass.
+        within: a context for the model's forward, where there are scores.
     """
     bare = unwrap(model)
     modules = tuple(find(bare, tap.name) for tap in found.taps)
@@ -306,7 +308,7 @@ def read_attention(
         if scores is None:
             outputs, maps = run(bare, inputs, args, found.taps)
         else:
-            with run_with_graph(bare, inputs, args, found.taps) as (outputs, maps):
+            with run_with_graph(bare, inputs, args, found.taps, within) as (outputs, maps):
                 everything = _gradients(scores(outputs), [*maps, *beside])
             gradients = tuple(_tokens_of(part) for part in everything[: len(maps)])
             others = everything[len(maps) :]

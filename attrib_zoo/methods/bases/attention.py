@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution
+from attrib_zoo.backbone.libra import Balanced
 from attrib_zoo.backbone.vit.attention import AttentionPass, Attentions, find_attention, read_attention
 from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
 from attrib_zoo.targets import TargetQuery
@@ -79,10 +80,20 @@ def not_zero(maps: Tensor, who: str) -> Tensor:
 
 
 def attention_for(
-    model: nn.Module, found: Attentions, inputs: Tensor, args: Sequence[Any], query: TargetQuery
+    model: nn.Module,
+    found: Attentions,
+    inputs: Tensor,
+    args: Sequence[Any],
+    query: TargetQuery,
+    *,
+    libra: bool = False,
 ) -> AttentionPass:
-    """One pass with the gradients of the targets' logits."""
-    return read_attention(model, found, inputs, args, lambda outputs: query.resolve(outputs.detach()).select(outputs))
+    """One pass with the gradients of the targets' logits, of a balanced backward pass where ``libra`` says so."""
+
+    def scores(outputs: Tensor) -> Tensor:
+        return query.resolve(outputs.detach()).select(outputs)
+
+    return read_attention(model, found, inputs, args, scores, within=Balanced() if libra else None)
 
 
 def positive(gradients: Tensor, values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import Attribution, GradientAttribution
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
+from attrib_zoo.backbone.libra import Balanced
 from attrib_zoo.errors import LayerError, OptionError, check_choice, warn
 from attrib_zoo.masking import ChunkSize, at_least_float32
 from attrib_zoo.methods.bases.progress import progress
@@ -31,6 +32,7 @@ class GradientCAM(Attribution, GradientAttribution):
         layers: see :class:`Attribution`; several layers give the mean of their upsampled maps.
         relu: keep positive evidence only.
         score: what is differentiated: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
+        libra: gradients of a balanced backward pass; see :mod:`attrib_zoo.backbone.libra`.
         upsample: see :class:`Attribution`.
         smooth: see :class:`Attribution`.
         scale: see :class:`Attribution`.
@@ -52,6 +54,7 @@ class GradientCAM(Attribution, GradientAttribution):
         *,
         relu: bool = True,
         score: str = "logit",
+        libra: bool = False,
         upsample: bool = True,
         smooth: int | None = None,
         scale: str | None = None,
@@ -59,6 +62,7 @@ class GradientCAM(Attribution, GradientAttribution):
         super().__init__(model, layers, upsample=upsample, smooth=smooth, scale=scale)
         self.relu = bool(relu)
         self.score = check_choice("score", score, SCORES)
+        self.libra = bool(libra)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """The weight of each feature map.
@@ -85,7 +89,7 @@ class GradientCAM(Attribution, GradientAttribution):
         self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
     ) -> list[Tensor]:
         taps = self.taps(inputs, args)
-        maps, gradients, _ = differentiate(self.model, inputs, args, taps, query.resolve, self.score)
+        maps, gradients, _ = differentiate(self.model, inputs, args, taps, query.resolve, self.score, libra=self.libra)
         check_gradients(gradients, taps, type(self).__name__)
         self.check_features(maps, taps)
         return [self.layer_map(a, g) for a, g in zip(maps, gradients, strict=True)]
@@ -105,6 +109,8 @@ def differentiate(
     taps: Sequence[Tap],
     resolve: Callable[[Tensor], Target],
     score: str,
+    *,
+    libra: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], Target]:
     """One forward pass, and one backward pass to the layers.
 
@@ -115,12 +121,13 @@ def differentiate(
         taps: the layers.
         resolve: the targets, given the outputs.
         score: what is differentiated; one of :data:`~attrib_zoo.targets.SCORES`.
+        libra: whether the backward pass is balanced.
 
     Returns:
         For each layer the activations ``(N, D, h, w)`` and the gradients ``(T, N, D, h, w)``, in float32 or better,
         and the targets.
     """
-    with run_with_graph(model, inputs, args, taps) as (outputs, maps):
+    with run_with_graph(model, inputs, args, taps, Balanced() if libra else None) as (outputs, maps):
         target = resolve(outputs.detach())
         gradients = _gradients(target.select(outputs, score), maps, taps)
     return [at_least_float32(m.detach()) for m in maps], [at_least_float32(g) for g in gradients], target
