@@ -28,7 +28,7 @@ from attrib_zoo import (
 )
 from attrib_zoo import Scalar as Value
 from attrib_zoo.errors import TargetError
-from attrib_zoo.metrics.insertion_deletion import deletion_auc
+from attrib_zoo.metrics.insertion_deletion import deletion
 
 IMAGES = zoo.batch(3, dtype=torch.float64)
 
@@ -189,8 +189,8 @@ def test_a_function_that_picks_a_class_is_that_class(model, method):
 
 def test_measures_take_functions(model):
     maps = HiResCAM(model).attribute(IMAGES, CLASSES)
-    wanted = deletion_auc(model, IMAGES, maps, CLASSES, score="logit")
-    close(deletion_auc(model, IMAGES, maps, Value(weighted, ONE_HOT)), wanted, 1e-9)
+    wanted = deletion(model, IMAGES, maps, CLASSES, score="logit")
+    close(deletion(model, IMAGES, maps, Value(weighted, ONE_HOT)), wanted, 1e-9)
 
 
 # ---------------------------------------------------------------------- several frames
