@@ -99,7 +99,7 @@ def of_a_box(outputs: Tensor, anchor: Tensor) -> Tensor:
 
 def test_the_score_of_a_box():
     model, images, anchors = Boxes().double().eval(), zoo.normal(2, 3, 96, 96), torch.tensor([5, 40])
-    layer = "net.backbone.features.1"
+    layer = "net.backbone.features.0"
     found = HiResCAM(model, layer, relu=False, upsample=False).attribute(images, Value(of_a_box, anchors))
     kept: list[Tensor] = []
     module = model.get_submodule(layer)
@@ -120,9 +120,9 @@ def test_the_score_of_a_box():
 
 def test_similarity_to_a_text_and_to_another_image():
     """A model that embeds; the text is a vector, as a text encoder gives it."""
-    embed = cases.vit(global_pool="token", num_classes=6).double()
+    embed = cases.vit(global_pool="token").double()
     images, other = written_out.sized_images(""), zoo.normal(1, 3, 32, 32, seed=7)
-    text = zoo.normal(6, seed=3)
+    text = zoo.normal(5, seed=3)
     reference = embed(other)[0].detach()
 
     def to_text(vectors: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def test_a_function_that_picks_a_class_is_that_class(model, method):
 
 def test_measures_take_functions(model):
     maps = HiResCAM(model).attribute(IMAGES, CLASSES)
-    wanted = deletion(model, IMAGES, maps, CLASSES, score="logit")
+    wanted = deletion(model, IMAGES, maps, CLASSES, score=lambda outputs: outputs)
     close(deletion(model, IMAGES, maps, Value(weighted, ONE_HOT)), wanted, 1e-9)
 
 

@@ -36,6 +36,7 @@ class ZoomCAM(GradientCAM):
         layers: see :class:`~attrib_zoo.attribution.Attribution`; the map has the resolution of the first one.
         relu: the paper's ReLU; ``False`` scales signed maps.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
+        libra: gradients of a backward pass that is balanced as in LibraGrad (CVPR 2025); for gated networks.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.

@@ -13,7 +13,7 @@ from attrib_zoo.backbone.capture import forward, forward_args, frozen, select_ar
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.errors import InputError, OptionError, UnsupportedModelError
 from attrib_zoo.masking import ChunkSize, black, channel_stats
-from attrib_zoo.targets import Target, TargetQuery, class_scores
+from attrib_zoo.targets import Functions, Target, TargetQuery, class_scores
 
 Masking = str | Tensor
 Score = str | Callable[[Tensor], Tensor]
@@ -81,6 +81,8 @@ def run_in_chunks(model: nn.Module, images: Tensor, args: tuple[Any, ...], chunk
 
 def select_scores(target: Target, outputs: Tensor, score: Score) -> Tensor:
     """The targeted scores, ``(N,)``."""
+    if isinstance(target, Functions):
+        return target.select(outputs)[:, 0]
     if isinstance(score, str):
         return target.select(outputs, score)[:, 0]
     return target.select(score(class_scores(outputs)))[:, 0]
