@@ -57,6 +57,24 @@ def of_training(file: str, old: str, new: str, test: str) -> Mutation:
 CONTRACT = "tests/testing/test_contract.py -k "
 MUTATIONS = (
     # ------------------------------------------------------------------ methods
+    of_methods("eigencam", "vectors[:, :, -1] *", "vectors[:, :, 0] *", "features"),
+    of_methods("eigencam", "torch.where(total < 0, -1.0, 1.0)", "torch.where(total < 0, 1.0, 1.0)", "features"),
+    of_methods("factorization", "descending=True", "descending=False", "features"),
+    of_methods("refinecam", ".prod(0)", ".mean(0)", "refinecam"),
+    of_methods("fullgrad", "values[:, prefix:]", "values[:, : values.shape[1] - prefix]", "fullgrad"),
+    of_backbone("libra", "share = 1 / len(operands)", "share = 1", "backbone/test_libra"),
+    of_backbone(
+        "libra",
+        "deviation = (middle.detach().square().mean(over",
+        "deviation = (middle.square().mean(over",
+        "backbone/test_libra",
+    ),
+    Mutation(
+        "targets.py",
+        "return Functions(self.index[rows.to(self.index.device)], scalars=scalars, columns=columns)",
+        "return Functions(self.index[rows.to(self.index.device)], scalars=self.scalars, columns=columns)",
+        "tests/test_other_outputs.py",
+    ),
     of_methods("legrad", "relu().mean(", "abs().mean(", "legrad"),
     of_backbone(
         "vit/layerwise", "activation if position == last else activation.detach()", "activation", "methods/test_legrad"
