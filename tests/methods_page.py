@@ -55,6 +55,10 @@ class. On `GradCAM` that is Finer-CAM; every method that reads scores or their g
 explainers combine the maps of these classes in the same way, in the same single pass. `TransformerLRP` refuses it;
 class-agnostic methods have one map for all targets anyway.
 
+**Something else than a class?** `target=Scalar(function)`, or the function itself, explains any value of the outputs:
+[a region, a box, a similarity, several frames](how-to/explain-other-outputs.md). Trained explainers and
+`TransformerLRP` know classes only. [Which method should I use?](how-to/which-method.md)
+
 **Smoother maps.** `smooth=3` takes the mean over 3 x 3 cells of a map at the resolution of its layer, before it is
 scaled and enlarged. It is off by default. Smooth maps keep more of the model's confidence when they mask the image, so
 compare a method with a smoothed one only beside a smoothed Grad-CAM. Methods whose map has the resolution of the image
