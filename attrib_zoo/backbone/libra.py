@@ -119,9 +119,9 @@ def _gated(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     rest = args[1:]
     named = {key: value for key, value in kwargs.items() if key not in ("input", "inplace")}
     still = x.detach()
-    value = func(still, *rest, **named)
-    near = torch.full_like(still, 1e-3)
-    at_zero = (func(near, *rest, **named) - func(-near, *rest, **named)) / 2e-3
+    value = func(still.clone(), *rest, **named)  # which may work in place
+    at_zero = func(torch.full_like(still, 1e-3), *rest, **named)
+    at_zero = (at_zero - func(torch.full_like(still, -1e-3), *rest, **named)) / 2e-3
     gate = torch.where(still == 0, at_zero, value / still.where(still != 0, torch.ones_like(still)))
     return _with_value(value, x * gate)
 
@@ -131,7 +131,10 @@ def _product(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if len(operands) < 2:
         return func(*args, **kwargs)
     share = 1 / len(operands)
-    return func(*map_tensors(args, lambda t: _with_value(t, share * t) if t.requires_grad else t), **kwargs)
+    shared = map_tensors(args, lambda t: _with_value(t, share * t) if t.requires_grad else t)
+    if getattr(func, "__name__", "") in ("mul_", "__imul__"):
+        return args[0].copy_(torch.mul(*shared))  # in place on the tensor that was meant
+    return func(*shared, **kwargs)
 
 
 def _flat(args: Any) -> list[Any]:

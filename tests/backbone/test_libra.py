@@ -106,7 +106,16 @@ def test_each_rule_by_hand():
     for function in (F.gelu, F.silu, F.hardswish, torch.tanh, F.relu6, F.mish):
         close(elementwise(function, x), function(x) / x, 1e-12)
     close(elementwise(F.gelu, torch.zeros(1, 2, dtype=torch.float64)), torch.full((1, 2), 0.5).double(), 1e-6)
+    for module in (nn.Hardswish(inplace=True), nn.ReLU6(inplace=True), nn.SiLU(inplace=True)):
+        close(elementwise(lambda t, m=module: m(t * 1), x), module(x.clone()) / x, 1e-12)
     close(elementwise(lambda t: t * t, x), x, 1e-12)  # half to each of the two
+
+    def in_place(t):
+        y, z = t * 1, t * 3
+        y.mul_(z)
+        return y
+
+    close(elementwise(in_place, x), 3 * x, 1e-12)
     close(elementwise(lambda t: t / (t * t).sum().sqrt(), x), torch.ones(1, 4).double() / x.norm(), 1e-12)
     close(elementwise(lambda t: t * torch.sigmoid(t), x), torch.sigmoid(x), 1e-12)
     deviation = (x.var(1, unbiased=False) + 1e-5).sqrt()
