@@ -36,7 +36,7 @@ class RefineCAM(GradientCAM):
         score: what is differentiated: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of each layer's map; ``None`` for none.
-        scale: ``"min-max"``, ``"rank"``, or ``None`` for the formula's own, which is min-max.
+        scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own, which is min-max.
 
     Example:
         >>> import torch
