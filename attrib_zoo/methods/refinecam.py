@@ -25,14 +25,15 @@ class RefineCAM(GradientCAM):
     with :math:`M_l` the class activation map of layer l, ``(N, h_l, w_l)``, by Grad-CAM++ or another formula. All
     layers share one pass. The map lies in [0, 1], and is zero wherever one of the layers has no evidence.
 
-    The default layers are the ends of the last four stages; in a plain transformer, whose blocks have one resolution,
-    the first norms of the last four blocks whose patch tokens the scores depend on.
+    Defined for CNNs. The default layers are the ends of the last four stages. On a plain transformer, whose blocks have
+    one resolution, the first norms of the last four blocks are read; they often agree nowhere, and the map is then zero
+    with a warning.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: see :class:`~attrib_zoo.attribution.Attribution`; the map has the resolution of the finest.
         base: whose formula gives the map of a layer: ``"GradCAMPlusPlus"``, ``"GradCAM"``, ``"HiResCAM"`` or
-            ``"LayerCAM"``. Where features have both signs, as in transformers, take ``"HiResCAM"``.
+            ``"LayerCAM"``. Where features have both signs, take ``"HiResCAM"``.
         score: what is differentiated: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of each layer's map; ``None`` for none.
@@ -57,6 +58,7 @@ class RefineCAM(GradientCAM):
     """
 
     paper: ClassVar[str] = "Domeniconi et al., arXiv 2026"
+    models: ClassVar[tuple[str, ...]] = ("cnn",)
     default_layers: ClassVar[tuple[str, int] | None] = ("norms", 4)
     own_scale: ClassVar[str | None] = "min-max"
 
