@@ -251,19 +251,21 @@ class ClassMaps(nn.Module):
         if not isinstance(self.network, AttentionHead):
             maps: Tensor = self.network(features, rows)
             return maps
-        network: Any = self.network
+        network = self.network
         features = network.without_places(features)
         attended = features
         if network.branches:
             attended = [branch(x) for branch, x in zip(network.branches, features, strict=True)]
-        fuser = network.fuser
+        fuser: Any = network.fuser
         weight, bias = fuser.weight.flatten(1)[rows], fuser.bias[rows]
         weights = weight.split([x.shape[1] for x in attended], dim=2)
         parts = [torch.bmm(w, x.flatten(2)).unflatten(2, x.shape[2:]) for w, x in zip(weights, attended, strict=True)]
-        highest, widest = (max(range(len(parts)), key=lambda i: self.places[i].before[axis]) for axis in (0, 1))
+        before: list[Any] = [place.before for place in self.places]
+        highest, widest = (max(range(len(parts)), key=lambda i: before[i][axis]) for axis in (0, 1))
         size = (parts[highest].shape[2], parts[widest].shape[3])
-        logits: Tensor = sum(place(part, size) for place, part in zip(self.places, parts, strict=True))
-        return logits + bias[:, :, None, None]
+        logits = sum(place(part, size) for place, part in zip(self.places, parts, strict=True))
+        whole: Tensor = logits + bias[:, :, None, None]
+        return whole
 
 
 class LinearMaps(nn.Module):
