@@ -31,4 +31,4 @@ from attrib_zoo.methods.zoomcam import ZoomCAM as ZoomCAM
 from attrib_zoo.targets import Contrast as Contrast
 from attrib_zoo.targets import Scalar as Scalar
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
