@@ -84,6 +84,8 @@ def seen_classes(name: str, work: Path) -> list[int]:
 def mean(values: list[float]) -> tuple[float, float]:
     """Mean and half the width of its interval."""
     data = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
+    if len(data) < 2:
+        return math.nan, math.nan
     return float(data.mean()), 1.96 * float(data.std()) / max(1, len(data)) ** 0.5
 
 
@@ -217,7 +219,8 @@ def main() -> None:
         "photographs. `TTAME` is `TTAME(model).fit(loader)` as it comes: rows and no step on the CNNs, rows and what",
         "generic attention teaches on the transformer. Means ± half the 95 % interval over images; a star: the",
         "interval of the paired difference leaves 0 out; –: not measured. ROAD at 20, 50 and 80 %; SRG is its",
-        "LeRF - MoRF. Written by `benchmarks/warm_start.py`; what it says is in",
+        "LeRF - MoRF. RISE is on the first of the same images: compare it with what is beside it in *minus RISE* alone.",
+        "Written by `benchmarks/warm_start.py`; what it says is in",
         "[starting from rows](../explanation/starting-from-rows.md).",
         "",
         "![SRG against passes](warm_start.png)",
