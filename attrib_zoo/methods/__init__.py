@@ -9,6 +9,7 @@ A method subclasses a base and fills its hooks; the base does the rest.
 * :class:`AttentionMethod`: attention matrices of a vision transformer; ``relevance`` has the rules by which relevance
   goes back through its layers.
 * :class:`TrainableAttribution`: a network that is trained to explain.
+* :class:`OnePass`: maps from one pass without a gradient, which can be exported with the model.
 
 ``docs/how-to/add-a-method.md`` lists the hooks of each. In this package a new method is a module here and a line in
 ``attrib_zoo/__init__.py``; :func:`list_methods` finds it.
@@ -36,6 +37,7 @@ from attrib_zoo.methods.bases.attention import with_identity as with_identity
 from attrib_zoo.methods.bases.blockwise import BlockwiseSampling as BlockwiseSampling
 from attrib_zoo.methods.bases.gradient_cam import GradientCAM as GradientCAM
 from attrib_zoo.methods.bases.gradient_cam import differentiate as differentiate
+from attrib_zoo.methods.bases.one_pass import OnePass as OnePass
 from attrib_zoo.methods.bases.perturbation import Passes as Passes
 from attrib_zoo.methods.bases.perturbation import Perturbation as Perturbation
 from attrib_zoo.methods.bases.perturbation import PerturbationCAM as PerturbationCAM

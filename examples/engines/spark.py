@@ -6,6 +6,7 @@ import sys
 import numpy as np
 from pyspark.ml.functions import predict_batch_udf
 from pyspark.sql import SparkSession
+from pyspark.sql.types import ArrayType, FloatType, LongType, StructType
 
 from attrib_zoo import GradCAM
 from attrib_zoo.models.batch import BatchExplainer
@@ -14,16 +15,18 @@ from attrib_zoo.synthetic import tiny_vit  # yours: functools.partial(attrib_zoo
 os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 images = 3 * np.random.default_rng(0).standard_normal((24, 3, 32, 32), dtype=np.float32)
 explain = BatchExplainer(tiny_vit, GradCAM, {"class": "label", "map": "heat"})
-shape, written = [[3, 32, 32]], "label long, confidence float, heat array<float>"
+written = StructType().add("label", LongType()).add("confidence", FloatType()).add("heat", ArrayType(FloatType()))
 
 spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
 try:
-    explained = predict_batch_udf(explain.make_predict_fn, return_type=written, batch_size=8, input_tensor_shapes=shape)
+    explained = predict_batch_udf(
+        explain.make_predict_fn, return_type=written, batch_size=8, input_tensor_shapes=[[3, 32, 32]]
+    )
     rows = [(i, image.ravel().tolist()) for i, image in enumerate(images)]
     table = spark.createDataFrame(rows, "id long, image array<float>")
     found = table.select("id", explained("image").alias("it")).select("id", "it.*").orderBy("id").collect()
 finally:
     spark.stop()
-maps = np.array([row.heat for row in found], dtype=np.float32).reshape(24, 4, 4)
+maps = np.array([row.heat for row in found], dtype=np.float32).reshape(24, 8, 8)
 classes = np.array([row.label for row in found])
 print(f"{len(maps)} maps, of the classes {sorted(set(classes.tolist()))}")

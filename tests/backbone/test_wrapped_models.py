@@ -216,16 +216,9 @@ class ForImageClassification(nn.Module):
         return ImageClassifierOutput(logits=self.model(pixel_values))
 
 
-def test_outputs_with_logits_are_refused_with_the_line_that_helps():
+def test_outputs_with_logits_are_taken_as_their_logits():
     model, inputs = ForImageClassification(resnet()).eval(), images()
-    for explain in (lambda: heat(model, inputs), lambda: TTAME(model, recipe="paper").fit([inputs], max_steps=1)):
-        with pytest.raises(UnsupportedModelError) as caught:
-            explain()
-        assert "got ImageClassifierOutput" in str(caught.value)
-    line = str(caught.value).partition("returns the scores alone: ")[2]
-    names: dict[str, Any] = {"torch": torch}
-    exec(line, names)
-    torch.testing.assert_close(heat(names["Logits"](model), inputs), heat(resnet(), inputs))
+    torch.testing.assert_close(heat(model, inputs), heat(resnet(), inputs))
 
 
 # --- types ----------------------------------------------------------------------------------------------------------

@@ -430,7 +430,8 @@ def test_the_head_keeps_its_precision_inside_autocast():
         found = explainer.attribute(IMAGES.float(), TARGETS)
         explainer.maps(IMAGES.float())
     handle.remove()
-    assert seen == [torch.float32] * 2
+    assert len(seen) >= 2
+    assert set(seen) == {torch.float32}
     assert found.dtype == torch.float32
     assert (found - explainer.attribute(IMAGES.float(), TARGETS)).abs().mean() < 0.1
 

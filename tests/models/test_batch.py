@@ -229,7 +229,7 @@ try:
     found = table.select("id", explained("image").alias("it")).select("id", "it.*").orderBy("id").collect()
 finally:
     spark.stop()
-maps = np.array([row.heat for row in found], dtype=np.float32).reshape(24, 4, 4)
+maps = np.array([row.heat for row in found], dtype=np.float32).reshape(24, 8, 8)
 classes = np.array([row.label for row in found])
 """
 
