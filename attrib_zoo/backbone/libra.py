@@ -52,7 +52,8 @@ class Term:
 
     def times(self, slope: Tensor, count: int) -> Tensor:
         """Gradient ``slope`` at the output times the constant, ``(count, parts, ...)``."""
-        return (self.constant.to(slope) * slope).movedim(self.batch, 0).unflatten(0, (count, -1))
+        apart: Tensor = (self.constant.to(slope) * slope).movedim(self.batch, 0).unflatten(0, (count, -1))
+        return apart
 
 
 class Balanced(TorchFunctionMode):
@@ -242,13 +243,14 @@ def _added(name: str, found: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, bo
 
 def _of_heads(args: Any, kwargs: Any) -> Tensor:
     """What attention with constant weights, whose rows sum to one, adds: the biases of values and of the output."""
-    names = ("query", "key", "value", "width", "heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "zero")
-    names += ("dropout_p", "out_proj_weight", "out_proj_bias")
+    names = ["query", "key", "value", "width", "heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "zero"]
+    names += ["dropout_p", "out_proj_weight", "out_proj_bias"]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     weight = given["out_proj_weight"]
     total = weight.new_zeros(len(weight)) if given["out_proj_bias"] is None else given["out_proj_bias"]
     mixed = given["in_proj_bias"]
-    return total if mixed is None else total + weight @ mixed.chunk(3)[2]
+    added: Tensor = total if mixed is None else total + weight @ mixed.chunk(3)[2]
+    return added
 
 
 def _second(bias: Tensor, like: Tensor) -> Tensor:

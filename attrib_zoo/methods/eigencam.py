@@ -94,4 +94,5 @@ def first_component(features: Tensor) -> Tensor:
         along = (unit @ vectors[:, :, -1:]).squeeze(2)
     total = along.sum(1, keepdim=True)
     along = along * torch.where(total < 0, -1.0, 1.0).to(along) * size.squeeze(2)
-    return along.unflatten(1, features.shape[-2:])
+    maps: Tensor = along.unflatten(1, features.shape[-2:])
+    return maps
