@@ -79,7 +79,7 @@ class Scalar:
         >>> import torch
         >>> from attrib_zoo import GradCAM, Scalar
         >>> from attrib_zoo.synthetic import tiny_cnn
-        >>> wanted = torch.rand(2, 4)
+        >>> wanted = torch.rand(2, 6)
         >>> similar = Scalar(lambda outputs, vector: torch.cosine_similarity(outputs, vector), wanted)
         >>> GradCAM(tiny_cnn()).attribute(torch.rand(2, 3, 32, 32), target=similar).shape
         torch.Size([2, 3, 32, 32])

@@ -13,6 +13,7 @@ import shlex
 import socket
 import sys
 import types
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,6 +172,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 def test_examples_run(path, workplace, capsys):
     if path.stem == "lightning_callback":
         pytest.importorskip("lightning", reason="lightning is not installed")
+        warnings.simplefilter("ignore")  # of lightning itself
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
 
