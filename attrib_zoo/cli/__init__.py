@@ -293,14 +293,14 @@ def _fit() -> ArgumentParser:
     add(
         "--recipe",
         metavar="NAME",
-        help="rows: from the classifier's rows; paper: the equations; released: the authors' code (default: auto)",
+        help="rows, taught, paper or released; auto, the default, takes the first two with few images per class",
     )
     _layers(parser)
     add(
         "--epochs",
         type=PositiveInt,
         metavar="N",
-        help="passes over the images (default: 200 steps, or the paper's number)",
+        help="passes over the images (default: what the recipe needs, which is none where it starts from rows)",
     )
     add(
         "--max-steps",
