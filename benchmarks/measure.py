@@ -7,9 +7,11 @@ import os
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+import contextlib
 import platform
 import statistics
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,8 +70,13 @@ def unpacked(name: str) -> Path:
     cache = Path(os.environ.get("ATTRIB_ZOO_CACHE", Path.home() / ".cache" / "attrib_zoo"))
     if not (cache / name).is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(data() / f"{name}.tar.gz") as archive:
-            archive.extractall(cache, filter="data")
+        with (
+            tempfile.TemporaryDirectory(dir=cache) as beside,  # whole or not there, for others that look meanwhile
+            tarfile.open(data() / f"{name}.tar.gz") as archive,
+        ):
+            archive.extractall(beside, filter="data")
+            with contextlib.suppress(OSError):  # another was faster
+                (Path(beside) / name).rename(cache / name)
     return cache / name
 
 

@@ -4,6 +4,7 @@
     python benchmarks/train_backbone.py resnet10t --output WORK     # and: vit
     python benchmarks/results.py resnet10t --work WORK [--methods GradCAM TTAME ...] [--images 100]
     python benchmarks/results.py squeezenet --work WORK
+    python benchmarks/results.py squeezenet --work WORK/beside --beside --images 60 --methods GradCAM ...
     python benchmarks/results.py squeezenet resnet10t vit --work WORK --write
 
 ``squeezenet``: 250 photographs of ImageNet at 224 pixels, SqueezeNet 1.1 with ImageNet weights; trained explainers are
@@ -11,6 +12,7 @@ fitted on Tiny-ImageNet enlarged to 224. The others: 500 validation images of Ti
 pixels, backbones and explainers trained on its training images. The model's own decision is explained. Stop and run
 again at will; ``--images`` stops a slow method early, and a later run without it goes on. ``--write`` makes
 ``docs/results/CASE.md`` and ``.png`` of what is there, and ``benchmarks/results/CASE.json`` with the numbers.
+``--beside`` measures SRG under three other rules of hiding and the grid pointing game instead, in a folder of its own.
 """
 
 from __future__ import annotations
@@ -62,7 +64,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LCAMImg, rows": {"start": "rows"},
     "GradCAM, smooth 3": {"smooth": 3},
     "GenericAttention, smooth 3": {"smooth": 3},
+    "GenericAttention, libra": {"libra": True},
+    "FullGrad, libra": {"libra": True},
 }
+TRANSFORMERS = (
+    "GenericAttention, smooth 3",
+    "GenericAttention, libra",
+    "FullGrad, libra",
+)  # the variants for them alone
 LEFT_OUT = {"ExtremalPerturbation": "left out unless asked for, as it takes 800 optimiser steps for each image"}
 SEEDS = ("TTAME, seed 1", "TTAME, seed 2")
 
@@ -134,6 +143,23 @@ def coarse(fractions: tuple[float, ...] = (0.2, 0.5, 0.8), steps: int = 5) -> li
     ]
 
 
+RULES = {"black": "raw", "mean": "standardized", "blur": "blur"}
+
+
+def beside(fractions: tuple[float, ...] = (0.2, 0.5, 0.8)) -> list[str | Measure]:
+    """SRG with pixels hidden by other rules than ROAD's imputation, and the grid pointing game."""
+
+    def gap(rule: str) -> Callable[[Question], Tensor]:
+        def compute(question: Question) -> Tensor:
+            options = {"fractions": fractions, "hiding": rule, "seed": tuple(question.seeds)}
+            lerf, morf = (question.shared(metrics.road_curve, order=order, **options) for order in ("lerf", "morf"))
+            return (lerf - morf).mean(1)
+
+        return compute
+
+    return [*(Measure(f"SRG, {name}", gap(rule)) for name, rule in RULES.items()), "grid"]
+
+
 class ValidationBoxes(Dataset[dict[str, Tensor]]):
     """Images of ImageNet's validation set with the boxes of their objects, 227 x 227, made 224 x 224."""
 
@@ -180,7 +206,7 @@ def imagenet(name: str, file: str, kind: str, says: str) -> Callable[[Path], Cas
             f"{says} with ImageNet weights, 300 validation images with boxes at 224 pixels; explainers fitted on 500 "
             "other photographs",
             starts=True,
-            more=(*SEEDS, *(name for name in VARIANTS if kind == "vit" or not name.startswith("GenericAttention"))),
+            more=(*SEEDS, *(name for name in VARIANTS if kind == "vit" or name not in TRANSFORMERS)),
         )
 
     return case
@@ -428,6 +454,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help='such as GradCAM "TTAME, seed 1"')
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--images", type=int, help="of each method, no more than so many")
+    parser.add_argument("--beside", action="store_true", help="other rules of hiding, and grid pointing, instead")
     parser.add_argument("--write", action="store_true", help="only write the pages")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="of pages and plots")
     parser.add_argument("--raw", type=Path, default=ROOT / "benchmarks" / "results", help="of the numbers")
@@ -435,6 +462,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for name in options.cases:
         case = CASES[name](options.work)
+        if options.beside:
+            case.measures = beside()
         folder = options.work / name
         folder.mkdir(parents=True, exist_ok=True)
         if options.write:

@@ -19,9 +19,8 @@ written = StructType().add("label", LongType()).add("confidence", FloatType()).a
 
 spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
 try:
-    explained = predict_batch_udf(
-        explain.make_predict_fn, return_type=written, batch_size=8, input_tensor_shapes=[[3, 32, 32]]
-    )
+    options = {"batch_size": 8, "input_tensor_shapes": [[3, 32, 32]]}
+    explained = predict_batch_udf(explain.make_predict_fn, return_type=written, **options)
     rows = [(i, image.ravel().tolist()) for i, image in enumerate(images)]
     table = spark.createDataFrame(rows, "id long, image array<float>")
     found = table.select("id", explained("image").alias("it")).select("id", "it.*").orderBy("id").collect()

@@ -261,7 +261,8 @@ def test_layers_of_a_transformer_at_another_size(capsys) -> None:
     assert main(["layers", "test_vit", "--size", "160"]) == 0
     out = capsys.readouterr().out
     assert "AttentionRollout" in out
-    assert "FullGrad" not in out, "it is for CNNs"
+    assert "FullGrad" in out, "its own layers are those of any model"
+    assert "RefineCAM" not in out, "it is for CNNs"
     assert main(["layers", MODEL, "--size", "64x96"]) == 0
     assert re.search(r"^layer4 .* 2x3 ", capsys.readouterr().out, re.MULTILINE)
 

@@ -184,7 +184,7 @@ def others():
     }
 
 
-@pytest.mark.filterwarnings("ignore:.*nowhere negative")
+@pytest.mark.filterwarnings("ignore:.*nowhere negative", "ignore:RefineCAM. the map is exactly zero")
 @pytest.mark.parametrize("kind", others())
 def test_the_map_is_that_of_the_logits_alone(kind):
     """As it is and wrapped, for every method; a model that returns a tensor is what all other tests are about."""
