@@ -21,11 +21,10 @@ spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "fals
 try:
     options = {"batch_size": 8, "input_tensor_shapes": [[3, 32, 32]]}
     explained = predict_batch_udf(explain.make_predict_fn, return_type=written, **options)
-    rows = [(i, image.ravel().tolist()) for i, image in enumerate(images)]
-    table = spark.createDataFrame(rows, "id long, image array<float>")
+    rows = ((i, image.ravel().tolist()) for i, image in enumerate(images))
+    table = spark.createDataFrame(list(rows), "id long, image array<float>")
     found = table.select("id", explained("image").alias("it")).select("id", "it.*").orderBy("id").collect()
 finally:
     spark.stop()
-maps = np.array([row.heat for row in found], dtype=np.float32).reshape(24, 8, 8)
-classes = np.array([row.label for row in found])
+maps, classes = np.array([row.heat for row in found]).reshape(24, 8, 8), np.array([row.label for row in found])
 print(f"{len(maps)} maps, of the classes {sorted(set(classes.tolist()))}")
