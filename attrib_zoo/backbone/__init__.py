@@ -1,1 +1,1 @@
-"""All that is known about frozen models; knows no method."""
+"""Everything about frozen models; nothing here knows of a method."""

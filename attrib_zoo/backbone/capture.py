@@ -50,22 +50,22 @@ _stance: list[AbstractContextManager[Any] | None] = []  # torch's setting, and a
 
 @contextmanager
 def frozen(model: nn.Module, weights: str = "shared") -> Iterator[nn.Module]:
-    """A model of one's own for the length of the block: every module in eval mode, all compiled code eager.
+    """A private view of the model for the length of the block: every module in eval mode, all compiled code eager.
 
-    What is yielded, and what :func:`unwrap` returns for the model in this thread meanwhile, is the model's
-    :func:`~attrib_zoo.backbone.mirror.mirror`: the same weights in other modules. Hooks and modes of these are nobody
-    else's, so that any number of threads can explain, predict with and train one model at the same time, and the
-    user's modules are not touched at all.
+    What is yielded, and what :func:`unwrap` returns for the model in this thread during the block, is the model's
+    :func:`~attrib_zoo.backbone.mirror.mirror`: the same weights in other modules. No other thread sees their hooks and
+    modes, so that any number of threads can explain, predict with and train one model at the same time, and the user's
+    modules are not touched at all.
 
-    A model that has no mirror is switched in place, as by :func:`evaluating`; then other threads wait for it: those
-    that explain, and those that call the model.
+    A model that has no mirror is switched in place, as by :func:`evaluating`; other threads that explain or call it
+    then wait.
 
     Args:
-        model: the model; wrappers are looked through.
+        model: the model; wrappers are removed.
         weights: see :func:`~attrib_zoo.backbone.mirror.mirror`.
     """
     bare = unwrap(model)
-    if id(bare) in running.originals:  # inside of another such block
+    if id(bare) in running.originals:  # inside another such block
         yield bare
         return
     with _eager(), ExitStack() as stack:
@@ -83,11 +83,11 @@ def frozen(model: nn.Module, weights: str = "shared") -> Iterator[nn.Module]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Every module of the user's own model in eval mode, eager, for code that is not ours and runs the model itself.
+    """Every module of the user's own model in eval mode, eager, for foreign code that runs the model itself.
 
-    The flags are restored module by module, also after an error; where several threads are in such blocks, by the last
-    to leave. Modules in training mode that have a ``train`` of their own are called on it before: it may drop what
-    they cached in eval mode (LeViT's biases).
+    The flags are restored module by module, also after an error; where several threads are inside such blocks, by the
+    last one to leave. Modules in training mode that have a ``train`` of their own are called on it before: it may drop
+    what they cached in eval mode (LeViT's biases).
     """
     bare = unwrap(model)
     with _eager():
@@ -150,9 +150,9 @@ def _alone(bare: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Functions that are compiled on their own run eagerly too, where torch can say so (2.6 and later).
+    """Functions that are compiled on their own run eagerly too, where torch has a setting for it (2.6 and later).
 
-    It can say so for all threads only; so the first to come says it, and the last to leave takes it back.
+    The setting holds for all threads at once; so the first thread to enter makes it, and the last to leave undoes it.
     """
     set_stance: Callable[[str], AbstractContextManager[Any]] | None = getattr(torch.compiler, "set_stance", None)
     if set_stance is None or "torch._dynamo" not in sys.modules:
@@ -179,7 +179,7 @@ def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tenso
 
 
 def call_model(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Any:
-    """One pass of the bare model, whatever it puts out; of an object with ``.logits`` these alone."""
+    """One pass of the bare model, whatever it returns; from an object with ``.logits``, only those."""
     try:
         return scores_in(unwrap(model)(_ordinary(inputs), *map(_ordinary, args)))
     except RuntimeError as error:
@@ -199,7 +199,7 @@ def call_model(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> An
 
 
 def _ordinary(value: Any) -> Any:
-    """A tensor that was made in inference mode can be part of no graph; its copy can."""
+    """A tensor made in inference mode cannot be part of a graph; its copy can."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
@@ -234,7 +234,7 @@ def run(
 
     Returns:
         The outputs ``(N, ...)`` and, for each tap in the given order, its map ``(N, C, h, w)``: a copy, so that an
-        in-place module behind the layer cannot change it.
+        in-place module after the layer cannot change it.
     """
     maps: dict[int, Tensor] = {}
 
@@ -247,7 +247,7 @@ def run(
 
 
 def check_weights(bare: nn.Module) -> int:
-    """Raise where the weights can be part of no graph; else how often they have been written to."""
+    """Raise if the weights cannot be part of a graph; otherwise return how often they have been written to."""
     written, quantised_too = 0, False
     for module in bare.modules():  # one walk: four of torch's own cost more than the mirror
         quantised_too = quantised_too or is_quantised(module)
@@ -284,8 +284,8 @@ def check_gradient(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -
     with run_from_inputs(model, inputs[:1], select_args(args, rows, len(inputs)), ()) as (outputs, images, _):
         score = outputs.float().sum()
         if _has_unknown(score):
-            # torch tells the operator's name in a warning only, and warnings are filtered for all threads at once:
-            # so this is not done for a model that is sound
+            # torch gives the operator's name only in a warning, and warnings are filtered for all threads at once:
+            # so this is done only for a model that has failed
             with _lock, warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 gradient = torch.autograd.grad(score, images, allow_unused=True)[0]
@@ -388,8 +388,8 @@ def run_from_inputs(
 
     Yields:
         The outputs ``(N, ...)``, the images ``(N, C, H, W)`` in the graph, and for each call of each named module, in
-        the order of execution, its name and what it put out, in the graph and as it was before anything behind it
-        worked in place.
+        the order of execution, its name and its output, in the graph and as it was before any later module worked in
+        place.
 
     Raises:
         LayerError: the outputs do not depend on the images.
@@ -424,7 +424,7 @@ def run_from_inputs(
 
 @contextmanager
 def _explained(model: nn.Module, written: int) -> Iterator[None]:
-    """What can go wrong in a backward pass, in the user's words."""
+    """Errors of a backward pass, in terms of what the user can do."""
     try:
         yield
     except RuntimeError as error:

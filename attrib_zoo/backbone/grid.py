@@ -1,7 +1,7 @@
 """Layouts as data: how a layer lays its feature map out, and the way there and back.
 
-Everything above works on maps ``(N, C, h, w)``. A :class:`Grid` says where the cells of such a map lie in what the
-layer puts out; a :class:`Tap` says which tensor of which layer is meant.
+Everything above works on maps ``(N, C, h, w)``. A :class:`Grid` says where the cells of such a map lie in the layer's
+output; a :class:`Tap` says which tensor of which layer is meant.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Grid:
     Args:
         kind: ``"nchw"``, ``"nhwc"``, ``"tokens"`` (N, L, C) or ``"channel_tokens"`` (N, C, L).
         prefix: tokens before the patches (class, distillation, register tokens); they are no part of a map.
-        hw: rows and columns of the patches. Needed to read tokens; a hint beside a layer may leave it out where the
-            patches have the image's aspect. Where it is given for images, it is checked.
+        hw: rows and columns of the patches. Needed to read tokens; a hint given with a layer may omit it where the
+            patches have the image's aspect. For images it is optional, and checked.
         permutation: for tokens that are not in row-major order: entry ``i`` is the patch token (counted without the
             prefix) that holds cell ``i`` of the row-major grid.
     """
@@ -62,11 +62,11 @@ class Grid:
 
     @property
     def is_tokens(self) -> bool:
-        """Whether the layer puts out a sequence and not an image."""
+        """Whether the layer outputs a sequence rather than an image."""
         return self.kind in ("tokens", "channel_tokens")
 
     def to_map(self, activation: Tensor) -> Tensor:
-        """What the layer put out, as a map ``(N, C, h, w)``; differentiable, a view where no order changes.
+        """The layer's output as a map ``(N, C, h, w)``; differentiable, a view where no order changes.
 
         Raises:
             LayerError: the activation has another shape than this layout.
@@ -86,7 +86,7 @@ class Grid:
 
         Args:
             maps: the map to write back.
-            like: what the layer itself put out for these N examples. Prefix tokens are taken from it.
+            like: the layer's own output for these N examples. Prefix tokens are taken from it.
 
         Raises:
             LayerError: ``like`` has another shape than this layout, or the map does not fit it.
@@ -142,7 +142,7 @@ class Grid:
 
 
 def _with_strides_of(like: Tensor, tensor: Tensor) -> Tensor:
-    """The same values in the memory order of ``like``, because what follows may ask for views of it."""
+    """The same values in the memory order of ``like``, because the layers that follow may take views of it."""
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
@@ -154,7 +154,7 @@ class Tap:
         name: dotted path of the layer in the unwrapped model.
         grid: how its output is laid out.
         channels: C of its map.
-        element: where the layer puts out a tuple, list or dict: which entry.
+        element: which entry, where the layer outputs a tuple, list or dict.
         calls: how often the layer runs in one forward pass.
         call: which of these runs is meant, counted from 0, or from the end: -1 is the last.
     """
@@ -168,5 +168,5 @@ class Tap:
 
     @property
     def label(self) -> str:
-        """The name with the entry it means, ``"stage4[1]"``: what ``layers=`` takes for this output."""
+        """The name with the entry meant, ``"stage4[1]"``: what ``layers=`` takes for this output."""
         return self.name if self.element is None else f"{self.name}[{self.element!r}]"

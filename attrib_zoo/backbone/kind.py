@@ -1,4 +1,4 @@
-"""What kind of model it is, told from what it is made of: the one answer that all methods and measures share."""
+"""What kind of model it is, judged by its modules: the one answer that all methods and measures share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_transformer(model: nn.Module) -> bool:
     T-TAME hides pixels by black for CNNs (its Eq. 13) and by the mean colour for transformers (Eq. 14); this decides
     which of the two a model is. A transformer attends, and holds more weights in linear layers than in convolutions;
     a patch embedding, whose windows do not overlap, counts for neither. So a CNN that ends in attention pooling stays
-    a CNN, and a hybrid is what most of its weights are. Without attention (an MLP-Mixer) it is no transformer.
+    a CNN, and a hybrid counts as what most of its weights are. Without attention (an MLP-Mixer) it is no transformer.
     """
     linear = convolution = 0
     attention = False

@@ -3,14 +3,14 @@
 A network of affine layers and ReLUs is its gradient times its inputs plus its gradients times its biases. Transformers
 and gated networks are not, since they multiply what depends on the image by what depends on the image: attention
 weights, gates of activations, standard deviations. LibraGrad (Mehri, Soleymani Baghshah and Pilehvar, CVPR 2025) cuts
-or scales these ways in the backward pass alone, so that the sum is complete again:
+or scales these paths in the backward pass alone, so that the sum is complete again:
 
 * the weights of attention (all of softmax) and gates (sigmoid) are constants;
 * an activation f(x) = x · (f(x)/x) is x times a constant gate, and a norm divides by a constant deviation;
-* a product of two things that both depend on the image gives each of them half of its gradient.
+* a product of two things that both depend on the image gives each factor half of its gradient.
 
 It works on functions, not on modules: whatever class a model has, these are the functions that it calls. What is
-written in other words (a scripted function, a softmax of exponentials) is not seen; the sum shows it.
+written in another way (a scripted function, a softmax of exponentials) goes unseen; the sum then shows it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Term:
     Attributes:
         output: what it was added to, with it, in the graph.
         constant: what was added; broadcasts to ``output``.
-        last: whether channels are the last axis of ``output``, or the second; None where that is not known.
+        last: True if channels are the last axis of ``output``, False if the second; None where unknown.
         batch: the axis of ``output`` that counts the images, or the parts of images (windows) one image after another.
     """
 
@@ -57,9 +57,9 @@ class Term:
 
 
 class Balanced(TorchFunctionMode):
-    """While it is entered, torch's functions give the same values with a balanced backward.
+    """Inside this context, torch's functions give the same values with a balanced backward pass.
 
-    Weights are taken as constants: gradients of anything but what depends on the images do not exist.
+    Weights are treated as constants: only what depends on the images has gradients.
 
     Args:
         terms: a list that is filled with the constants that are added to what depends on the images, in the order of
@@ -89,7 +89,7 @@ class Balanced(TorchFunctionMode):
         if added is None:
             return found
         self.terms.append(Term(found, *added))
-        return found.clone()  # what follows may work in place
+        return found.clone()  # later operations may work in place
 
 
 def _fixed(values: Any) -> Any:
@@ -98,7 +98,7 @@ def _fixed(values: Any) -> Any:
 
 
 def _with_value(value: Tensor, way: Tensor) -> Tensor:
-    """The value of the one, to the last bit, with the gradient of the other."""
+    """The value of the first, to the last bit, with the gradient of the second."""
     return value.detach() + (way - way.detach())
 
 
@@ -134,7 +134,7 @@ def _product(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     share = 1 / len(operands)
     shared = map_tensors(args, lambda t: _with_value(t, share * t) if t.requires_grad else t)
     if getattr(func, "__name__", "") in ("mul_", "__imul__"):
-        return args[0].copy_(torch.mul(*shared))  # in place on the tensor that was meant
+        return args[0].copy_(torch.mul(*shared))  # in place on the intended tensor
     return func(*shared, **kwargs)
 
 
@@ -283,7 +283,7 @@ def _of_a_sum(name: str, args: Any, kwargs: Any) -> tuple[Tensor, None] | None:
 
 
 def _of_a_row(args: Any, kwargs: Any) -> tuple[Tensor, None] | None:
-    """The fixed parts of what was joined, and zeros where the others are."""
+    """The constant parts of a concatenation, and zeros in the place of the others."""
     parts = args[0] if args else kwargs["tensors"]
     if all(_depends(part) for part in parts):
         return None

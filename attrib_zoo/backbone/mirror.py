@@ -1,13 +1,14 @@
 """A model's mirror: modules of its own around the same weights, for one call in one thread.
 
-Modes and hooks belong to module objects, and every thread shares these. Whoever switches a model to eval mode for an
-explanation switches it under the feet of a thread that trains it, and a hook answers all threads' passes. So nothing
-is ever changed about the user's modules: a call runs on copies of them, which cost some microseconds each. They are
-shallow: the dictionaries of parameters and buffers are the very same objects, so that a head that was replaced, a model
-that was moved or a parameter that was swapped is seen at once, and no memory is spent.
+Modes and hooks belong to module objects, and every thread shares these. Switching a model to eval mode for an
+explanation would also switch it for a thread that is training it, and a hook fires in the passes of all threads. So
+nothing about the user's modules is ever changed: a call runs on copies of them, which cost some microseconds each. They
+are
+shallow: the dictionaries of parameters and buffers are the very same objects, so that a replaced head, a moved model or
+    a swapped parameter is seen at once, and no memory is spent.
 
-What a copy holds must not lead back to the originals, whose modes and hooks are others. References to modules of the
-model are therefore followed wherever Python lets one look: in containers, bound methods, partial functions, closures
+A copy must not lead back to the originals, whose modes and hooks differ. References to modules of the
+model are therefore followed wherever Python gives access: in containers, bound methods, partial functions, closures
 and weak references, where they are redirected to the mirror; and in any other object, where they cannot be, so that
 such a model has no mirror.
 """
@@ -58,18 +59,18 @@ _PLAIN = frozenset(
         torch.Size,
         Tensor,
         nn.Parameter,
-        torch.fx.Graph,  # it knows its module, but no forward pass asks it
+        torch.fx.Graph,  # it refers to its module, but no forward pass uses that
     }
 )
 _CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
 _MUTABLE = (list, set, dict, OrderedDict)
 _LEAVES = (Tensor, type, types.ModuleType, logging.Logger)
 _INSTALLED = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
-_MOST_OBJECTS = 20_000  # of a foreign object's: a trainer, say, which knows everything; then the mirror is given up
+_MOST_OBJECTS = 20_000  # reached from a foreign object, such as a trainer; beyond that no mirror is made
 
 
-class Unmirrored(Exception):  # an answer, not an error: the caller does something else
-    """The model has no mirror; the text says which part of it leads back to the model itself."""
+class Unmirrored(Exception):  # an answer, not an error: the caller falls back
+    """The model has no mirror; the message says which part of it leads back to the model itself."""
 
 
 def mirror(model: nn.Module, weights: str = "shared") -> nn.Module:
@@ -90,12 +91,12 @@ def mirror(model: nn.Module, weights: str = "shared") -> nn.Module:
 
 
 def _detach(root: nn.Module, *, copied: bool) -> None:
-    """Give the mirror tensors of its own, over the same memory or over a copy; what is tied stays tied."""
+    """Give the mirror tensors of its own, over the same memory or over a copy; tied weights stay tied."""
     done: dict[int, Tensor] = {}
 
     def own(tensor: Tensor | None, *, copied: bool) -> Tensor | None:
         if tensor is None or (type(tensor) not in (Tensor, nn.Parameter) and not copied):
-            return tensor  # some other kind of parameter, which may hold more than its values
+            return tensor  # a subclass of parameter, which may hold more than its values
         if id(tensor) not in done:
             alone = tensor.detach().clone() if copied else tensor.detach()
             if isinstance(tensor, nn.Parameter):
@@ -112,11 +113,11 @@ def _detach(root: nn.Module, *, copied: bool) -> None:
 
 
 class _Mirror:
-    """One mirror being made."""
+    """One mirror under construction."""
 
     def __init__(self, model: nn.Module) -> None:
         self._copies: dict[int, nn.Module] = {}
-        self._made: dict[int, Any] = {}  # what was redirected, so that what is shared stays shared
+        self._made: dict[int, Any] = {}  # what was redirected, so that shared objects stay shared
         self._clear: set[int] = set()  # objects that lead to no module of the model
         self._alive: list[Any] = []  # keeps temporary objects alive, whose addresses are remembered
         modules = self._collect(model)
@@ -156,8 +157,8 @@ class _Mirror:
 
     def _fill(self, module: nn.Module, copy: nn.Module) -> None:
         own = module.__dict__.copy()
-        own.pop("_compiled_call_impl", None)  # of a module that was compiled in place; it would call the original
-        # caches that a module keeps in eval mode would be stale in the next eval mode: not for it to keep
+        own.pop("_compiled_call_impl", None)  # set on a module that was compiled in place; it would call the original
+        # caches that a module fills in eval mode would be stale the next time: a mirror must not keep them
         cautious = module.training and type(module).train is not nn.Module.train
         for name in own.keys() - _STANDARD:
             value = own[name]
@@ -201,7 +202,7 @@ class _Mirror:
         if id(value) in self._copies:
             return self._copies[id(value)]
         if id(value) not in self._made:
-            self._made[id(value)] = value  # for what contains itself
+            self._made[id(value)] = value  # for objects that contain themselves
             self._made[id(value)] = self._rebuilt(value)
         return self._made[id(value)]
 
@@ -226,7 +227,7 @@ class _Mirror:
         return new
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        """The function over the mirror: with other cells where a cell leads to the model."""
+        """The function with closure cells that lead to the model replaced."""
         if any(self._leads_back(value) for value in _globals_of(function)):
             raise Unmirrored("is a function that uses a global variable for a module of the model")
         cells = tuple(map(self._cell, function.__closure__ or ()))
@@ -271,7 +272,7 @@ def _check_kind(kind: type) -> None:
 
 
 def _held(item: Any) -> Iterable[Any]:
-    """What an object refers to, as far as Python lets one look."""
+    """What an object refers to, as far as Python gives access."""
     kind = type(item)
     if kind is dict or isinstance(item, dict):
         return [*item.keys(), *item.values()]
@@ -304,7 +305,7 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _globals_of(function: Callable[..., Any]) -> list[Any]:
-    """The global variables that a function names; those of installed libraries hold no user's module."""
+    """The global variables that a function names; those of installed libraries hold no module of the user's."""
     if any(place in function.__code__.co_filename for place in _INSTALLED):
         return []
     return [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]

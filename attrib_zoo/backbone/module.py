@@ -1,4 +1,4 @@
-"""Finding modules in the model that the user means, under whatever it is wrapped in."""
+"""Finding modules in the user's model, whatever it is wrapped in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Running(threading.local):
     """The models that this thread runs at the moment, in the form in which it runs them.
 
     Attributes:
-        instead: by the id of a model, what runs in its place: its mirror, or where it has none the model itself.
+        instead: by the id of a model, what runs in its place: its mirror or, where it has none, the model itself.
         originals: by the id of what runs, the model.
     """
 
@@ -35,10 +35,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     ``model.forward``, as Captum's users pass it, stands for the model.
 
-    Inside :func:`attrib_zoo.backbone.capture.frozen`, and in the thread that is there, the mirror of that module.
+    Inside :func:`attrib_zoo.backbone.capture.frozen`, in the same thread, the mirror of that module.
 
     Raises:
-        UnsupportedModelError: for anything that is no module, and for scripted and traced models, which run no
+        UnsupportedModelError: for anything that is no module, and for scripted and traced models, which do not run
             hooks.
     """
     owner = getattr(model, "__self__", None)
@@ -66,7 +66,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def original(model: nn.Module) -> nn.Module:
-    """The user's own module, unwrapped, also where its mirror runs: what caches and identities go by."""
+    """The user's own module, unwrapped, also where its mirror runs: the key of caches and identity checks."""
     bare = unwrap(model)
     return running.originals.get(id(bare), bare)
 
@@ -87,7 +87,7 @@ def find(model: nn.Module, name: str) -> nn.Module:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """One of torch's int8 layers; neither the float stand-ins that such models are made from, nor a box of weights."""
+    """One of torch's int8 layers; neither the float modules that they are made from, nor a container of weights."""
     kind = type(module)
     return (
         kind.__module__.startswith("torch.") and "quantized" in kind.__module__ and not _NO_LAYERS.search(kind.__name__)
@@ -100,7 +100,7 @@ def refuse_shards(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: a part of the model is wrapped in it.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported wherever there is such a model
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported if such a model exists
     if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
         raise UnsupportedModelError(
             "model: FullyShardedDataParallel flattens the weights of its layers, which must be told apart; use "

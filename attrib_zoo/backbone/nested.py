@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def items(value: Any) -> list[tuple[Any, Any]]:
-    """Place and entry of all that a tuple, list or mapping holds; nothing for anything else."""
+    """Key and value of every entry of a tuple, list or mapping; nothing for anything else."""
     if isinstance(value, (tuple, list)):
         return list(enumerate(value))
     return list(value.items()) if isinstance(value, Mapping) else []
@@ -25,14 +25,14 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def elements(value: Any) -> dict[int | str | None, Tensor]:
-    """The tensors at the first level by their place; the place of a tensor that is the value itself is ``None``."""
+    """The tensors at the first level by their key; a tensor that is the value itself has the key ``None``."""
     if isinstance(value, Tensor):
         return {None: value}
     return {place: entry for place, entry in items(value) if isinstance(entry, Tensor)}
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The same nest with ``function`` of every tensor; the original containers are left as they are."""
+    """The same structure with ``function`` applied to every tensor; the original containers are not changed."""
     if isinstance(value, Tensor):
         return function(value)
     if not isinstance(value, (tuple, list, Mapping)):
@@ -41,7 +41,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def replaced(value: Any, changes: Mapping[Any, Any]) -> Any:
-    """A container of the same class with other entries at some places."""
+    """A container of the same class with some entries replaced."""
     if isinstance(value, tuple):
         entries = [changes.get(place, entry) for place, entry in enumerate(value)]
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
@@ -57,5 +57,5 @@ def pick(output: Any, element: int | str | None) -> Any:
 
 
 def put(output: Any, element: int | str | None, tensor: Tensor) -> Any:
-    """A module's output with one element replaced; the original container is left as it is."""
+    """A module's output with one element replaced; the original container is not changed."""
     return tensor if element is None else replaced(output, {element: tensor})

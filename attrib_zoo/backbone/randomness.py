@@ -1,4 +1,4 @@
-"""Torch's global generators, which all threads share, as they were before a pass that draws from them."""
+"""Restoring torch's global generators, which all threads share, after a pass that draws from them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @contextmanager
 def draws_taken_back(device: torch.device) -> Iterator[None]:
-    """The global generators of the CPU and of this device are set back, if this thread has drawn from them.
+    """Reset the global generators of the CPU and of this device, if this thread has drawn from them.
 
-    ``torch.random.fork_rng`` sets them back in any case, and so takes back what other threads have drawn meanwhile:
-    these would draw the same numbers again. A model in eval mode hardly ever draws.
+    ``torch.random.fork_rng`` resets them in any case, and so undoes the draws of other threads too, which would then
+    get the same numbers again. A model in eval mode hardly ever draws.
     """
     watch = _Draws(device)
     try:
@@ -27,7 +27,7 @@ def draws_taken_back(device: torch.device) -> Iterator[None]:
 
 
 class _Draws(TorchDispatchMode):
-    """Notes the generators' states before this thread's first draw; other threads' operations do not come here."""
+    """Records the generators' states before this thread's first draw; operations of other threads do not pass here."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

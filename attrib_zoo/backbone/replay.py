@@ -1,8 +1,8 @@
-"""Running a model again from one layer, with another activation there, without paying for what lies before it.
+"""Running a model again from one layer, with another activation there, without the cost of the layers before it.
 
-The whole model is called again, but every module that had finished before the layer gives back its recorded output,
-so only the part behind the layer computes; loose functional operations between modules still run. Nothing is traced
-and nothing is split by hand. What this cannot reproduce is noticed, and then the whole model runs instead.
+The whole model is called again, but every module that had finished before the layer returns its recorded output, so
+only the part after the layer computes; functional operations between modules still run. Nothing is traced and nothing
+is split by hand. Where this cannot reproduce the model, it is noticed, and the whole model runs instead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Replay:
     Attributes:
         outputs: the model's clean outputs ``(N, ...)``.
         maps: the layer's own activation ``(N, C, h, w)``, as the rest of the model sees it.
-        shortcut: whether only the part behind the layer runs. It turns false, for good, where the model does
+        shortcut: whether only the part after the layer runs. It becomes false, for good, where the model does
             something that recorded outputs cannot reproduce; the results are the same, at the price of full passes.
     """
 
@@ -47,7 +47,7 @@ class Replay:
         self._check_itself(activation)
 
     def __call__(self, maps: Tensor, rows: Tensor) -> Tensor:
-        """The outputs ``(M, ...)`` of M passes in which other maps stand in for the layer's own.
+        """The outputs ``(M, ...)`` of M passes in which other maps replace the layer's own.
 
         Rows that all belong to one image share its records without a copy; with several images they are gathered.
         The model's own forward hooks run again, on M rows.
@@ -65,7 +65,7 @@ class Replay:
         return outputs
 
     def _check_itself(self, activation: Tensor) -> None:
-        """The layer's own maps, in another order (one image: twice), must give the clean outputs."""
+        """The layer's own maps, in another order (for one image, twice), must give the clean outputs."""
         count = len(self.outputs)
         rows = torch.arange(count - 1, -1, -1) if count > 1 else torch.zeros(2, dtype=torch.long)
         at = rows.to(self.outputs.device)
@@ -110,7 +110,7 @@ class Replay:
         return outputs
 
     def _pass(self, maps: Tensor, rows: _Rows, tap: Tap) -> Tensor:
-        """One call of the model in which ``maps`` replace what the tap puts out; the graph begins there."""
+        """One call of the model in which ``maps`` replace the tap's output; the graph begins there."""
 
         def put_in(_: int, activation: Tensor) -> Tensor:
             torch.set_grad_enabled(maps.requires_grad)
@@ -143,7 +143,7 @@ def replay(model: nn.Module, inputs: Tensor, args: Sequence[Any], tap: Tap) -> I
 
 
 def _record(model: nn.Module, inputs: Tensor, args: Sequence[Any], tap: Tap) -> tuple[_Records, Tap, Tensor, Tensor]:
-    """One pass; the records, the tap as a replay will meet it, the layer's activation and the model's outputs."""
+    """One pass; the records, the tap as a replay will see it, the layer's activation and the model's outputs."""
     recorder = _Recorder(model, tap)
     activations: list[Tensor] = []
 
@@ -166,9 +166,9 @@ def _record(model: nn.Module, inputs: Tensor, args: Sequence[Any], tap: Tap) -> 
 class _Recorder:
     """Keeps the outputs of the largest calls that had finished when the layer's chosen call ended.
 
-    A call that ends takes the place of the calls inside it. Modules that enclose the layer have not finished, so
-    they are not kept: their own code runs again. What runs inside any other module is not even copied; should the
-    layer turn out to run there as well, it runs again too.
+    A call that ends replaces the calls inside it. Modules that enclose the layer have not finished, so they are not
+    kept: their own code runs again. Calls inside any other module are not even copied; should the layer turn out to run
+        there as well, they run again too.
     """
 
     def __init__(self, model: nn.Module, tap: Tap) -> None:
@@ -182,7 +182,7 @@ class _Recorder:
 
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
-        """Hooks on every module; they see outputs before the user's hooks do, which will run again in a replay.
+        """Hooks on every module; they see outputs before the user's hooks, which will run again in a replay.
 
         Scripted modules take no hooks and run again; a compiled module is seen inside its wrapper.
         """
@@ -218,7 +218,7 @@ class _Recorder:
 
 @contextmanager
 def _answering(module: nn.Module, queue: deque[Any], rows: _Rows) -> Iterator[None]:
-    """The module gives back its recorded outputs, one per call; when they are used up it runs as always.
+    """The module returns its recorded outputs, one per call; once they are used up, it runs as usual.
 
     A module that is used on both sides of the layer (the ReLU of a residual block) needs the second half.
     """
@@ -247,7 +247,7 @@ class _Rows:
         self._copies = copies or len(rows) == 1  # one row expanded to one row is no new tensor
 
     def take(self, tensor: Tensor) -> Tensor:
-        """These rows of a recorded tensor; one that is not per image (a table) as it is."""
+        """These rows of a recorded tensor; a tensor that is not per image (a table) is returned unchanged."""
         if tensor.ndim == 0 or len(tensor) != self.batch:
             return tensor
         if self._only is None:
@@ -257,7 +257,7 @@ class _Rows:
 
 
 def _tolerance(outputs: Tensor, activation: Tensor, *, same_size: bool) -> float:
-    """What rounding may do to the outputs, relative to the largest."""
+    """How far rounding may move the outputs, relative to the largest."""
     step = max(torch.finfo(outputs.dtype).eps, torch.finfo(activation.dtype).eps)
     if outputs.is_cuda and not same_size:  # another batch size may choose another kernel, one of them TF32
         step = max(step, 2.0**-10)

@@ -1,8 +1,8 @@
 """Where in the image a grid lies: models that pad have cells beyond the image, those that crop pixels beyond the grid.
 
 A map is enlarged to what its grid covers and then cut to the image. Padding by an operator of torch, cutting by slices,
-and windows that tile without overlap (patch embeddings, merging, pooling) say exactly what is covered. Windows that
-overlap have no edges: their cells are spread over all that the layer was given, as the papers do it.
+and windows that tile without overlap (patch embeddings, merging, pooling) say exactly what is covered. Overlapping
+windows have no clear edges: their cells are spread over the layer's whole input, as in the papers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _RESIZING = ("aten.upsample_", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 
 
 class Extents:
-    """What each size of grid covers, read off the operators of a pass.
+    """The part of the image that grids of each size cover, read off the operators of a pass.
 
-    The first operator that makes a size decides, since what comes later (windows of attention are padded too) is cut
-    back; but of overlapping windows and tiles that make the same size (a shortcut) those that overlap.
+    The first operator that produces a size decides, since later padding (for attention windows, say) is cut off again.
+    Where both overlapping windows and tiles produce the same size (a shortcut), the overlapping ones decide.
 
     Args:
         image: (H, W).
@@ -44,13 +44,13 @@ class Extents:
         return bool(self._unpadded)
 
     def of(self, size: Size) -> Extent:
-        """Top, bottom, left and right of what a grid covers, in heights and widths of the image."""
+        """Top, bottom, left and right of the part that a grid covers, in heights and widths of the image."""
         (top, bottom), (left, right) = self._of(size)
         height, width = self._image
         return top / height, bottom / height, left / width, right / width
 
     def see(self, operator: str, args: Sequence[Any], results: Sequence[Tensor]) -> None:
-        """Note what an operator on something made from the image does."""
+        """Record an operator that was applied to something made from the image."""
         if not results or not args or not isinstance(args[0], Tensor) or args[0].ndim != 4 or results[0].ndim != 4:
             return
         given, made = args[0], results[0]
@@ -65,7 +65,7 @@ class Extents:
             self._set(_rows_and_columns(made), *self._of(_rows_and_columns(given)), spread=True)
 
     def _of(self, size: Size) -> tuple[Span, Span]:
-        """Of a size that no operator made (tokens that were merged by a reshape): that of the grid it came from."""
+        """For a size that no operator produced (tokens merged by a reshape): that of the grid it came from."""
         if size in self._spans:
             return self._spans[size]
         known = list(self._spans)[::-1]
@@ -89,7 +89,7 @@ class Extents:
         before, after = _size(given, axes), _size(made, axes)
         if before != after:
             rows, columns = self._of(before)
-            self._set(before, rows, columns)  # before it may come to be as a cut of a grid that was padded
+            self._set(before, rows, columns)  # before a cut of a padded grid can produce it
             self._set(after, _widened(rows, before[0], top, bottom), _widened(columns, before[1], left, right))
             self._unpadded.setdefault(after, self._unpadded.get(before, before))
 
@@ -122,13 +122,13 @@ class Extents:
 
 
 def _widened(span: Span, cells: int, before: int, after: int) -> Span:
-    """A span of so many cells with more cells at both ends."""
+    """The span of ``cells`` cells with more cells at both ends."""
     cell = (span[1] - span[0]) / cells
     return span[0] - before * cell, span[1] + after * cell
 
 
 def _doubles(size: Size) -> set[Size]:
-    """What every second row and column of which makes this size."""
+    """The sizes whose every second row and column give this size."""
     return {(2 * size[0] - i, 2 * size[1] - j) for i in (0, 1) for j in (0, 1)}
 
 

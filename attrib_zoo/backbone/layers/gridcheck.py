@@ -1,11 +1,11 @@
-"""Is a layer's map where the image is? A test by measurement: change the image here, and see which cells move.
+"""Is a layer's map where the image is? A test by measurement: change the image here, and see which cells change.
 
 A layout is data that may be wrong: guessed, or given by a user with rows and columns swapped or a token too many. A map
-that is read wrongly looks like any other. So what could be misread is tested at its first use, on the user's own image:
-a few of its places are changed, and the change of the layer's output is compared with what each way to read it
-predicts. Another reading that clearly wins, or cells that move sharply and elsewhere, are an error that says so. Where
-nothing can be told (the layer mixes the whole image, as the late stages of some networks with random weights do), the
-map is used as it is, and a line is logged.
+that is read wrongly looks like any other. So a layout that could be misread is tested at its first use, on the user's
+own image: a few places of the image are changed, and the change of the layer's output is compared with what each way of
+reading it predicts. If another reading clearly wins, or cells change sharply in the wrong place, an error says so.
+Where the test is inconclusive (the layer mixes the whole image, as the late stages of some networks with random weights
+do), the map is used as it is, and a line is logged.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from attrib_zoo.errors import LayerError
 
 __all__ = ["Verdict", "check_grids", "probe", "unchecked"]
 
-_PLACES = ((0.21, 0.34), (0.29, 0.79), (0.66, 0.16), (0.83, 0.71))  # no mirror or turn takes them to themselves
+_PLACES = ((0.21, 0.34), (0.29, 0.79), (0.66, 0.16), (0.83, 0.71))  # no flip or turn maps them onto themselves
 _MORE_PLACES = tuple(((0.46 + 0.7549 * k) % 0.94, (0.46 + 0.5698 * k) % 0.94) for k in range(12))  # evenly scattered
-_CELLS = (8, 8)  # what an image is divided into where no layer has tokens
-_SMALLEST = 1 / 16  # of the image, along each side: what is changed
+_CELLS = (8, 8)  # how an image is divided where no layer has tokens
+_SMALLEST = 1 / 16  # of the image, along each side: the place that is changed
 _BROAD = 0.2  # of the image: how far a coarse answer reaches
 _MARGIN = 0.15  # by which another reading must win
-_CLEAR = 0.55  # what a reading that wins must reach
+_CLEAR = 0.55  # score that a winning reading must reach
 _SEEN = 0.15  # below, a reading explains nothing
 _SURE = 0.45  # from here on four places are enough
-_SHUFFLES = 19  # of the places, all of which a reading must beat: one in twenty does by chance
+_SHUFFLES = 19  # of the places, all of which a reading must beat: by chance one in twenty does
 _FEWEST = 16  # cells: with fewer, chance alone may look like an answer
-_SPARE = 0.4  # of the tokens at most are no patches, in a reading that nobody gave
+_SPARE = 0.4  # at most this share of the tokens are no patches, in a reading that nobody gave
 _SHARP = 0.5  # of the change, in as few cells as the places that were changed take
-_SCATTERED = 0.35  # of such a share must be explained, or these cells lie elsewhere
+_SCATTERED = 0.35  # this much of a sharp change must be explained, or these cells lie elsewhere
 
 _IMAGES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 
@@ -72,9 +72,9 @@ class Reading:
         kind: as in :class:`Grid`.
         start: tokens before the patches.
         hw: rows and columns.
-        turned: the first of the two spatial axes are the columns.
+        turned: whether the first of the two spatial axes is the columns.
         order: the tokens' permutation, where there is one.
-        rest: tokens behind the patches; no :class:`Grid` has any.
+        rest: tokens after the patches; no :class:`Grid` has any.
     """
 
     kind: str
@@ -110,8 +110,8 @@ class Verdict:
     Attributes:
         tap: the layer.
         said: ``"right"``, ``"wrong"`` or ``"undecided"``.
-        own: how well its reading predicts which cells move: 1 perfectly, 0 not at all.
-        other: the same of the best other reading, 0 where there is none.
+        own: how well its reading predicts which cells change: 1 perfectly, 0 not at all.
+        other: the same for the best other reading, 0 where there is none.
         better: the readings that clearly win.
         sharpness: share of the change in the cells that change most, as many as were changed in the image; a quarter
             of the places have no more.
@@ -136,19 +136,19 @@ def check_grids(
 ) -> None:
     """Refuse a layer whose map is not where the image is; each layer once per model and input size.
 
-    One pass over five images, three more where it leaves a doubt; none for layers that were tested before.
+    One pass over five images, three more in case of doubt; none for layers that were tested before.
 
     Args:
-        model: the classifier; wrappers are looked through.
+        model: the classifier; wrappers are removed.
         taps: the resolved layers.
         inputs: images ``(N, C, H, W)``; the first is used.
         args: further arguments of the model's forward.
         traced: what ``look`` returned; names the layers to use instead, and shows which layouts are beyond doubt.
-        everything: ``False`` leaves out what is beyond doubt: images of a size that convolutions of this pass put out,
-            which no other layout fits.
+        everything: ``False`` skips what is beyond doubt: images of a size that convolutions of this pass output, which
+            no other layout fits.
 
     Raises:
-        LayerError: a map is not spatial, or is read wrongly.
+        LayerError: a map is not spatial, or its layout is misread.
     """
     if not _checking.get():
         return
@@ -179,10 +179,10 @@ def probe(
     *,
     traced: Trace | None = None,
 ) -> list[Verdict]:
-    """Change four places of the first image, and say for each layer whether the right cells move.
+    """Change four places of the first image, and say for each layer whether the right cells change.
 
-    Chance makes cells move too, more so where there are few. So layers that are not clearly right are shown twelve
-    more places, four in a pass. Of a model that pads or crops the trace says what its grids cover.
+    Cells may agree by chance, the more so where there are few. So layers that are not clearly right get twelve more
+    places, four in a pass. For a model that pads or crops, the trace says what its grids cover.
     """
     finest = max((grid for tap in taps if (grid := tap.grid.hw) is not None), default=_CELLS)
     changes, boxes = _moved(model, taps, inputs, args, _PLACES, finest)
@@ -248,7 +248,7 @@ def _changed(images: Tensor, places: Sequence[tuple[float, float]], grid: tuple[
 
 
 def _side(at: float, cells: int, full: int) -> tuple[int, int]:
-    """The pixels from and to of the place that begins in the cell where ``at`` lies."""
+    """First and last pixel of the place that begins in the cell in which ``at`` lies."""
     some = math.ceil(cells * _SMALLEST)
     first = min(int(at * cells), cells - some)
     low, high = math.ceil(first * full / cells), (first + some) * full // cells
@@ -299,9 +299,9 @@ def _readings(grid: Grid, shape: tuple[int, ...], image: tuple[int, int]) -> lis
 
 
 def _score(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
-    """How well a reading predicts which cells ``(Q, h*w)`` move: a correlation, of sharp and of broad answers.
+    """How well a reading predicts which cells ``(Q, h*w)`` change: a correlation, of sharp and of broad answers.
 
-    Padded convolutions of stride 2 put what they see up to half a cell aside; so half a cell is free.
+    Padded convolutions of stride 2 shift their input by up to half a cell, so a shift of half a cell costs nothing.
     """
     total = cells.sum(1, keepdim=True)
     if cells.shape[1] < 2 or not bool(torch.isfinite(cells).all()) or not bool((total > 0).all()):
@@ -313,7 +313,7 @@ def _score(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
 
 
 def _by_chance(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
-    """The best score of answers that belong to other places; 0 for so few places that they say nothing about it."""
+    """The best score of answers that belong to other places; 0 where there are too few places to tell."""
     if len(cells) <= len(_PLACES):
         return 0.0
     generator = torch.Generator().manual_seed(0)
@@ -326,7 +326,7 @@ def _fit(answer: Tensor, wanted: Sequence[Tensor]) -> float:
 
 
 def _wanted(hw: tuple[int, int], boxes: Tensor) -> tuple[Tensor, ...]:
-    """The share of each place in each cell ``(Q, h*w)``, and how near to it the cell is."""
+    """The share of each place in each cell ``(Q, h*w)``, and how close the cell is to it."""
     shares, nears = [], []
     for axis, count in enumerate(hw):
         low, high = boxes[:, 2 * axis, None], boxes[:, 2 * axis + 1, None]
@@ -339,7 +339,7 @@ def _wanted(hw: tuple[int, int], boxes: Tensor) -> tuple[Tensor, ...]:
 
 
 def _centred(answers: Tensor) -> Tensor:
-    """What is peculiar to each place: without what all places have in common."""
+    """The answers without their mean over the places: what is specific to each place."""
     return answers - answers.mean(0, keepdim=True)
 
 
@@ -360,7 +360,7 @@ def _sharpness(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
 
 
 def _beyond_doubt(traced: Trace, tap: Tap) -> bool:
-    """An image that a convolution or pooling puts out, or one of the same size that cannot be read in another way."""
+    """An image that a convolution or pooling outputs, or one of the same size that cannot be read in another way."""
     if tap.grid.kind != "nchw" or tap.grid.hw is not None:
         return False
     if isinstance(find(traced.model, tap.name), _IMAGES):

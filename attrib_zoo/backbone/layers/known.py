@@ -1,10 +1,10 @@
 """What was found out about a model: shared by all of its explainers, and forgotten when the model changes.
 
-A first call traces the model, tests layouts and asks which layers have gradients. None of it depends on who asks, so
-it is kept here, per model, and not in an explainer. It is kept for the user's own model and holds for every mirror of
-it, since it names layers and does not hold them. A model may change between two calls, though: a head is replaced, a
-block added, a layer pruned. Each question therefore compares the model's structure with the one that the answers are
-about, which costs far less than a pass.
+A first call traces the model, tests layouts and finds which layers have gradients. None of it depends on the explainer,
+so it is kept here, per model, and not in an explainer. It is kept for the user's own model and is valid for every
+mirror of it, since it names layers and does not hold them. A model may change between two calls, though: a head is
+replaced, a block added, a layer pruned. Each question therefore compares the model's structure with the one that the
+answers are about, which costs far less than a pass.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Known:
     """The answers about a model of one structure.
 
     Attributes:
-        version: an object of its own for each structure: where it is another one, the model has changed.
+        version: an object of its own for each structure; a different one means that the model has changed.
     """
 
     def __init__(self, structure: list[Any], modules: list[nn.Module]) -> None:
@@ -41,22 +41,22 @@ class Known:
         self._found: dict[Hashable, Any] = {}
 
     def describes(self, structure: list[Any]) -> bool:
-        """Whether this is still the structure; an address that a new module got from a dead one does not count."""
+        """Whether this is still the structure; the address of a dead module, reused by a new one, does not count."""
         return self._structure == structure and all(module() is not None for module in self._modules)
 
     def get(self, question: Hashable, find: Callable[[], _T]) -> _T:
-        """The answer, found at the first time that somebody asks."""
+        """The answer, computed the first time it is asked for."""
         with _lock:
             if question in self._found:
                 return cast("_T", self._found[question])
-        # Without the lock, since finding runs the model: two threads may both find, and agree on the first answer.
+        # Without the lock, since ``find`` runs the model: two threads may both run it, and agree on the first answer.
         found = find()
         with _lock:
             return cast("_T", self._found.setdefault(question, found))
 
 
 def known(model: nn.Module) -> Known:
-    """What is known of the model as it is now; of the user's own model also where its mirror is given."""
+    """What is known of the model as it is now; for a mirror, what is known of the user's own model."""
     bare = original(model)
     modules = _modules(bare)
     structure = [_own_structure(module) for module in modules]
@@ -85,7 +85,7 @@ def _modules(bare: nn.Module) -> list[nn.Module]:
     found = {bare: None}
     waiting = [bare]
     while waiting:
-        for child in waiting.pop()._modules.copy().values():  # another thread may be at the model
+        for child in waiting.pop()._modules.copy().values():  # another thread may be changing the model
             if child is not None and child not in found:
                 found[child] = None
                 waiting.append(child)
@@ -95,8 +95,8 @@ def _modules(bare: nn.Module) -> list[nn.Module]:
 def _own_structure(module: nn.Module) -> tuple[Any, ...]:
     """Which module it is, under which names it holds which others, the shapes of its weights, and its switches.
 
-    Switches are words and booleans, such as timm's ``global_pool``. Numbers are left out, since some models count or
-    note sizes as they run; so is what is private or changes for the length of a call.
+    Switches are words and booleans, such as timm's ``global_pool``. Numbers are left out, since some models count calls
+    or record sizes as they run; so are private attributes and those that change during a call.
     """
     switches = tuple(
         value

@@ -1,4 +1,4 @@
-"""How each output of a traced pass holds a map, inferred from the spatial sizes that the pass went through."""
+"""How the outputs of a traced pass hold maps, inferred from the spatial sizes that the pass went through."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Size = tuple[int, int]
 
 
 def find_grids(trace: Trace) -> None:
-    """Give every output of the trace that holds a map its grid, in the order of the pass.
+    """Give each output of the trace that holds a map its grid, in execution order.
 
-    Sizes seen last come first, since a layer's map most likely has the size of the last convolution or pooling, or
-    the (h, w) that the model handed on.
+    Sizes seen last come first, since a layer's map most likely has the size of the last convolution or pooling, or the
+    (h, w) that the model passed along.
     """
     usual = {0, 1, getattr(trace.model, "num_prefix_tokens", 1)}
     seen = _Sizes(trace.size)
@@ -43,13 +43,13 @@ def find_grids(trace: Trace) -> None:
 
 
 def fits(size: Size, image: Size) -> bool:
-    """More than one cell, no larger than the image, and its aspect to within one cell."""
+    """More than one cell, no larger than the image, and of its aspect ratio to within one cell."""
     (h, w), (height, width) = size, image
     return h * w > 1 and 1 <= h <= height and 1 <= w <= width and abs(h * width - w * height) <= max(height, width)
 
 
 class _Sizes:
-    """Grids that the pass went through, the last first; then what may be derived from them."""
+    """Spatial sizes seen during the pass, the last first; then sizes that can be derived from them."""
 
     def __init__(self, image: Size) -> None:
         self._image = image
@@ -80,7 +80,7 @@ class _Sizes:
 
 @dataclass(order=True, frozen=True)
 class _Reading:
-    """One way to read tokens; the least is the most likely."""
+    """One way to read tokens; the smallest in sort order is the most likely."""
 
     derived: int
     channel_major: bool
@@ -108,7 +108,7 @@ def _read_tokens(output: Output, seen: _Sizes, usual: set[int]) -> None:
 
 
 def _read_image(output: Output, seen: _Sizes) -> bool:
-    """Whether the layout is clear; an output that can be both is left open."""
+    """Whether the layout is clear; an output that fits both layouts is left open."""
     _, first, second, third = output.shape
     axes = {"nchw": (second, third), "nhwc": (first, second)}
     fitting = {kind: hw for kind, hw in axes.items() if seen.fits(hw)}
@@ -121,7 +121,7 @@ def _read_image(output: Output, seen: _Sizes) -> bool:
 
 
 def _settle(undecided: list[tuple[Call, Output]], trace: Trace) -> None:
-    """What can be read both ways is laid out as that kind of module lays out elsewhere; in doubt NCHW."""
+    """Outputs that fit both layouts get the one that modules of the same class use elsewhere; in doubt NCHW."""
     if not undecided:
         return
     unclear = {id(output) for _, output in undecided}
@@ -146,8 +146,8 @@ def _undo_mask_units(trace: Trace) -> None:
     """Tokens in mask-unit order (Hiera) get the permutation that the model itself would use to undo it.
 
     Such a model keeps ``reroll``, the inverse of its ``unroll``; an index tensor sent through it shows where each
-    cell's token lies. Where it cannot be asked, tokens of the model are read as no map at all: a scrambled map would
-    look like one.
+    cell's token lies. Where that fails, the model's tokens are not read as maps at all: a scrambled map would still
+    look like a map.
     """
     owner = next((m for m in trace.model.modules() if isinstance(getattr(m, "unroll", None), nn.Module)), None)
     if owner is None:

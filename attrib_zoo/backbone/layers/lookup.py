@@ -1,4 +1,4 @@
-"""Finding the layer that a user named in a traced model, and saying what to do where it cannot serve."""
+"""Finding the layer that a user named in a traced model, or saying what to do where it cannot be used."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def find_layer(traced: Trace, layer: Layer) -> tuple[tuple[int, int], Tap]:
 
 
 def _split(label: str) -> tuple[str, int | str | None]:
-    """A name and, where it ends in ``[1]`` or ``['key']``, the entry of what the layer puts out."""
+    """A name and, where it ends in ``[1]`` or ``['key']``, the entry of the layer's output."""
     match = re.fullmatch(r"(.+)\[(?:(\d+)|(['\"])(.*)\3)\]", label)
     if match is None:
         return label, None
@@ -111,7 +111,7 @@ def _chosen_output(traced: Trace, call: Call, element: int | str | None) -> Outp
     """The output of the call that holds the map meant."""
     maps = [item.output for item in spatial(call)] if element is None else _entries(call, element)
     maps = [output for output in maps if output.grid is not None]
-    if not maps:  # a map of one cell has no size that was seen before; who names it means it
+    if not maps:  # a map of one cell has no size that was seen before; a user who names it means it
         cells = [o for o in _entries(call, element) if len(o.shape) == 4 and tuple(o.shape[2:]) == (1, 1)]
         maps = [replace(o, grid=Grid("nchw"), channels=o.shape[1], hw=(1, 1)) for o in cells]
     if not maps:
@@ -149,7 +149,7 @@ def _read_as(call: Call, element: int | str | None, hint: Grid, image: tuple[int
 
 
 def _rows_and_columns(output: Output, hint: Grid, image: tuple[int, int]) -> tuple[int, int] | None:
-    """The size found for tokens, or the one with the image's aspect that so many patches can have."""
+    """The size found for tokens, or the only one with the image's aspect ratio for this many patches."""
     if not hint.is_tokens or len(output.shape) != 3:
         return None
     if output.grid is not None and (output.grid.kind, output.grid.prefix) == (hint.kind, hint.prefix):
@@ -160,7 +160,7 @@ def _rows_and_columns(output: Output, hint: Grid, image: tuple[int, int]) -> tup
 
 
 def folded(calls: Iterable[Call]) -> int:
-    """How many images there are in the layers for each one given: more than 1 where a model cuts it into views."""
+    """How many images the layers see for each one given: more than 1 where a model cuts it into views."""
     batches = [output.shape[0] for call in calls for output in call.outputs if len(output.shape) == 4]
     return max(set(batches), key=batches.count) if batches else 1
 

@@ -35,9 +35,9 @@ _log = logging.getLogger("attrib_zoo")
 
 
 def look(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
-    """A forward pass on one image that shows every layer and layout; what :func:`resolve` works from.
+    """A forward pass on one image that shows every layer and layout; the basis of :func:`resolve`.
 
-    It runs once per model, size and type of images; again when the model has changed.
+    It runs once per model, image size and dtype, and again when the model has changed.
     """
 
     def run() -> Trace:
@@ -61,23 +61,23 @@ def resolve(
     """The layers meant, as the model runs them on inputs of this size, in the order of execution.
 
     Args:
-        model: the classifier; wrappers are looked through. Nothing about it changes.
-        layers: see the module's head; None lets ``rule`` decide.
+        model: the classifier; wrappers are removed. Nothing about it changes.
+        layers: see the module docstring; None lets ``rule`` decide.
         inputs: images ``(N, C, H, W)`` of the size to be explained.
         args: further arguments of the model's forward.
-        count: how many layers the rule takes; a smaller network gives what it has.
+        count: how many layers the rule takes; a smaller network gives as many as it has.
         rule: ``"outputs"``: the last stage ends, or the last blocks of a plain transformer; ``"norms"``: the same, and
-            in token blocks their first normalisation layer; ``"live"``: of the stage ends or blocks that the outputs
-            have a gradient to, the last ones that share a grid; ``"gradient"``: the deepest layer that the outputs
-            have a gradient to; ``"stages"``: every stage end; ``"unpooled"``: the same, but what goes into a pooling
-            instead of the pooling; ``"fine"``: the same, but where these are poolings, every layer with weights.
+            in token blocks their first normalisation layer; ``"live"``: of the stage ends or blocks with a gradient,
+            the last ones that share a grid; ``"gradient"``: the deepest layer with a gradient; ``"stages"``: every
+            stage end; ``"unpooled"``: the same, but the input of a pooling instead of the pooling; ``"fine"``: the
+            same, but where these are poolings, every layer with weights.
         traced: what :func:`look` returned for this model and input size, to save a pass.
 
     Raises:
         LayerNotFoundError: a layer is not part of the model.
-        LayerError: a layer never ran, or puts out no map.
+        LayerError: a layer never ran, or outputs no map.
         OptionError: layers are given twice, or as something that names no layer.
-        UnsupportedModelError: no layer was given and none puts out a map.
+        UnsupportedModelError: no layer was given and none outputs a map.
     """
     if rule not in RULES:
         raise OptionError(f"rule: must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
@@ -145,7 +145,7 @@ def _with_gradient(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence
     if found is not None:
         return found
     for item, reached in zip(candidates, _reached(traced, candidates, inputs, args), strict=True):
-        if reached:  # what has none today may have one when the head is trained, so that only this is kept
+        if reached:  # only a positive answer is kept: once the head is trained, a layer without a gradient may get one
             return cast("Item", traced.derived.setdefault("deepest with gradient", item))
     _log.info("no layer of %s gets a gradient; is its head untrained?", type(traced.model).__name__)
     return stages.norm(stages.last(1)[0])
@@ -162,7 +162,7 @@ def _live(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence[Any], co
     if live is None:
         reached = _reached(traced, items, inputs, args)
         live = [item for item, has in zip(items, reached, strict=True) if has]
-        if live:  # as for the deepest with gradient
+        if live:  # kept only if positive, as for the deepest layer with a gradient
             live = traced.derived.setdefault(("live", count), live)
     items = live or items[-count:]
     return [item for item in items if item.output.hw == items[-1].output.hw][-count:]
@@ -251,10 +251,10 @@ class Description:
 def describe(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Description:
     """The stages and blocks of a model, how they lay out their maps, and which default takes which.
 
-    Any other layer inside them that puts out a map can be named too.
+    Any other layer inside them that outputs a map can be named too.
 
     Raises:
-        UnsupportedModelError: no layer puts out a map.
+        UnsupportedModelError: no layer outputs a map.
     """
     traced = look(model, inputs, args)
     takers: dict[Tap, list[str]] = {}
@@ -289,7 +289,7 @@ def describe(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Desc
 
 
 def _told(traced: Trace, items: Sequence[Item], inputs: Tensor, args: Sequence[Any]) -> Sequence[bool | None]:
-    """Whether each map has a gradient, where some map has."""
+    """Whether each map has a gradient, where any map has."""
     try:
         found = _reached(traced, items, inputs, args)
     except AttribZooError:  # a model without gradients

@@ -1,7 +1,8 @@
 """Which layers of a traced model stand for it: its stages or, in a plain transformer, its blocks.
 
-No list of models: a module is opened while it holds several stages, or most of a network that has none; what then
-follows each other on the way from the input to the outputs are the units, and the last unit of each grid ends a stage.
+There is no list of models: a module is opened while it holds several stages, or most of a network without stages. The
+modules that then follow one another from the input to the outputs are the units, and the last unit of each grid ends a
+stage.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class Item:
 
 
 def spatial(call: Call) -> list[Item]:
-    """The maps that a call puts out, one per grid: those that the model's outputs depend on, and new ones, if any.
+    """The maps that a call outputs, one per grid: those that the model's outputs depend on, and new ones, if any.
 
-    Beside images, what looks like tokens is a state.
+    Next to images, what looks like tokens is a state.
     """
     maps = [output for output in call.outputs if output.grid is not None]
     maps = [output for output in maps if output.on_path] or maps
@@ -84,7 +85,8 @@ class Stages:
         leaves = [call for call in self._weights if not any(call.module.children()) and _weighted(call)]
         first = min(leaves, key=lambda call: call.begin, default=None)
         if first is not None and embeds_patches(first.module):
-            # It grows with the patch and not with the network, of which a few narrow blocks hold less than it does.
+            # Its weights grow with the patch size, not with the network: a few narrow blocks may hold fewer weights
+            # than it.
             held, around = self._weights[first], first
             while around.parent is not None:
                 self._weights[around] -= held
@@ -121,7 +123,7 @@ class Stages:
         return last is not None and not any(unit.weighted for unit in self.units if unit.output.hw == last)
 
     def blocks(self) -> list[Item]:
-        """What a negative index counts in: the stage ends, or all units of a network without stages."""
+        """What negative indices count: the stage ends, or all units of a network without stages."""
         ends = self.ends()
         return ends if len(ends) >= _HIERARCHICAL else [u for u in self.units if u.weighted] or ends
 
@@ -135,7 +137,7 @@ class Stages:
         return sorted(chosen + spare[: count - len(chosen)], key=lambda item: item.place)
 
     def _stems(self) -> list[Item]:
-        """Single layers before the first block of a network of blocks. Where stages share a grid, they would come in.
+        """Single layers before the first block of a network of blocks; on a shared grid they would pass for stages.
 
         In a network of single layers, as VGG is, none is a stem; nor is one after the blocks, as EfficientNet's last.
         """
@@ -146,7 +148,7 @@ class Stages:
         return weighted[: single.index(False)]
 
     def deepest(self) -> list[Item]:
-        """Where gradient methods may look, the deepest first: one item unless it takes a gradient to decide.
+        """Candidate layers for gradient methods, the deepest first: one item unless only a gradient can decide.
 
         The last unit with weights of a convolutional network. In a transformer its class token may be all that the
         head reads, so that patch tokens get no gradient: then the blocks and their normalisation layers, backwards.
@@ -167,9 +169,9 @@ class Stages:
         return next((inner for inner in norms if inner.output.hw == item.output.hw), item)
 
     def _main(self, units: list[Item]) -> list[Item]:
-        """Without tokens that are no map: those that only read out a class token or a state as large as a map.
+        """The units, less tokens that are no map: those that only read out a class token or a state as large as a map.
 
-        They are of another class than most token blocks of their grid, or hold next to nothing beside its images.
+        They are of another class than most token blocks of their grid, or hold few weights compared with its images.
         """
         weights: dict[tuple[tuple[int, int], type[nn.Module]], int] = {}
         images: dict[tuple[int, int], int] = {}
@@ -216,11 +218,11 @@ class Stages:
         return max(before[0] / after[0], before[1] / after[1]) > _SEVERAL_STAGES
 
     def _within(self, call: Call, *, branches: bool) -> list[Call]:
-        """The spatial calls directly inside; one that is not spatial but holds most of what is, is looked into.
+        """The spatial calls directly inside; one that is not spatial itself but holds most of those that are is opened.
 
         Args:
-            call: the call to look into.
-            branches: where the calls that everything passes through hold too little, take those on branches too.
+            call: the call to open.
+            branches: where the calls that everything passes through hold too few weights, also take those on branches.
         """
         inner: list[Call] = []
         for child in call.children:
@@ -241,19 +243,19 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer: one of torch's, or called so."""
+    """Whether a module is a normalisation layer: one of torch's, or one whose name says so."""
     return isinstance(module, _NORMS) or "norm" in type(module).__name__.lower()
 
 
 def _probed(call: Call) -> bool:
-    """What stands for a place in the network when gradients are asked: a block, or a norm that begins its parts."""
+    """The layers whose gradients are tested: a block, or a norm at the start of one of its parts."""
     return call.cut or (is_norm(call.module) and call.parent is not None and call.parent.cut)
 
 
 def _units(sequence: list[Call]) -> list[Item]:
-    """Each module with weights, as it is after what dresses it: norm, activation, dropout.
+    """Each module with weights, taken after the norm, activation or dropout that follows it.
 
-    In an image the unit is the last of them (a convolution's ReLU, a stage's final batch norm). Behind token and NHWC
+    In an image the unit is the last of them (a convolution's ReLU, a stage's final batch norm). After token and NHWC
     blocks a norm belongs to the head, so the unit is the block.
     """
     units: list[Item] = []
@@ -268,7 +270,7 @@ def _units(sequence: list[Call]) -> list[Item]:
 
 
 class _Dressed(Item):
-    """A norm or activation that stands for the weights before it."""
+    """A norm or activation that represents the weights before it."""
 
     @property
     def weighted(self) -> bool:
@@ -276,7 +278,7 @@ class _Dressed(Item):
 
 
 def _last_block(item: Item) -> Item:
-    """A bare sequence of token blocks is named by its last block, which puts out the same."""
+    """A bare sequence of token blocks is named by its last block, which has the same output."""
     while item.is_tokens and isinstance(item.call.module, nn.Sequential):
         inner = [child for child in item.call.children if child.cut and _weighted(child) and spatial(child)]
         if len(inner) < 2:
@@ -311,7 +313,7 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _packed(tensor: Tensor) -> bool:
-    """Whether a tensor holds rounded weights: 8-bit floats, or integers that are no flags or indices."""
+    """Whether a tensor holds rounded weights: 8-bit floats, or integers other than flags and indices."""
     kind = tensor.dtype
     small = kind.itemsize == 1 if kind.is_floating_point else kind not in (torch.bool, torch.int64)
     return tensor.ndim > 1 and small

@@ -1,12 +1,12 @@
-"""One look at a forward pass: which modules ran, inside which, what they put out and what of it reaches the outputs.
+"""A forward pass observed: which modules ran, inside which, what they output and what of it the result needs.
 
-It is a real pass over one image in eval mode without a graph. A pass over fake tensors would be free, but what a model
-keeps from a pass (a position table in ``functools.lru_cache``, a rotary embedding stored on a module) would then be
-fake for ever after; and a pass of one image costs less than the first explanation.
+It is a real pass over one image in eval mode without a graph. A pass over fake tensors would be free, but whatever a
+model caches during a pass (a position table in ``functools.lru_cache``, a rotary embedding stored on a module) would
+then stay fake; and a pass of one image costs less than the first explanation.
 
-One image is enough to tell the batch axis. An output whose first axis is a multiple of the batch, such as windows, has
-length 1 there exactly where it would have length N for N images; what has length 1 for every N, such as a table of
-positions, does not depend on the images, which the flow of the pass shows.
+One image is enough to identify the batch axis. An output whose first axis is a multiple of the batch, such as windows,
+has length 1 there exactly where it would have length N for N images; what has length 1 for every N, such as a table of
+positions, does not depend on the images, as the data flow of the pass shows.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class Output:
-    """One tensor that one call put out.
+    """One output tensor of one call.
 
     Attributes:
-        element: its place in a tuple, list or dict; None where the call puts out the tensor itself.
+        element: its place in a tuple, list or dict; None where the output is the tensor itself.
         shape: with the trace's batch of 1.
-        same: the call was given this tensor, or a view of it, and hands it on.
-        on_path: the model's outputs depend on it.
+        same: whether the call got this tensor, or a view of it, as input and returns it.
+        on_path: whether the model's outputs depend on it.
         grid: how it holds a map; None where it does not.
         hw: rows and columns of that map.
         channels: C of that map.
@@ -99,14 +99,14 @@ class Call:
 
 @dataclass(eq=False)
 class Trace:
-    """What one forward pass showed.
+    """The record of one forward pass.
 
     Attributes:
         size: (H, W) of the input.
         root: the call of the model itself.
-        sizes: ``(clock, (h, w))``: the spatial sizes that the pass went through.
+        sizes: ``(clock, (h, w))``: the spatial sizes seen during the pass.
         extents: what grids of each size cover of the image.
-        derived: what was concluded from it, kept here to be concluded once.
+        derived: conclusions drawn from it, kept here so that each is drawn once.
     """
 
     size: tuple[int, int]
@@ -121,7 +121,7 @@ class Trace:
         return self.root.module
 
     def once(self, question: Hashable, find: Callable[[], _T]) -> _T:
-        """What ``find`` concludes from this trace, at the first time that it is asked for."""
+        """What ``find`` concludes from this trace; computed once."""
         if question not in self.derived:
             return cast("_T", self.derived.setdefault(question, find()))  # two threads agree on the first answer
         return cast("_T", self.derived[question])
@@ -136,12 +136,12 @@ class Trace:
 
 
 def trace(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
-    """Run the model once on the first image and note what happened.
+    """Run the model once on the first image and record what happens.
 
     Hooks, modes and random state are as before when it returns, also if the model raises.
 
     Args:
-        model: the model as the user has it; wrappers are looked through.
+        model: the user's model; wrappers are removed.
         inputs: ``(N, C, H, W)``.
         args: further arguments of its forward; tensors with N rows are cut to the same example.
     """
@@ -202,7 +202,7 @@ class _Recorder:
         self._flow.sizes.extend((call.begin, pair) for pair in _pairs((args, kwargs)))
 
     def end(self, module: nn.Module, _: Any, output: Any) -> Any:
-        while self._running[-1].name != self.names[module]:  # a call that raised inside the model's own try
+        while self._running[-1].name != self.names[module]:  # a call that raised inside a try block of the model's own
             self._running.pop()
             self._given.pop()
         call, (nodes, places) = self._running.pop(), self._given.pop()
@@ -219,10 +219,10 @@ class _Recorder:
         return own
 
     def _own(self, output: Any, found: Mapping[int | str | None, Tensor], given: set[int | None]) -> Any:
-        """The output with a node of its own for each tensor, which stands for what the module hands on.
+        """The output with a node of its own for each tensor, which stands for what the module returns.
 
-        A tensor whose memory others hold as well, because the module was given it or hands it on twice, is copied:
-        what is done with theirs is not done with this one. For all others a new node is enough.
+        A tensor that shares its memory, because it was also an input or is returned twice, is copied: otherwise
+        operations on the other one would count for this one. For all others a new node is enough.
         """
         places = [_address(tensor) for tensor in found.values()]
         if any(place is None or place in given or places.count(place) > 1 for place in places):
@@ -233,7 +233,7 @@ class _Recorder:
 
 
 def _copied(output: Any) -> Any:
-    """The output with each tensor copied, so that a node of its own stands for what the module hands on."""
+    """The output with each tensor copied, so that a node of its own stands for what the module returns."""
     if isinstance(output, Tensor):
         return output.clone()
     copies = {place: tensor.clone() for place, tensor in elements(output).items()}
@@ -241,7 +241,7 @@ def _copied(output: Any) -> Any:
 
 
 def _pairs(value: Any) -> Iterator[tuple[int, int]]:
-    """Neighbouring whole numbers among arguments: models hand (h, w) on beside their tokens."""
+    """Adjacent integers among the arguments: models pass (h, w) along with their tokens."""
     entries = [entry for _, entry in items(value)]
     for first, second in pairwise(entries):
         if type(first) is int and type(second) is int:
@@ -261,7 +261,7 @@ def _mark_paths(root: Call, flow: Flow, outputs: Any) -> None:
         call.cut = not total or sum(through[node] for node in nodes) == total
 
 
-# ---------------------------------------------------------------------- what the outputs are made of
+# ---------------------------------------------------------------------- what the outputs depend on
 
 _SPATIAL_OPERATORS = ("conv", "pool2d", "upsample", "batch_norm")
 
@@ -269,7 +269,7 @@ _SPATIAL_OPERATORS = ("conv", "pool2d", "upsample", "batch_norm")
 class Flow(TorchDispatchMode):
     """While active, numbers every operation on something made from the input: its node, later than its parents.
 
-    A tensor stands for its storage: views share a node, writing in place gives the storage a new one.
+    A tensor stands for its storage: views share a node, an in-place write gives the storage a new one.
 
     Attributes:
         sizes: ``(clock, (h, w))`` of each 4-D output of a convolution, pooling, resizing or batch norm.
@@ -294,14 +294,14 @@ class Flow(TorchDispatchMode):
         return self._nodes[key.cdata][1] if key is not None and key.cdata in self._nodes else None
 
     def renew(self, tensor: Tensor) -> None:
-        """Give what the tensor holds a node of its own, as a copy would have."""
+        """Give the tensor's contents a node of their own, as a copy would have."""
         node = self.node(tensor)
         if node is not None:
             self._parents.append((node,))
             self._set(tensor, len(self._parents) - 1)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and note what its outputs are made of."""
+        """Run the operation and record what its outputs depend on."""
         kwargs = kwargs or {}
         self.clock += 1
         sources = list(tensors((args, kwargs)))
@@ -324,7 +324,7 @@ class Flow(TorchDispatchMode):
     def paths(self, sinks: Iterable[int]) -> tuple[list[int], int]:
         """For each node, how many ways from the source to the sinks lead through it; and how many there are.
 
-        A node with all of them is a cut: nothing reaches the outputs but through it.
+        A node with all of them is a cut: nothing reaches the outputs except through it.
         """
         forward = [1] + [0] * (len(self._parents) - 1)
         for node, parents in enumerate(self._parents[1:], start=1):
@@ -340,10 +340,10 @@ class Flow(TorchDispatchMode):
     def _set(self, tensor: Tensor, node: int) -> None:
         key = _storage(tensor)
         if key is not None:
-            self._nodes[key.cdata] = (key, node)  # the weak reference keeps the address from being used again
+            self._nodes[key.cdata] = (key, node)  # the weak reference keeps the address from being reused
 
     def _written_by(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-        """The arguments that an operation works on in place."""
+        """The arguments that an operation writes to in place."""
         if func not in self._written:
             schema = getattr(func, "_schema", None)
             arguments = enumerate(schema.arguments) if schema is not None else ()
@@ -366,7 +366,7 @@ def _alive(reference: ReferenceType[nn.Module]) -> nn.Module:
 
 
 def _address(tensor: Tensor) -> int | None:
-    """What tells the memory of a tensor from that of all others alive; None where it has none of its own."""
+    """What distinguishes a tensor's memory from that of all other live tensors; None where it has none of its own."""
     key = _storage(tensor)
     return None if key is None else key.cdata
 

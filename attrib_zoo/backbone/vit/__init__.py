@@ -1,1 +1,1 @@
-"""Transformers: their attention, and the pieces around it."""
+"""Transformers: their attention, and the parts around it."""

@@ -6,8 +6,8 @@ its weights, and the gradient with respect to them from the gradient at its outp
     A = softmax(q k^T * scale),    dS/dA = heads(G W_o) v^T.
 
 Nothing about the model changes. Whatever these two lines do not describe (windows, relative positions, rotary
-embeddings, class attention, ...) shows in the module's output, which is computed again too: where the two differ the
-model is refused by the name of the module.
+embeddings, class attention, ...) shows in the module's output, which is recomputed too: where the two differ, the model
+is refused with the name of the module.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Attentions:
     Attributes:
         taps: the output of each attention module in the order of execution, all its tokens as a 1 x T map.
         grid: where the patches lie among the T tokens.
-        read: the tokens that the head reads, told by their gradient.
+        read: the tokens that the head reads, identified by their gradient.
     """
 
     taps: tuple[Tap, ...]
@@ -63,7 +63,7 @@ class Attentions:
         return all(token < self.grid.prefix for token in self.read)
 
     def follow(self, relations: Iterable[Tensor]) -> Tensor:
-        """What the tokens that the head reads take from each patch, through all blocks.
+        """What flows into the tokens that the head reads from each patch, through all blocks.
 
         The row of these tokens (the mean of their rows) in the product of all matrices, the last block's leftmost;
         multiplied from the left, so that no product of two matrices is formed.
@@ -93,13 +93,13 @@ def find_attention(
     """Find and check every attention module of a model, as it runs on inputs of this size.
 
     Args:
-        model: the classifier; wrappers are looked through.
+        model: the classifier; wrappers are removed.
         inputs: images of the size to be explained.
         args: further arguments of its forward.
         traced: what :func:`attrib_zoo.backbone.layers.resolve.look` returned for them, to save a pass.
 
     Raises:
-        UnsupportedModelError: there is none, or one is no plain self-attention over all tokens.
+        UnsupportedModelError: there is none, or one is not plain self-attention over all tokens.
     """
     trace = traced or look(model, inputs, args)
     calls = attention_calls(trace)
@@ -118,7 +118,7 @@ def find_attention(
         one = inputs[:1], select_args(args, torch.zeros(1, dtype=torch.long, device=inputs.device), len(inputs))
         found = Attentions(taps, grids[0], _read(bare, taps[-1], grids[0].prefix, *one))
         for _ in read_attention(bare, found, *one).matrices():
-            pass  # it checks itself
+            pass  # the check is in the loop itself
     return found
 
 
@@ -155,7 +155,7 @@ def block_of(call: Call) -> Call:
 
 
 def token_grid(call: Call, trace: Trace) -> Grid:
-    """Where the patches lie among the tokens that an attention puts out, or an error that names it."""
+    """Where the patches lie among the output tokens of an attention module, or an error that names it."""
     if trace.count(call.module) > 1:
         raise refuse(call.name, call.module, "it runs several times in a forward pass")
     grid = call.outputs[0].grid if call.outputs else None
@@ -166,7 +166,7 @@ def token_grid(call: Call, trace: Trace) -> Grid:
 
 
 def _read(model: nn.Module, last: Tap, prefix: int, image: Tensor, args: Sequence[Any]) -> tuple[int, ...]:
-    """The tokens whose gradient behind the last attention is not zero; the first where none has any (a zero head)."""
+    """The tokens with a nonzero gradient after the last attention; the first token if none has one (a zero head)."""
     with run_with_graph(model, image, args, [last]) as (outputs, maps):
         scores = outputs.flatten()
         # unequal weights: the sum of a softmax has no gradient
@@ -189,7 +189,7 @@ class Matrix:
         q: queries ``(N, H, T, d)``; ``k`` and ``v`` likewise.
         values: A, ``(N, H, T, T)``; each row sums to 1.
         context: A v, ``(N, H, T, d)``.
-        at_output: ``(M, N, T, D)``, the gradient of M scores at the module's output; None in a pass without.
+        at_output: ``(M, N, T, D)``, the gradient of M scores at the module's output; None in a pass without gradients.
     """
 
     heads: Heads
@@ -211,11 +211,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class AttentionPass:
-    """One pass of a model, looked at through its attention; made by :func:`read_attention`.
+    """The attention modules in one pass of a model; made by :func:`read_attention`.
 
     Attributes:
         outputs: ``(N, ...)``.
-        beside: for each tensor that was asked for, the gradients of the M scores with respect to it, ``(M, ...)``.
+        beside: for each extra tensor requested, the gradients of the M scores with respect to it, ``(M, ...)``.
     """
 
     outputs: Tensor
@@ -223,7 +223,7 @@ class AttentionPass:
     _modules: tuple[nn.Module, ...]
     _names: tuple[str, ...]
     _tokens: tuple[Tensor, ...]
-    _mixed: tuple[Tensor | None, ...]  # (N, T, 3 H d) queries, keys and values, where a module of theirs put them out
+    _mixed: tuple[Tensor | None, ...]  # (N, T, 3 H d) queries, keys and values, where a module of its own outputs them
     _found: tuple[Tensor, ...]  # (N, T, D) outputs of the modules
     _gradients: tuple[Tensor, ...] | None
     _factor: Tensor | None
@@ -233,7 +233,7 @@ class AttentionPass:
         return len(self._modules)
 
     def matrices(self) -> Iterator[Matrix]:
-        """The matrices of each module, from the last to the first; each is computed when it is asked for.
+        """The matrices of each module, from the last to the first; each is computed when requested.
 
         Raises:
             UnsupportedModelError: they do not explain the module's output.
@@ -267,9 +267,9 @@ def read_attention(
     beside: Sequence[Tensor] = (),
     within: AbstractContextManager[Any] | None = None,
 ) -> AttentionPass:
-    """One pass, with the gradients of scores at every attention module where they are asked for.
+    """One pass, with the gradients of scores at every attention module if requested.
 
-    The graph begins behind the first attention; each score costs one backward pass.
+    The graph begins after the first attention; each score costs one backward pass.
 
     Args:
         model: the classifier, in eval mode.
@@ -279,7 +279,7 @@ def read_attention(
         scores: from the outputs ``(N, ...)`` to M scores ``(N, M)``; None for a pass without a graph.
         last: ``(N,)``: the last module attends with the *constant* matrix that is its own times this factor, so that
             nothing flows back through its queries and keys.
-        beside: further tensors of the graph to differentiate with respect to; a list that hooks fill in the pass.
+        beside: further tensors of the graph to differentiate with respect to; a list that hooks fill during the pass.
         within: a context for the model's forward, where there are scores.
     """
     bare = unwrap(model)

@@ -1,4 +1,4 @@
-"""One attention module: its weights, its heads, and whether they explain what it puts out."""
+"""One attention module: its weights, its heads, and whether they explain its output."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.masking import wide_dtype
 
 _INSTEAD = "use GradCAM, RISE or TTAME, which need no attention matrices"
-_TOLERANCE = 1e-4  # of the largest value; a variant that these formulas do not describe is off by far more
+_TOLERANCE = 1e-4  # of the largest value; a variant that these formulas do not describe differs by far more
 _ROUNDINGS = 8
 
 
 def precise(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Autocast ended: matrices are computed in the type that their tensors have."""
+    """Autocast off: matrices are computed in the dtype of their tensors."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -40,7 +40,7 @@ class Heads:
         weight: ``(3 H d, D)``, to queries, keys and values; ``bias`` likewise.
         out_weight: ``(D, H d)``, from the heads' results; ``out_bias`` likewise.
         count: H.
-        scale: what dots of queries and keys are multiplied with.
+        scale: the factor of the dot products of queries and keys.
         norms: what normalises queries and keys, where something does.
     """
 
@@ -72,7 +72,7 @@ class Heads:
         return parts.transpose(-3, -2).flatten(-2)
 
     def project(self, context: Tensor) -> Tensor:
-        """What the heads found, ``(N, H, T, d)``, to the module's output ``(N, T, D)``."""
+        """From the heads' results, ``(N, H, T, d)``, to the module's output ``(N, T, D)``."""
         return F.linear(self.together(context), self.out_weight, self.out_bias)
 
 
@@ -105,7 +105,7 @@ def heads_of(module: nn.Module, name: str, dtype: torch.dtype) -> Heads:
         norms = (getattr(module, "q_norm", None), getattr(module, "k_norm", None))
         counts = (getattr(module, attribute, None) for attribute in ("num_heads", "num_attention_heads"))
         count = next((value for value in counts if isinstance(value, int)), 0)
-    taken = weight.shape[0] // 3 if out is None else out.in_features  # without one the heads' results are the output
+    taken = weight.shape[0] // 3 if out is None else out.in_features  # without it the heads' results are the output
     if not count or weight.shape[0] % (3 * count) or weight.shape[0] != 3 * taken:
         raise refuse(name, module, "queries, keys and values must have the same size")
     scales = (getattr(module, attribute, None) for attribute in ("scale", "scaling"))
@@ -120,12 +120,12 @@ def heads_of(module: nn.Module, name: str, dtype: torch.dtype) -> Heads:
     return Heads(exact(weight), exact(bias), exact(out_weight), exact(out_bias), count, float(scale), norms)
 
 
-_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))  # of Hugging Face, now and before
+_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))  # of Hugging Face, new and old
 _OUT = ("proj", "o_proj", "out_proj")
 
 
 def _projections(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the layers that make queries, keys and values of the tokens, one behind the other."""
+    """Weight and bias of the layers that turn tokens into queries, keys and values, stacked in this order."""
     qkv = getattr(module, "qkv", None)
     if isinstance(qkv, nn.Linear):
         return qkv.weight, qkv.bias

@@ -1,6 +1,6 @@
-"""What the tokens of every block would score, if the head read them there, and how attention made them score it.
+"""What the tokens of every block would score if the head read them there, and how attention led to that score.
 
-The layers behind the last block are run again with the tokens of each block in their place. The gradient of that score
+The layers after the last block are run again with the tokens of each block in their place. The gradient of that score
 goes back within its own block only: no gradient passes from one block to another.
 """
 
@@ -44,7 +44,7 @@ class Layers:
     Attributes:
         blocks: the outputs of the blocks in the order of execution, all tokens as a 1 x T map.
         grid: where the patches lie among the T tokens.
-        attentions: the self-attention of each block; None where attention pooling stands behind the blocks.
+        attentions: the self-attention of each block; None where attention pooling follows the blocks.
         pool: the name of that attention pooling.
     """
 
@@ -54,7 +54,7 @@ class Layers:
     pool: str | None
 
     def cells(self, rows: Tensor) -> Tensor:
-        """Of values ``(..., T)`` of all tokens, or of all but the prefix, those of the patches, ``(..., h, w)``."""
+        """From values ``(..., T)`` of all tokens, or of all but the prefix, those of the patches, ``(..., h, w)``."""
         h, w = self.grid.hw or (0, 0)
         patches: Tensor = rows[..., rows.shape[-1] - h * w :].unflatten(-1, (h, w))
         return patches
@@ -136,7 +136,7 @@ def layer_gradients(
 
 @contextmanager
 def _collecting(model: nn.Module, taps: Sequence[Tap], tokens: dict[int, Tensor]) -> Iterator[None]:
-    """Keeps what each block puts out the first time that it runs."""
+    """Keeps the output of each block's first run."""
 
     def hook_for(position: int, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -152,7 +152,7 @@ def _collecting(model: nn.Module, taps: Sequence[Tap], tokens: dict[int, Tensor]
 
 
 def _slopes(again: Replay, maps: Tensor, target: Target, beside: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-    """The scores of other tokens in the place of the last block's, and their gradient at these, or at ``beside``.
+    """The scores of other tokens in the place of the last block's, and their gradient at them, or at ``beside``.
 
     ``beside`` is filled by hooks while the scores are computed.
 

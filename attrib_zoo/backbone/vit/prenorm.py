@@ -1,9 +1,9 @@
-"""Plain pre-norm transformers taken apart, for methods that go back through every layer by rules of their own.
+"""Plain pre-norm transformers taken apart, for methods that go backwards through every layer by rules of their own.
 
 A block is ``x1 = x0 + f(norm(x0))`` with attention in f, and ``x2 = x1 + g(norm(x1))`` with linear layers one after
-the other in g; what else is in f and g (activation, LayerScale, dropout) works on each value alone. Behind the blocks
-stand layers of that kind, a read-out of the class token or a mean of tokens, and linear layers. All of this is found
-in one pass and checked by its numbers; a model that is built otherwise is refused.
+the other in g; what else is in f and g (activation, LayerScale, dropout) works on each value alone. After the blocks
+come layers of that kind, a read-out of the class token or a mean of tokens, and linear layers. All of this is found in
+one pass and checked numerically; a model that is built otherwise is refused.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Block:
 
     Attributes:
         name: the block; its input is x0.
-        branch: what puts out f(norm(x0)), which entry of its output that is, and which of its runs.
+        branch: the module that outputs f(norm(x0)), which entry of its output that is, and which of its runs.
         norm: the norm of the second branch; its input is x1.
         linears: the linear layers of the second branch, in the order of execution.
-        last: what puts out g(norm(x1)), and which of its runs: a dropout may stand behind both branches.
+        last: the module that outputs g(norm(x1)), and which of its runs: one dropout may follow both branches.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Head:
-    """One way from the tokens to scores.
+    """One path from the tokens to scores.
 
     Attributes:
         linears: its linear layers, in the order of execution.
-        token: the token that it reads; None for the mean of all tokens that are read.
+        token: the token that it reads; None for the mean of all tokens read.
     """
 
     linears: tuple[str, ...]
@@ -78,7 +78,7 @@ class PreNorm:
 
 
 class Values:
-    """What went in and out of the parts during one pass; filled by :meth:`listening`."""
+    """Inputs and outputs of the parts during one pass; filled by :meth:`listening`."""
 
     def __init__(self) -> None:
         self._inputs: dict[str, Tensor] = {}
@@ -95,7 +95,7 @@ class Values:
 
     @contextmanager
     def listening(self, model: nn.Module, parts: PreNorm) -> Iterator[None]:
-        """Hooks for one pass; what the heads put out stays in its graph, in :attr:`scores`."""
+        """Hooks for one pass; the heads' outputs stay in their graph, in :attr:`scores`."""
         with ExitStack() as stack:
 
             def keep_input(name: str) -> None:
@@ -141,7 +141,7 @@ def take_apart(trace: Trace, found: Attentions, inputs: Tensor, args: Sequence[A
     """Find the parts of a traced model and check them on one image.
 
     Raises:
-        UnsupportedModelError: it is no plain pre-norm transformer with linear layers behind it.
+        UnsupportedModelError: it is not a plain pre-norm transformer followed by linear layers.
     """
     seen = _Seen(trace, inputs, args)
     attentions = [next(c for c in trace.calls() if c.name == tap.name) for tap in found.taps]
@@ -201,7 +201,7 @@ class _Seen:
 
     @staticmethod
     def same(one: Any, other: Any) -> bool:
-        """Whether two values are equal but for rounding."""
+        """Whether two values are equal up to rounding."""
         if not (isinstance(one, Tensor) and isinstance(other, Tensor)) or one.shape != other.shape:
             return False
         return close(one, other)
@@ -246,12 +246,12 @@ def _leaves(call: Call) -> list[Call]:
 
 
 def _mixes(call: Call) -> bool:
-    """Whether a layer that is no linear one mixes channels or tokens: it has a matrix, and is no norm."""
+    """Whether a layer other than a linear one mixes channels or tokens: it has a matrix and is not a norm."""
     return not is_norm(call.module) and any(parameter.ndim > 1 for parameter in call.module.parameters())
 
 
 def _heads(trace: Trace, block: Call, found: Attentions, seen: _Seen) -> tuple[str, tuple[Head, ...]]:
-    """What stands behind the last block: layers on tokens, then on vectors."""
+    """What follows the last block: layers on tokens, then on vectors."""
     leaves = [call for call in trace.calls() if call.begin > block.end and not call.children]
     tokens = block
     vectors: list[Call] = []
