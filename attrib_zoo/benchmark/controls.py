@@ -1,4 +1,4 @@
-"""Maps that explain nothing, and the one that knows all, to bracket every score."""
+"""Maps that explain nothing, and the one that knows the truth, to bracket every score."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from attrib_zoo.metrics import box_masks
 
 
 def chance(seed: int) -> Explain:
-    """Random numbers on a 7x7 grid: as coarse as a CAM, and knowing nothing."""
+    """Random numbers on a 7x7 grid: as coarse as a CAM, and blind."""
 
     def explain(inputs: Tensor, target: Tensor) -> Tensor:
         maps = []
-        for image in inputs.detach().float().cpu():  # drawn from the image, so that its batch does not matter
+        for image in inputs.detach().float().cpu():  # seeded by the image, so that its batch does not matter
             generator = torch.Generator().manual_seed(seed + zlib.crc32(image.numpy().tobytes()))
             maps.append(torch.rand(1, 7, 7, generator=generator))
         return torch.stack(maps).to(inputs)
@@ -55,12 +55,12 @@ def blob(_: int) -> Explain:
 
 
 def constant(inputs: Tensor, target: Tensor) -> Tensor:
-    """The map of which measures tell what is to be expected by chance, see ``Measure.chance``."""
+    """The constant map, whose value is what a measure gives by chance; see ``Measure.chance``."""
     return inputs.new_ones(len(inputs), 1, *inputs.shape[-2:])
 
 
 def perfect(truth: Mapping[str, Any]) -> Explain:
-    """The true region itself; for copies of each image, as many of it."""
+    """The true region itself; repeated where each image is."""
 
     def explain(inputs: Tensor, target: Tensor) -> Tensor:
         told = truth.get("masks")
@@ -73,7 +73,7 @@ def perfect(truth: Mapping[str, Any]) -> Explain:
 
 
 def untrained(methods: Mapping[str, Any], seed: int) -> dict[str, Explain]:
-    """The twin of each trained explainer that nobody has trained."""
+    """An untrained twin of each trained explainer."""
     trained = {name: method for name, method in methods.items() if isinstance(method, TrainableAttribution)}
     twins = {name + UNTRAINED: method.untrained(seed) for name, method in trained.items()}
     for twin in twins.values():
@@ -97,7 +97,7 @@ CHANCE = "chance"
 def beside(
     methods: Mapping[str, Any], measures: Sequence[Measure], truth: Iterable[str], seed: int
 ) -> dict[str, Explain | None]:
-    """The controls that stand beside methods; ``None`` is :func:`perfect`, made anew of each batch's truth."""
+    """The controls listed next to the methods; ``None``: :func:`perfect`, made anew from each batch's truth."""
     found: dict[str, Explain | None] = {**untrained(methods, seed)}
     found |= {name: make(seed) for name, make in CONTROLS.items()}
     if any(key in NEEDS["region"] for key in truth):

@@ -60,7 +60,7 @@ class Cost:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: processor time on the CPU, which a busy machine changes little; on a GPU wall time after its queue."""
+    """Seconds: processor time on a CPU, which other load hardly changes; on a GPU, wall time with its queue empty."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -75,7 +75,7 @@ def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor,
 
 
 def measured(function: Callable[[], Tensor], model: nn.Module, images: int) -> tuple[Tensor, Cost]:
-    """Run a call that explains so many images; its result and its cost (without ``plain``)."""
+    """Run a call that explains this many images; its result and its cost (without ``plain``)."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     cost = Cost(images)
     if device.type == "cuda":
@@ -110,9 +110,10 @@ def _counting(model: nn.Module, cost: Cost) -> Iterator[None]:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Largest number of bytes of tensors that were made while a function ran and not freed yet.
+    """The largest number of bytes held at once by tensors made while a function ran.
 
-    What a single operation needs inside is not seen. Use it beside a timing, not in it: it slows small operations.
+    Memory that a single operation uses internally is not seen. Run it separately from a timing: it slows small
+    operations.
     """
     mode = _Held()
     with mode:
@@ -121,7 +122,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 
 class _Held(TorchDispatchMode):
-    """Adds up the storages that operations return, as long as they live."""
+    """Adds up the live storages that operations return."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

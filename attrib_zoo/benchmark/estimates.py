@@ -19,7 +19,7 @@ class Estimate:
         mean: the mean; NaN without images.
         low: the lower end of the interval.
         high: the upper end.
-        images: how many images have a value; those where the measure means nothing have none.
+        images: how many images have a value; images where the measure is undefined have none.
     """
 
     mean: float
@@ -50,7 +50,7 @@ def estimate(values: Tensor, seed: int = 0) -> Estimate:
     if len(kept) == 1:
         return Estimate(float(kept[0]), math.nan, math.nan, 1)
     generator = torch.Generator().manual_seed(seed)
-    means = torch.cat(  # in parts: all at once are 2000 N numbers
+    means = torch.cat(  # in parts: all at once would be 2000 N numbers
         [
             kept[torch.randint(len(kept), (100, len(kept)), generator=generator)].mean(1)
             for _ in range(_RESAMPLES // 100)

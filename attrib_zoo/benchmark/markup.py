@@ -12,11 +12,11 @@ from attrib_zoo.benchmark.words import Numbers, standing, summary
 if TYPE_CHECKING:
     from attrib_zoo.benchmark.records import Records
 
-_ACROSS = 8  # columns beside the name that a screen of 1280 pixels shows
+_ACROSS = 8  # columns next to the name that a screen of 1280 pixels shows
 
 
 class Told(Numbers, Protocol):
-    """What is shown of a :class:`~attrib_zoo.benchmark.table.Table`, which imports this module and not the reverse."""
+    """The part of a :class:`~attrib_zoo.benchmark.table.Table` shown here: it imports this module, not the reverse."""
 
     records: Records
 
@@ -27,12 +27,12 @@ class Told(Numbers, Protocol):
         """The methods with the best mean."""
 
     def notes(self) -> list[str]:
-        """What the reader must know."""
+        """What the reader needs to know."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one field shows: its value for sorting, a number, the interval below it, and how it stands."""
+    """What one field shows: its value for sorting, a number, the interval below it, and how it compares."""
 
     value: Any
     text: str

@@ -30,17 +30,17 @@ Function = Callable[..., Tensor]
 
 @dataclass
 class Question:
-    """One batch and one method's maps of it: all that a measure may look at.
+    """One batch and one method's maps for it: everything that a measure may use.
 
     Attributes:
         model: the classifier.
-        explain: the method, ``(inputs, target) -> maps``; for measures that want maps of other inputs.
+        explain: the method, ``(inputs, target) -> maps``; for measures that need maps of other inputs.
         inputs: ``(N, C, H, W)``.
         maps: ``(N, C, H, W)`` or ``(N, 1, h, w)``.
         target: ``(N,)`` class indices.
         clean: ``(N,)``, the target's score on the whole images.
-        seeds: one int per image, the same whatever the batch.
-        truth: ``masks`` or ``boxes`` of the asked object, ``other_masks`` or ``other_boxes`` and
+        seeds: one int per image, independent of the batch.
+        truth: ``masks`` or ``boxes`` of the target's object, ``other_masks`` or ``other_boxes`` and
             ``distractor_masks``, where known.
         masking: what replaces hidden pixels; see ``metrics.masked_confidence``.
         score: ``"softmax"`` or ``"sigmoid"``.
@@ -63,7 +63,7 @@ class Question:
         return function(self.model, self.inputs, self.maps, self.target, **options)
 
     def shared(self, function: Callable[..., Any], **options: Any) -> Any:
-        """The same, once for all measures that want it, with what all model-based measures are told."""
+        """The same, computed once for all measures that use it, with the arguments of all model-based measures."""
         key = function, tuple(options.items())
         if key not in self._cache:
             told = {"clean": self.clean, "masking": self.masking, "score": self.score}
@@ -85,17 +85,17 @@ class Measure:
     """A named number per image.
 
     Attributes:
-        name: as tables print it.
+        name: as printed in tables.
         compute: from a :class:`Question` to ``(N,)``, or ``(N, P)`` for a curve, whose mean is the number.
         lower: whether less is better.
         percent: whether tables print 100 times the mean.
-        needs: ``"region"``, ``"others"`` or ``"distractors"`` where the data must say what is true.
-        chance: as ``compute``, of a question whose maps are constant: what a map that knows nothing gets on average,
-            where the region alone tells it.
-        points: where on the horizontal axis a curve's values stand.
+        needs: ``"region"``, ``"others"`` or ``"distractors"`` where the data must provide the truth.
+        chance: like ``compute``, for a question whose maps are constant: what an uninformed map gets on average, where
+            the region alone determines it.
+        points: the horizontal positions of a curve's values.
         area: the number of a curve is the area under it instead of its mean.
-        elsewhere: it asks the method about images that it makes itself, of which no true region is known; the perfect
-            map has no number.
+        elsewhere: whether it explains images that it makes itself, for which no true region is known; the perfect map
+            then has no value.
     """
 
     name: str
@@ -147,7 +147,7 @@ def _curve(function: Function, **options: Any) -> Callable[[Question], Tensor]:
 
 
 def _gap(kept: Callable[[Question], Tensor], lost: Callable[[Question], Tensor]) -> Callable[[Question], Tensor]:
-    """What is left in one order less what is left in the other."""
+    """What is left in one order minus what is left in the other."""
     return lambda asked: kept(asked) - lost(asked)
 
 
@@ -157,7 +157,7 @@ def _hidden(order: str) -> Callable[[Question], Tensor]:
 
 
 def _mosaic(asked: Question) -> Tensor:
-    """The grid pointing game among the images of the batch; NaN for those that find no mosaic."""
+    """The grid pointing game among the images of the batch; NaN for those that fit into no mosaic."""
     found = asked.clean.new_full((len(asked.inputs),), torch.nan)
     mosaics = metrics.grid_mosaics(asked.inputs, asked.target, asked.clean, seed=asked.seeds)
     if len(mosaics):
@@ -178,7 +178,7 @@ def _where(
 
 
 def _share(**options: Any) -> Callable[[Question], Tensor]:
-    """Energy on the asked object rather than the others; of a constant map that is its share of their area."""
+    """Energy on the target's object rather than the others; for a constant map, its share of their area."""
     return _where(metrics.class_discrimination, others=True, ranked=False, **options)
 
 
@@ -188,7 +188,7 @@ def _beside(**options: Any) -> Callable[[Question], Tensor]:
 
 
 def _overlap(asked: Question) -> Tensor:
-    """What mIoU gives on average to as many pixels drawn blindly, to second order in how many of them lie inside."""
+    """The average mIoU of as many pixels drawn at random, to second order in how many of them lie inside."""
     size = asked.inputs.shape[-2] * asked.inputs.shape[-1]
     region, taken = _AREA(asked) * size, math.ceil(_TOP * size)
     inside, both = region * taken / size, region + taken
@@ -196,7 +196,7 @@ def _overlap(asked: Question) -> Tensor:
     return inside / (both - inside) + both * variance / (both - inside) ** 3
 
 
-# Of a constant map: the energy inside, all pixels taken at once, all pixels pointing at once.
+# For a constant map: the energy inside, all pixels taken at once, all pixels pointing at once.
 _AREA = _where(metrics.energy_pointing_game, ranked=False, normalize=False)
 _ALL = _where(metrics.bbox_score, ranked=False, ties="threshold")
 _ANYWHERE = _where(metrics.pointing_game, ranked=False, ties="threshold")
@@ -274,7 +274,7 @@ def chosen(wanted: Wanted | None, truth: Sequence[str]) -> list[Measure]:
     """The measures asked for; ``None`` takes AD, IC, ROAD and whatever the data has regions for.
 
     Raises:
-        OptionError: no such measure, or one that needs what the data does not say.
+        OptionError: no such measure, or one that needs what the data does not provide.
     """
     if isinstance(wanted, Mapping):
         return [Measure(name, _custom(function), percent=False) for name, function in wanted.items()]

@@ -29,18 +29,18 @@ _CONTROL_MARKERS = ("x", "+", "1", "|", "_")
 
 
 class Numbers(Protocol):
-    """What is drawn of a :class:`~attrib_zoo.benchmark.table.Table`, which imports this module and not the reverse."""
+    """The part of a :class:`~attrib_zoo.benchmark.table.Table` drawn here: it imports this module, not the reverse."""
 
     records: Records
     measures: list[Measure]
 
     @property
     def methods(self) -> list[str]:
-        """The rows."""
+        """The names of the rows."""
 
     @property
     def controls(self) -> list[str]:
-        """Those of them that explain nothing."""
+        """Those of them that are controls."""
 
     def curve(self, method: str, measure: str) -> Tensor:
         """The mean curve, ``(P,)``."""
@@ -54,7 +54,7 @@ def plot(table: Numbers, across: int = 3) -> Figure:
 
     Args:
         table: the numbers.
-        across: how many panels stand side by side, at most; 1 is for narrow screens.
+        across: the largest number of panels side by side; 1 is for narrow screens.
 
     Returns:
         A matplotlib figure of its own, unknown to ``pyplot``.
@@ -69,7 +69,7 @@ def plot(table: Numbers, across: int = 3) -> Figure:
     across = 2 if (panels, across) == (4, 3) else across  # no row of one
     down = -(-panels // across)
     shown = [method for method in table.methods if method != CHANCE]
-    beside = max(1, min(len(shown), 5 * across // 3 if across > 1 else 2))  # names in a line of the legend
+    beside = max(1, min(len(shown), 5 * across // 3 if across > 1 else 2))  # names per line of the legend
     tall = 3.6 * down + 0.25 + 0.2 * -(-len(shown) // beside)
     sheet = Figure(figsize=(4.4 * across, tall), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(sheet)
@@ -97,7 +97,7 @@ def _scatter(panel: Axes, table: Numbers, styles: dict[str, dict[str, Any]]) -> 
             continue
         found, cost = table.estimate(method, measure.name), table.records.costs[method].times_forward
         style = {**styles[method], "linestyle": "none"}
-        reach = [[max(found.mean - found.low, 0.0)], [max(found.high - found.mean, 0.0)]]  # rounding can turn them
+        reach = [[max(found.mean - found.low, 0.0)], [max(found.high - found.mean, 0.0)]]  # by rounding, else negative
         error = None if found.low != found.low else reach
         panel.errorbar([max(cost, 0.01)], [found.mean], yerr=error, capsize=2, elinewidth=0.8, label=method, **style)
     panel.set_xscale("log")
@@ -110,7 +110,7 @@ def _scatter(panel: Axes, table: Numbers, styles: dict[str, dict[str, Any]]) -> 
 
 
 def _styles(methods: list[str], controls: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each method: no two alike among a hundred; controls are grey and broken lines."""
+    """Colour, marker and line of each method: no two alike among a hundred; controls are grey, dashed lines."""
     styles: dict[str, dict[str, Any]] = {}
     for method in methods:
         control = method in controls

@@ -1,4 +1,4 @@
-"""Per-image results, kept in a file as they come: a run that was interrupted goes on where it stopped."""
+"""Per-image results, written to a file as they come: an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ FORMAT = 2
 
 @dataclass
 class Row:
-    """What one method got on one image.
+    """The results of one method on one image.
 
     Attributes:
         method: its name.
-        image: the image's place in the loader.
-        digest: a checksum of the image, its target and its regions, so that another loader is noticed.
+        image: the image's position in the loader.
+        digest: a checksum of the image, its target and its regions, so that a different loader is noticed.
         target: the class that was explained.
         clean: the target's score on the whole image.
-        values: measure -> number; NaN where it means nothing.
+        values: measure -> number; NaN where undefined.
         curves: measure -> its values along the curve.
     """
 
@@ -46,12 +46,12 @@ class Records:
     """Rows and costs in memory and, with a path, in a file of one JSON object per line.
 
     Args:
-        setting: what the results depend on: model, methods, measures, seeds. A file of another setting is refused.
-        path: the file, made if it is not there; ``None`` keeps nothing.
-        beside: files of other processes to read too.
+        setting: what the results depend on: model, methods, measures, seeds. A file with another setting is refused.
+        path: the file, created if missing; ``None`` keeps nothing.
+        beside: files of other processes, to read as well.
 
     Raises:
-        DataError: the file is of another run, was edited, lacks lines, or cannot be read or written.
+        DataError: the file belongs to another run, was edited, lacks lines, or cannot be read or written.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Records:
         for file in beside:
             self._read(file)
         self._begun = self._read(self.path)
-        self._write([])  # whether it can be written is known before any work
+        self._write([])  # fails before any work if it cannot be written
 
     def add(self, rows: Iterable[Row], method: str, cost: Cost) -> None:
-        """Keep a batch of one method; all of it reaches the file, or none."""
+        """Keep a batch of one method; the file gets all of it or nothing."""
         found = list(rows)
         self._keep(found, method, cost)
         if self.path is not None:
@@ -79,14 +79,14 @@ class Records:
             self._begun = True
 
     def first(self, count: int) -> Records:
-        """What is known of the first images of the loader, in their order."""
+        """The results for the first images of the loader, in their order."""
         part = Records(self.setting)
         part.rows = {key: row for key, row in sorted(self.rows.items(), key=lambda item: item[0][1]) if key[1] < count}
         part.costs = dict(self.costs)
         return part
 
     def merge(self, other: Records) -> None:
-        """Take over what another process found."""
+        """Take over the results of another process."""
         new = {key: row for key, row in other.rows.items() if key not in self.rows}
         self.rows |= new
         for method, cost in other.costs.items():
@@ -113,7 +113,7 @@ class Records:
         self._seal = seal
 
     def _read(self, path: Path) -> bool:
-        """Take over a file; whether it was there. What is no results file of this run is left as it is."""
+        """Take over a file, and say whether it existed. A file that holds no results of this run is not touched."""
         if not path.exists():
             return False
         try:
@@ -138,7 +138,7 @@ class Records:
             raise self._strange(path) from error
         if path == self.path:
             self._seal = seal
-        if begun and path == self.path:  # a last line without an end was being written when the run stopped
+        if begun and path == self.path:  # a last line without a line end was being written when the run stopped
             try:
                 os.truncate(path, len(whole))
             except OSError as error:
@@ -146,7 +146,7 @@ class Records:
         return bool(lines)
 
     def _check(self, path: Path, head: Any) -> None:
-        """An error for the first line of another run's file, or of no such file."""
+        """Raise for the first line of another run's file, or of a file of another kind."""
         if (
             not isinstance(head, dict)
             or head.get("format") not in (1, FORMAT)
@@ -176,7 +176,7 @@ class Records:
 
 
 def _sealed(line: Mapping[str, Any], before: str | None) -> tuple[str, str | None]:
-    """A line of the file, and its seal, which is of the line and of the seal before it."""
+    """A line of the file and its seal, a checksum of the line and of the seal before it."""
     text = json.dumps(line)
     if before is None:
         return text + "\n", None
@@ -185,7 +185,7 @@ def _sealed(line: Mapping[str, Any], before: str | None) -> tuple[str, str | Non
 
 
 def _last_seal(path: Path, texts: list[str], head: Mapping[str, Any]) -> str | None:
-    """The seal of the last line, after a look at all of them."""
+    """The seal of the last line, with all lines checked."""
     if head["format"] == 1:
         warn(
             f"path: '{path}' was begun by version 0.1, whose lines have no checksums: an edited or deleted line cannot "

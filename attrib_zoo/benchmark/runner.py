@@ -49,34 +49,34 @@ def evaluate(
     """Measure methods on images: every method and every measure on every image, in one pass over the data.
 
     Each image's clean scores are computed once and each method's map once for all measures. Every image is explained
-    for the batch's ``target`` if it says one, and for the model's own decision otherwise, as in the papers.
+    for the batch's ``target`` if it gives one, and for the model's own decision otherwise, as in the papers.
 
     Args:
         model: the classifier that the methods explain.
         methods: name -> method: anything with ``attribute(inputs, target=)``, ours or Captum's, or a function
             ``(inputs, target) -> maps``, ``(N, C, H, W)`` or ``(N, 1, h, w)``. Measures scale a map to [0, 1], then
-            enlarge it: ours are asked for maps at layer resolution, whatever their ``upsample``.
+            enlarge it: our methods are asked for maps at the layer's resolution, whatever their ``upsample``.
         loader: batches of standardised images: tensors, tuples that start with one, or dicts with the images under
             ``"image"`` (or ``"inputs"`` ...) and, where known, ``"target"`` ``(N,)``, ``"masks"`` ``(N, H, W)`` or
             ``"boxes"`` ``(N, M, 4)`` of what is explained, ``"other_masks"`` or ``"other_boxes"`` of other objects.
             The order must be the same in a run that continues another: no shuffling.
         metrics: names of families or measures (``"ad,ic,road"``; see ``FAMILIES``), or name -> function
-            ``(model, inputs, attributions, target) -> (N,)``. ``None``: AD, IC, ROAD, and all that the data's regions
-            allow.
-        controls: also measure maps that no method should fall behind: random numbers, the edges of the image, a blob
-            in its centre, and each trained explainer as it was before its fit; the true region as a map, where the
-            data says it; and what is to be expected by chance, where the region alone tells it.
-        max_images: stop after so many.
+            ``(model, inputs, attributions, target) -> (N,)``. ``None``: AD, IC, ROAD, and everything that the data's
+            regions allow.
+        controls: also measure maps that every method should beat: random numbers, the edges of the image, a blob in its
+            centre, and each trained explainer as it was before its fit; the true region as a map, where the data
+            provides it; and the value expected by chance, where the region alone determines it.
+        max_images: stop after this many.
         masking: what replaces hidden pixels in AD, IC and the families ``hiding`` and ``srg-hidden``: ``"raw"`` black,
             ``"standardized"`` the mean colour, ``"blur"``, ``"auto"`` or a tensor; see ``metrics.masked_confidence``.
-            ``"auto"`` is what the fits of the fitted explainers among the methods used; without one it goes by the
-            kind of model.
+            ``"auto"`` takes what the fitted explainers among the methods were fitted with; without any, the kind of
+            model decides.
         score: ``"softmax"``, or ``"sigmoid"`` for multi-label models.
-        seed: of ties, noise and controls; an image's draws depend on its place in the loader alone.
-        memory: on the CPU too, find the memory that each method holds for one image. On a GPU it is always measured,
+        seed: for ties, noise and controls; an image's draws depend only on its position in the loader.
+        memory: also measure on the CPU the memory that each method holds for one image. On a GPU it is always measured,
             for the whole batch.
-        path: file of per-image results, appended as they come. Where it exists, a second run continues it; one that
-            was edited or lacks lines is refused, and so is a second run while the first is still at it.
+        path: file of per-image results, appended as they come. If it exists, a second run continues it; a file that was
+            edited or lacks lines is refused, and so is a second run while the first is still running.
         show_progress: draw a progress bar.
 
     Returns:
@@ -84,8 +84,8 @@ def evaluate(
         same table.
 
     Raises:
-        DataError: no images, or a results file of another run or of other images.
-        OptionError: a measure that does not exist or that the data cannot serve.
+        DataError: there are no images, or the results file belongs to another run or to other images.
+        OptionError: a measure does not exist, or the data does not provide what it needs.
         InputError: a method returned maps of another shape than the images.
     """
     if not methods:
@@ -134,7 +134,7 @@ class _Run:
         self._rehearsed: set[str] = set()
 
     def batch(self, start: int, batch: Any) -> None:
-        """Explain and measure a batch; methods that are in the file already are passed over."""
+        """Explain and measure a batch; methods whose results are in the file already are skipped."""
         images = images_of(batch)
         digests = _digests(images, batch)
         missing = [name for name in self.explain if not self._known(name, start, digests)]
@@ -161,15 +161,15 @@ class _Run:
     def _explained(
         self, name: str, explain: Explain, inputs: Tensor, target: Tensor, plain: float
     ) -> tuple[Tensor, Cost]:
-        """A method's maps and what they cost, beside a plain pass."""
-        with evaluating(self.model) as bare, torch.enable_grad():  # Captum's gradient methods want both
+        """A method's maps and their cost, compared with a plain pass."""
+        with evaluating(self.model) as bare, torch.enable_grad():  # Captum's gradient methods need both
             peak = self._rehearse(name, partial(explain, inputs[:1], target[:1]), inputs.device)
             maps, cost = measured(partial(explain, inputs, target), bare, len(inputs))
         cost.plain, cost.peak = plain, peak if cost.peak is None else cost.peak
         return _checked(maps, inputs, name), cost
 
     def _rehearse(self, name: str, call: Callable[[], Tensor], device: torch.device) -> int | None:
-        """Explain one image before the clock runs: what is found out once per model is no part of a map's cost."""
+        """Explain one image before the clock starts: what is found out once per model is not part of a map's cost."""
         if name in self._rehearsed:
             return None
         self._rehearsed.add(name)
@@ -177,7 +177,7 @@ class _Run:
         return peak_bytes(call) if self.memory and device.type == "cpu" else None
 
     def _known(self, name: str, start: int, digests: list[int]) -> bool:
-        """Whether the file holds this batch of this method, of the very same images."""
+        """Whether the file holds this batch of this method, for the very same images."""
         rows = [self.records.rows.get((name, start + i)) for i in range(len(digests))]
         for row, digest in zip(rows, digests, strict=True):
             if row is not None and row.digest != digest:
@@ -209,7 +209,7 @@ class _Run:
 
 
 def _agreed(methods: Mapping[str, Any], masking: str | Tensor) -> str | Tensor:
-    """How the fitted explainers hid pixels, where the caller leaves open how the measures are to hide them."""
+    """How the fitted explainers hid pixels, where the caller leaves the measures' hiding open."""
     if isinstance(masking, Tensor) or masking != "auto":
         return masking
     found = {name: method.masking_ for name, method in methods.items() if getattr(method, "is_fitted", False)}
@@ -250,9 +250,9 @@ def as_function(name: str, method: Any) -> Explain:
 
 
 class _Attribute:
-    """An attribution object as a function; ours gives its maps as they are before they are enlarged.
+    """An attribution object as a function; ours return their maps before upsampling.
 
-    The measures scale a map and then enlarge it, once, as the papers do; one that is enlarged has lost its extremes.
+    The measures scale a map and then enlarge it, once, as the papers do; an enlarged map has lost its extremes.
     """
 
     def __init__(self, method: Any) -> None:
@@ -264,7 +264,7 @@ class _Attribute:
 
     def __call__(self, inputs: Tensor, target: Tensor) -> Tensor:
         with warnings.catch_warnings() if self.is_captums else nullcontext():
-            if self.is_captums:  # it warns about what it then does by itself
+            if self.is_captums:  # Captum warns about what it then does by itself
                 warnings.filterwarnings("ignore", message="Input Tensor .* did not already require gradients")
             found = self.method.attribute(inputs, target=target)
         maps: Tensor = found[0] if isinstance(found, tuple) else found
@@ -288,7 +288,7 @@ def _checked(maps: Any, inputs: Tensor, name: str) -> Tensor:
 
 
 def _truth(batch: Any) -> dict[str, Any]:
-    """What a batch says about where things are."""
+    """What a batch says about true regions."""
     return {key: batch[key] for key in TRUTH if isinstance(batch, Mapping) and key in batch}
 
 
@@ -332,7 +332,7 @@ def _setting(
 
 
 def _described(name: str, method: Any) -> str:
-    """Its options, and a checksum of what a fit has made of it."""
+    """Its options, and a checksum of what it learned in a fit."""
     if not hasattr(method, "options"):
         return name
     network = getattr(method, "network_", None)
@@ -340,7 +340,7 @@ def _described(name: str, method: Any) -> str:
 
 
 def _own_file(path: Any) -> Path:
-    """The results file of this process: beside that of the first one."""
+    """The results file of this process: next to that of the first one."""
     file, rank = Path(path), distributed.rank()
     return file.with_name(f"{file.stem}.{rank}{file.suffix}") if rank else file
 
@@ -356,7 +356,7 @@ def _records(setting: Mapping[str, Any], path: Any) -> Records:
 
 
 def _gathered(records: Records) -> Records:
-    """Everything that all processes found."""
+    """The results of all processes."""
     if distributed.world_size() == 1:
         return records
     whole = Records(records.setting)
@@ -366,7 +366,7 @@ def _gathered(records: Records) -> Records:
 
 
 def _batches(loader: Iterable[Any], most: int | None, show_progress: bool) -> Iterator[tuple[int, Any, bool]]:
-    """The batches, each with the place of its first image, and whether it is this process's."""
+    """The batches, each with the position of its first image, and whether it belongs to this process."""
     from tqdm.auto import tqdm
 
     rank, world = distributed.rank(), distributed.world_size()
@@ -390,7 +390,7 @@ def _rows(batch: Any, count: int) -> Any:
 
 
 def _per_image(value: Any, count: int) -> bool:
-    """Whether a batch's entry has a part for each image."""
+    """Whether a batch's entry has one element per image."""
     if isinstance(value, Tensor):
         return value.ndim > 0 and len(value) == count
     return isinstance(value, (list, tuple)) and len(value) == count

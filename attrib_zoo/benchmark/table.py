@@ -40,18 +40,18 @@ class Table:
 
     @property
     def methods(self) -> list[str]:
-        """The rows, in the order in which they were asked for."""
+        """The rows, in the order requested."""
         return list(dict.fromkeys(method for method, _ in self.records.rows))
 
     @property
     def controls(self) -> list[str]:
-        """Those of the methods that explain nothing and bracket the others."""
+        """The rows that are controls, which bracket the others."""
         named = self.records.setting.get("controls") or ()
         return [method for method in self.methods if method in named or method in CONTROLS]
 
     @property
     def images(self) -> list[int]:
-        """The places in the loader of all images that any method explained."""
+        """The positions in the loader of all images that any method explained."""
         return sorted({image for _, image in self.records.rows})
 
     def values(self, method: str, measure: str) -> Tensor:
@@ -79,13 +79,13 @@ class Table:
         return self._estimates[key]
 
     def best(self, measure: str, digits: int | None = None, among: Sequence[str] | None = None) -> list[str]:
-        """The methods with the best mean, all that are printed alike; none where a control is better.
+        """The methods with the best mean, including all that print the same; none where a control is better.
 
-        A control here is a map that knows nothing: not the true region, and not an explainer that nobody has trained.
+        A control here is a map that ignores the model: not the true region, and not an untrained explainer.
 
         Args:
             measure: its name.
-            digits: with how many decimals means are printed; ``None``: as in :meth:`cells`.
+            digits: the number of decimals of printed means; ``None``: as in :meth:`cells`.
             among: the methods that can win, controls left out; ``None``: all.
         """
         column = self._measure(measure)
@@ -101,7 +101,7 @@ class Table:
     def difference(self, method: str, other: str, measure: str) -> Estimate:
         """Mean and 95 % interval of the difference on the same images: ``method - other``.
 
-        An interval that holds 0 says that these images do not tell the two apart.
+        An interval that contains 0 means that these images do not separate the two.
         """
         return estimate(self.values(method, measure) - self.values(other, measure))
 
@@ -138,7 +138,7 @@ class Table:
         return head, rows
 
     def notes(self) -> list[str]:
-        """What the reader must know: what was left out, and how it was computed."""
+        """What the reader needs to know: what was left out, and how it was computed."""
         setting = self.records.setting
         lines = [
             f"{len(self.images)} images; mean [95 % bootstrap interval]; ↑ more is better, ↓ less is better",
@@ -149,7 +149,7 @@ class Table:
         for method in self.methods:
             for measure in self.measures:
                 lost = int((~self.values(method, measure.name).isfinite()).sum())
-                if lost and not (method == CHANCE and lost == len(self.images)):  # it has no such value
+                if lost and not (method == CHANCE and lost == len(self.images)):  # chance has no such value
                     images = f"{lost} image{'s' * (lost > 1)}"
                     lines.append(f"{method}, {measure.name}: {images} without a value (no region, or no finite map)")
         return lines
@@ -187,7 +187,7 @@ class Table:
         )
 
     def to_csv(self) -> str:
-        """One line per method and measure: mean, low, high, images; no name is a formula to a spreadsheet."""
+        """One line per method and measure: mean, low, high, images; names cannot act as spreadsheet formulas."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["method", "measure", "mean", "low", "high", "images"])
@@ -211,7 +211,7 @@ class Table:
     def to_pandas(self) -> Any:
         """A DataFrame with a row for each image and method: method, image, target, clean, the measures. Needs pandas.
 
-        Values are as the measures give them: fractions, where the table prints percent.
+        Values are as the measures return them: fractions where the table prints percent.
         """
         import pandas as pd
 
@@ -225,12 +225,12 @@ class Table:
         """Curves of ROAD, insertion and deletion where measured, and a measure against the cost.
 
         Args:
-            across: how many panels stand side by side, at most.
+            across: the largest number of panels side by side.
         """
         return plot(self, across)
 
     def summary(self) -> str:
-        """What the table shows, in words: who leads, and what these images cannot tell apart."""
+        """What the table shows, in words: which method leads, and which ones these images cannot separate."""
         return summary(self)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a table shows, in words: who leads, who cannot be told apart, and where a map that knows nothing is as good."""
+"""What a table shows, in words: which method leads, which are tied, and where a control is as good."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from attrib_zoo.benchmark.controls import CHANCE, PERFECT, UNTRAINED
 from attrib_zoo.benchmark.estimates import Estimate
 from attrib_zoo.benchmark.measures import Measure
 
-_FEW = 30  # images, below which intervals are no more than a hint
+_FEW = 30  # images; with fewer, intervals are only a hint
 
 
 class Numbers(Protocol):
-    """What is told of a :class:`~attrib_zoo.benchmark.table.Table`, which imports this module and not the reverse."""
+    """The part of a :class:`~attrib_zoo.benchmark.table.Table` used here: it imports this module, not the reverse."""
 
     measures: list[Measure]
 
     @property
     def methods(self) -> list[str]:
-        """The rows."""
+        """The names of the rows."""
 
     @property
     def controls(self) -> list[str]:
-        """Those of them that explain nothing."""
+        """Those of them that are controls."""
 
     @property
     def images(self) -> list[int]:
-        """The places of the images."""
+        """The positions of the images."""
 
     def estimate(self, method: str, measure: str) -> Estimate:
         """Mean and interval."""
@@ -39,15 +39,14 @@ class Numbers(Protocol):
 
 @dataclass(frozen=True)
 class Standing:
-    """Who stands where by one measure.
+    """The ranking by one measure.
 
     Attributes:
         measure: its name.
         best: the method with the best mean; ``None`` where no method has one.
-        tied: the other methods whose difference from the best these images do not tell from 0, also for want of
-            images.
-        better: controls that know nothing and whose mean is clearly better than that of the best method.
-        level: controls that know nothing and cannot be told from the best method, or have a better mean.
+        tied: the other methods whose difference from the best cannot be told from 0, possibly for lack of images.
+        better: controls that ignore the model and have a clearly better mean than the best method.
+        level: controls that ignore the model and are tied with the best method, or have a better mean.
         rivals: how many methods have a value.
     """
 
@@ -60,7 +59,7 @@ class Standing:
 
     @property
     def leads(self) -> bool:
-        """Whether the best method is told apart from all other methods, and from all controls that know nothing."""
+        """Whether the best method is clearly ahead of all other methods, and of all controls that ignore the model."""
         return self.best is not None and self.rivals > 1 and not (self.tied or self.better or self.level)
 
 
@@ -87,7 +86,7 @@ def standing(table: Numbers, measure: Measure) -> Standing:
 
 
 def summary(table: Numbers) -> str:
-    """A paragraph that says what a table shows, and what it cannot tell apart."""
+    """A paragraph that says what a table shows, and which methods it cannot separate."""
     found = [standing(table, measure) for measure in table.measures]
     told = [one for one in found if one.best is not None]
     able = [method for method in table.methods if method not in table.controls]

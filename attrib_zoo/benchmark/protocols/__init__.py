@@ -1,4 +1,4 @@
-"""The experiments of three papers, each as one call: data, splits, recipe, methods, and our rows beside the printed."""
+"""The experiments of three papers, each as one call: data, splits, recipe, methods, our rows next to theirs."""
 
 from attrib_zoo.benchmark.protocols import lcam as lcam
 from attrib_zoo.benchmark.protocols import sise as sise

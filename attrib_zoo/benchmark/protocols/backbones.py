@@ -23,18 +23,18 @@ class Backbone:
     """A classifier as a protocol uses it.
 
     Attributes:
-        name: as ``--backbone`` calls it; the printed rows are found by it.
+        name: as ``--backbone`` calls it; also the key of the printed rows.
         model: in eval mode.
-        mean: of the standardisation, per channel.
+        mean: for standardisation, per channel.
         std: as ``mean``.
         cam: the layer of the CAM methods; ``None`` for their defaults.
         attention: the layers that T-TAME reads; ``None`` for its defaults.
         lcam: the layer that L-CAM reads; ``None`` for its default.
-        pooled: the max-pooling behind it, where there is one (L-CAM's †).
+        pooled: the max-pooling after it, where there is one (L-CAM's †).
         transformer: whether it is one: L-CAM and SISE are for CNNs, Transformer LRP is not.
-        resize: what the shorter side of an image becomes.
-        size: of the crop.
-        budget: what long methods spend on a map: ``n_masks`` of RISE, ``max_iter`` and ``areas`` of extremal
+        resize: the length to which the shorter side of an image is resized.
+        size: the side of the crop.
+        budget: what slow methods spend on a map: ``n_masks`` of RISE, ``max_iter`` and ``areas`` of extremal
             perturbation, ``ig_steps`` of integrated gradients.
     """
 
@@ -77,7 +77,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """Where the model is."""
         return next(self.model.parameters()).device
 
 
@@ -116,18 +116,18 @@ def check_name(name: str) -> str:
 def load_backbone(
     name: str, weights: str | os.PathLike[str] | None = None, *, classes: int = 1000, device: Any = "cpu"
 ) -> Backbone:
-    """A torchvision model with the papers' weights (``IMAGENET1K_V1``, the first ones) or a file's.
+    """A torchvision model with the papers' weights (``IMAGENET1K_V1``, the original ones) or those of a file.
 
     Args:
         name: one of ``NAMES``.
         weights: a file; ``None`` downloads the weights or takes them from the cache. With another number of classes
-            than ImageNet's the last layer is then new.
+            than ImageNet's, the last layer is then new.
         classes: K.
         device: where the model goes.
 
     Raises:
         OptionError: no such backbone or device.
-        DataError: weights that cannot be had, or of another architecture or number of classes.
+        DataError: the weights are unavailable, or belong to another architecture or number of classes.
     """
     from torchvision.models import get_model
 
@@ -155,7 +155,7 @@ def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
 
 
 def replace_last(model: nn.Module, layer: nn.Linear) -> None:
-    """Put another layer where the model's last linear one is."""
+    """Replace the model's last linear layer."""
     name, _ = last_linear(model)
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, layer)

@@ -1,4 +1,4 @@
-"""Our rows beside the printed ones."""
+"""Our rows next to the printed ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Comparison:
 
     Attributes:
         printed: the paper's tables.
-        tables: ours; each measure is looked up where it was measured.
+        tables: ours; each measure is taken from the table that has it.
         facts: lines about the run: images, accuracy, how the explainers were trained.
     """
 
@@ -118,7 +118,7 @@ class Comparison:
         return json.dumps({"tables": tables, "facts": self.facts, "settings": settings}, indent=1)
 
     def notes(self) -> list[str]:
-        """What the reader must know."""
+        """What the reader needs to know."""
         return [
             *self.facts,
             "ours: mean ± half the 95 % bootstrap interval; printed: the paper's number; "

@@ -1,4 +1,4 @@
-"""ImageNet's validation set and VOC 2007 as they lie on disk."""
+"""ImageNet's validation set and VOC 2007, as they are stored on disk."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Labelled:
     Attributes:
         paths: the files, sorted by name.
         labels: a class index for each, or ``None``.
-        num_classes: how many classes the labels are of; 0 where that is not known.
+        num_classes: how many classes the labels come from; 0 where unknown.
     """
 
     paths: list[Path]
@@ -64,14 +64,14 @@ class Labelled:
 
 
 def imagenet_validation(root: Path, labels: Path | None = None) -> Labelled:
-    """Find ImageNet's validation images: in class folders, or in one folder with the labels beside it.
+    """Find ImageNet's validation images: in class folders, or in one folder with the labels next to it.
 
     Args:
         root: the folder that holds ``val``, or the validation images themselves.
         labels: a list of names and labels, instead of the folders or the development kit.
 
     Raises:
-        DataError: there are none, or the labels are not of these images.
+        DataError: there are none, or the labels do not belong to these images.
     """
     if not root.is_dir():
         raise DataError(_IMAGENET.format(root, "is no folder"))
@@ -153,7 +153,7 @@ def _devkit_classes(path: Path) -> dict[int, int]:
     try:
         synsets = loadmat(path, squeeze_me=True)["synsets"]
         leaves = {str(s["WNID"]): int(s["ILSVRC2012_ID"]) for s in synsets if int(s["num_children"]) == 0}
-    except Exception as error:  # SciPy has its own kinds for broken files
+    except Exception as error:  # SciPy has error classes of its own for broken files
         raise DataError(f"data: cannot read '{path}' ({reason(error)}); or {advice}") from error
     return {leaves[wnid]: index for index, wnid in enumerate(sorted(leaves))}
 
@@ -182,11 +182,11 @@ def voc2007(root: Path, image_set: str = "test") -> list[VOCImage]:
     """The images of VOC 2007, read through ``torchvision.datasets.VOCDetection``.
 
     Args:
-        root: the folder that holds ``VOCdevkit``; that folder itself, or ``VOC2007`` in it, are found too.
+        root: the folder that holds ``VOCdevkit``; that folder itself, or ``VOC2007`` in it, also works.
         image_set: ``"test"``, ``"trainval"``, ...
 
     Raises:
-        DataError: it is not there, or an annotation cannot be read.
+        DataError: it is missing, or an annotation cannot be read.
     """
     from torchvision.datasets import VOCDetection
 
@@ -230,8 +230,8 @@ class VOCRegions(Dataset[dict[str, Tensor]]):
 
     Args:
         images: as :func:`voc2007` finds them.
-        transform: PIL image to ``(C, H, W)``; must squeeze the whole picture into the shape, without a crop.
-        most: how many images; ``None`` for all.
+        transform: PIL image to ``(C, H, W)``; must resize the whole picture to the shape, without a crop.
+        most: the largest number of images; ``None`` for all.
     """
 
     def __init__(self, images: Sequence[VOCImage], transform: _Transform, most: int | None = None) -> None:

@@ -34,12 +34,12 @@ def run(plan: Plan, backbone: Backbone) -> Comparison:
         backbone: what is explained.
 
     Returns:
-        Our rows beside the printed ones; they are also in the output folder.
+        Our rows next to the printed ones; they are also in the output folder.
 
     Raises:
         UnsupportedModelError: a transformer.
-        DataError: images that are not there, or an output folder of another run.
-        OptionError: a method that the paper does not compare.
+        DataError: images are missing, or the output folder belongs to another run.
+        OptionError: the paper does not compare a method.
     """
     if backbone.transformer:
         raise UnsupportedModelError(

@@ -22,7 +22,7 @@ class Printed:
         measures: as our tables call them.
         rows: method -> a number for each measure, in the table's order.
         passes: method -> forward passes per image, where printed.
-        remarks: misprints and contradictions that the reader must know.
+        remarks: misprints and contradictions that the reader should know of.
     """
 
     paper: str
@@ -284,5 +284,5 @@ TABLES: tuple[Printed, ...] = (*_TTAME, *_ABLATIONS, *_LCAM, *_SISE)
 
 
 def printed(paper: str, backbone: str) -> list[Printed]:
-    """The tables of a paper that hold a backbone; none where the paper does not have it."""
+    """The tables of a paper that hold a backbone; an empty list if the paper lacks it."""
     return [table for table in TABLES if (table.paper, table.backbone) == (paper, backbone)]

@@ -1,4 +1,4 @@
-"""What a run is asked to do, and what all protocols do alike: keep results, train explainers, measure methods."""
+"""The options of a run, and what all protocols share: keeping results, training explainers, measuring methods."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ class Plan:
 
     Attributes:
         data: the data set's folder.
-        output: where everything goes; a second run continues there.
+        output: the folder for everything; a second run continues there.
         test_images: how many images are measured; ``None`` for the paper's number.
-        val_images: how many images training is watched on.
+        val_images: how many images training is validated on.
         test_list: a list of the images to measure, instead of a random set.
-        val_list: as ``test_list``, of the validation images.
+        val_list: as ``test_list``, for the validation images.
         labels: a list with the validation images' classes.
         methods: names as the paper prints them; ``None`` for all.
         ablations: also the variants of T-TAME's Table 6.
-        recipe: ``"paper"`` or ``"released"``, of the trained explainers.
+        recipe: ``"paper"`` or ``"released"``, for the trained explainers.
         epochs: of training; ``None`` for the paper's number.
         max_steps: of training, instead of ``epochs``.
         fit_batch_size: images per training step; ``None`` for the paper's or its code's number.
         head_steps: steps in which a multi-label head is trained.
-        batch_size: images at once elsewhere.
+        batch_size: images per pass elsewhere.
         workers: processes that read images.
         seed: of the split, of training, and of random maps and orders.
         progress: draw progress bars.
@@ -76,11 +76,11 @@ class Plan:
     progress: bool = True
 
 
-# ---------------------------------------------------------------------- what lies in the output folder
+# ---------------------------------------------------------------------- the output folder
 
 
 def keep(plan: Plan, paper: str, backbone: Backbone) -> None:
-    """Note what the results depend on, or refuse to continue a run that differs.
+    """Record what the results depend on, or refuse to continue a run that differs.
 
     Raises:
         DataError: the folder holds a run with other settings, or cannot be written.
@@ -107,7 +107,7 @@ def keep(plan: Plan, paper: str, backbone: Backbone) -> None:
 
 
 def _checksum(path: Path | None) -> int | None:
-    """Of what a list says; its file may move."""
+    """A checksum of a list's contents; its file may move."""
     return None if path is None else zlib.crc32(repr(read_list(path)).encode())
 
 
@@ -132,7 +132,7 @@ def slug(name: str) -> str:
 
 
 def imagenet(plan: Plan) -> tuple[Labelled, Split]:
-    """ImageNet's validation images and which of them are for what; both lists are written into the output folder."""
+    """ImageNet's validation images and their split; both lists are written to the output folder."""
     images = imagenet_validation(plan.data, plan.labels)
     test = 2000 if plan.test_images is None else plan.test_images
     split = choose(images.names, plan.val_images, test, plan.seed, val_list=plan.val_list, test_list=plan.test_list)
@@ -148,7 +148,7 @@ def imagenet_run(
     """The protocol of both trained explainers' papers: measure methods on random validation images.
 
     Args:
-        paper: whose rows are printed beside ours.
+        paper: whose rows are printed next to ours.
         plan: the options.
         backbone: what is explained.
         methods: from the validation images to the methods.
@@ -178,16 +178,16 @@ def _accuracy(table: Table, images: Labelled, split: Split, backbone: Backbone) 
 
 
 def train(explainer: Any, name: str, plan: Plan, backbone: Backbone, validation: Sequence[Path], **fit: Any) -> Any:
-    """The explainer, trained on ImageNet's training images; read from the output folder where it was trained before.
+    """The explainer, trained on ImageNet's training images; read from the output folder if it was trained before.
 
-    An interrupted training is continued from its checkpoint.
+    Interrupted training continues from its checkpoint.
 
     Args:
         explainer: not fitted.
         name: of the method.
         plan: the options.
         backbone: what is explained.
-        validation: images to watch the training on.
+        validation: images to validate the training on.
         fit: the paper's ``batch_size`` and ``epochs``, and its ``schedule`` where the explainer has another one.
     """
     file = plan.output / "explainers" / f"{slug(name)}.safetensors"
@@ -218,7 +218,7 @@ def train(explainer: Any, name: str, plan: Plan, backbone: Backbone, validation:
 
 
 def _schedule(own: Schedule | None, steps: int) -> Schedule | str:
-    """A paper's schedule where there are steps enough for it, as ``fit`` itself chooses; the released one always."""
+    """A paper's schedule if there are enough steps for it, as ``fit`` itself chooses; the released one in any case."""
     return "auto" if own is None or (own.name == "paper" and steps < LONG) else own
 
 
@@ -226,7 +226,7 @@ def _schedule(own: Schedule | None, steps: int) -> Schedule | str:
 
 
 def wanted(makers: Makers, names: Iterable[str] | None) -> Makers:
-    """The methods that were asked for, in the paper's order."""
+    """The methods requested, in the paper's order."""
     if names is None:
         return makers
     own = {name.casefold(): name for name in makers}
@@ -252,7 +252,7 @@ def measure(
 ) -> Table:
     """Measure one method after another, each with a results file of its own, and the controls.
 
-    A method that is in its file already costs nothing, and more methods can be added later.
+    A method whose results are in its file already costs nothing, and methods can be added later.
     """
     place = writable_folder(plan.output / folder)
     loader = DataLoader(data, plan.batch_size, num_workers=plan.workers)

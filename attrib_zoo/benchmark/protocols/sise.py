@@ -37,21 +37,21 @@ FAITHFULNESS = [*FAMILIES["drop"], *FAMILIES["increase"]]
 def run(plan: Plan, backbone: Backbone, *, train_head: bool = False) -> Comparison:
     """Measure the methods of the paper on VOC 2007's test images, with a multi-label model.
 
-    EBPG, mIoU and Bbox: each class that an image holds, against all boxes of that class. Drop% and Increase%: the
+    EBPG, mIoU and Bbox: each class present in an image, against all boxes of that class. Drop% and Increase%: the
     model's top class of each image, scores through a sigmoid, the 15 % of the pixels with the highest values kept.
 
     Args:
         plan: the options.
-        backbone: a model with VOC's 20 classes in alphabetical order or, with ``train_head``, one of any classes.
+        backbone: a model with VOC's 20 classes in alphabetical order or, with ``train_head``, with any classes.
         train_head: replace the model's last layer and train it on VOC 2007 trainval.
 
     Returns:
-        Our rows beside the printed ones; they are also in the output folder.
+        Our rows next to the printed ones; they are also in the output folder.
 
     Raises:
         UnsupportedModelError: a transformer.
-        DataError: images that are not there, a model of other classes, or an output folder of another run.
-        OptionError: a method that the paper does not compare.
+        DataError: images are missing, the model has other classes, or the output folder belongs to another run.
+        OptionError: the paper does not compare a method.
     """
     if backbone.transformer:
         raise UnsupportedModelError(

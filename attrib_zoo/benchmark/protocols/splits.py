@@ -1,4 +1,4 @@
-"""Which images are for validation and which for testing: drawn by a seed, or named in lists."""
+"""Which images are for validation and which for testing: drawn with a seed, or named in lists."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from attrib_zoo.training.files import write_whole
 
 @dataclass(frozen=True)
 class Split:
-    """Places in a sequence of images, in the order in which they are used.
+    """Positions in a sequence of images, in the order in which they are used.
 
     Attributes:
-        validation: of the images that training is watched on.
+        validation: of the images that training is validated on.
         test: of the images that are measured.
     """
 
@@ -26,7 +26,7 @@ class Split:
 
 
 def draw(names: Sequence[str], validation: int = 2000, test: int = 2000, seed: int = 0) -> Split:
-    """Two disjoint random sets, the same whatever the folders in which the images lie.
+    """Two disjoint random sets, independent of the folders that hold the images.
 
     The names alone, sorted, and the seed decide; a larger test set begins with the smaller one, so that a run can be
     continued with more images.
@@ -57,7 +57,7 @@ def choose(
     """The sets that the lists name; a set without a list is drawn from the other images.
 
     Raises:
-        DataError: a list that cannot be read or names images that are not there, or sets that overlap.
+        DataError: a list cannot be read or names missing images, or the sets overlap.
     """
     given_val = None if val_list is None else _places(val_list, names)
     given_test = None if test_list is None else _places(test_list, names)
@@ -82,13 +82,13 @@ def choose(
 
 
 def read_list(path: Path) -> dict[str, int | None]:
-    """A text file with an image name on each line and, behind it, its class index where known.
+    """A text file with an image name on each line, followed by its class index where known.
 
     Folders and the suffix of a name do not count: ``val/n01440764/ILSVRC2012_val_00000293.JPEG 0`` names the same
     image as ``ILSVRC2012_val_00000293``.
 
     Raises:
-        DataError: not such a file, or a name twice.
+        DataError: it is not such a file, or a name appears twice.
     """
     form = "it must be a text file of lines 'NAME' or 'NAME LABEL', LABEL a class index from 0"
     try:
@@ -109,7 +109,7 @@ def read_list(path: Path) -> dict[str, int | None]:
 
 
 def _places(path: Path, names: Sequence[str]) -> list[int]:
-    """Where the images of a list stand among the names."""
+    """The positions of a list's images among the names."""
     place = {Path(name).stem: i for i, name in enumerate(names)}
     wanted = read_list(path)
     missing = [name for name in wanted if name not in place]

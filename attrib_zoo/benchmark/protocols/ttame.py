@@ -49,18 +49,18 @@ def run(plan: Plan, backbone: Backbone) -> Comparison:
     """Train T-TAME and L-CAM-Img, and measure AD, IC and ROAD of all methods of the paper on random images.
 
     The learning rate, the number of epochs and the weights of the loss are those that the paper found on its
-    validation images; ours are used to watch the training, after each epoch, and for nothing else.
+    validation images; ours are used to monitor the training, after each epoch, and for nothing else.
 
     Args:
         plan: the options.
         backbone: what is explained.
 
     Returns:
-        Our rows beside the printed ones; they are also in the output folder.
+        Our rows next to the printed ones; they are also in the output folder.
 
     Raises:
-        DataError: images that are not there, or an output folder of another run.
-        OptionError: a method that the paper does not compare.
+        DataError: images are missing, or the output folder belongs to another run.
+        OptionError: the paper does not compare a method.
     """
     return imagenet_run("ttame", plan, backbone, lambda validation: methods(plan, backbone, validation), "ad,ic,road")
 

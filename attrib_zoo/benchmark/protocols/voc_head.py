@@ -29,17 +29,17 @@ def give_head(
     batch_size: int = 32,
     workers: int = 0,
 ) -> None:
-    """Replace the model's last layer by one for VOC's 20 classes, with a sigmoid's loss; read from the file if there.
+    """Replace the model's last layer by one for VOC's 20 classes, with a sigmoid loss; read from the file if it exists.
 
     One pass over the images, then gradient steps (Adam) of the logistic loss on all of their features at once: the
     features are standardised for that, which is folded into the layer afterwards.
 
     Args:
         backbone: its model changes.
-        images: to train on.
-        path: where the layer is kept.
+        images: the training images.
+        path: the file that keeps the layer.
         steps: of the optimiser.
-        batch_size: images at once.
+        batch_size: images per pass.
         workers: processes that read images.
     """
     from safetensors.torch import save
@@ -60,7 +60,7 @@ def give_head(
 
 
 def _features(backbone: Backbone, layer: nn.Linear, loader: DataLoader[Tensor]) -> Tensor:
-    """What the last layer sees of each image, ``(N, D)`` on the CPU."""
+    """The input of the last layer for each image, ``(N, D)`` on the CPU."""
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
     try:
