@@ -76,7 +76,7 @@ continues where it stopped. docs/how-to/reproduce.md says what it needs.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 interrupted, 2 an error, said in one sentence."""
+    """Run a command; returns the exit code: 0 done, 1 interrupted, 2 an error, reported in one sentence."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     with stoppable(), _plain_warnings(debug):
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_configs(arguments)
             options = _parser().parse_args(arguments)
             told = _command(options.command)(options[options.command])
-            if told:  # the second of several processes has nothing to say
+            if told:  # of several processes, only the first prints
                 print(shown(told))
         except ArgumentError as error:
             return _fail(_usage(error, arguments), debug)
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[Any], str]:
-    # Here, not above: they load torch and the model libraries, which is worth the wait only where there is work to do.
+    # Imported here: they load torch and the model libraries, a wait that only commands with work to do should pay.
     from attrib_zoo.cli import app, completion, demo, doctor, evaluate, explain, fit, layers, reproduce, shared
 
     return {
@@ -141,11 +141,11 @@ def _parser() -> ArgumentParser:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help in one column of names and one of words."""
+    """Help in one column of names and one of descriptions."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=100)
-        self._action_max_length = 16  # the names of commands do not count otherwise
+        self._action_max_length = 16  # otherwise the names of commands are not counted
 
 
 def _plain(prog: str | None, about: str, **more: Any) -> ArgumentParser:
@@ -386,7 +386,7 @@ def _debug(parser: ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-# ---------------------------------------------------------------------- what is said when things go wrong
+# ---------------------------------------------------------------------- errors and warnings
 
 
 def _fail(sentence: str, debug: bool) -> int:

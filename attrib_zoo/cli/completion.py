@@ -1,4 +1,4 @@
-"""The command ``completion``: a script by which a shell completes commands, options and names of methods."""
+"""The command ``completion``: a script that lets a shell complete commands, options and names of methods."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ complete -o filenames -F _attrib_zoo attrib-zoo
 
 
 def completion(options: Any, parser: argparse.ArgumentParser) -> str:
-    """The script for ``options.shell``, of what the parser knows."""
+    """The script for ``options.shell``, made from the parser."""
     from attrib_zoo.cli.shared import SCORES, methods
 
     shell = check_choice("shell", options.shell, SHELLS)

@@ -1,4 +1,4 @@
-"""Files of options, looked at before they are read: plain values only, and not too many."""
+"""Option files, checked before they are parsed: plain values only, and not too many."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ _FORM = "it must be a YAML file of option: value lines, such as 'model: resnet50
 
 
 def check_configs(arguments: Sequence[str]) -> None:
-    """Raise where a file of ``--config`` is not a small one of plain values.
+    """Raise unless each ``--config`` file is small and holds plain values only.
 
-    A few lines whose anchors name each other stand for more values than memory can hold, and the reader of YAML
-    would make them all.
+    A few lines whose anchors refer to each other can stand for more values than memory holds, and the YAML parser would
+    create them all.
 
     Raises:
-        DataError: it is no file, too large, uses anchors, or is nested too deeply; the message says what it must be.
+        DataError: it is not a file, is too large, uses anchors, or is nested too deeply; the message says what it must
+            be.
     """
     for name in _named(arguments):
         path = Path(name)
         try:
             if not path.exists():
-                text = name  # YAML itself may stand in the place of a file
+                text = name  # YAML text may be given instead of a file
             elif not stat.S_ISREG(path.stat().st_mode) or path.stat().st_size > _LARGEST:
                 raise DataError(f"config: '{name}' must be a file of at most {_LARGEST // 2**20} MB; {_FORM}")
             else:

@@ -1,7 +1,7 @@
 """The library at work, offline, in a minute or two: does a map of *this* class point at *this* object?
 
 A tiny classifier learns to name coloured objects in scenes whose evidence is known to the pixel; T-TAME is fitted for
-it; then both T-TAME and Grad-CAM are asked about each of the two objects in scenes that neither training has seen.
+it; then both T-TAME and Grad-CAM explain each of the two objects in scenes that were in neither training set.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Settings:
         kind: The classifier, ``"cnn"`` or ``"vit"``.
         size: Side of the scenes in pixels.
         fit_scenes: Scenes that T-TAME is fitted on.
-        epochs: Times that it sees them.
+        epochs: Number of passes over them.
         held_out: Scenes that are explained and measured.
         shown: How many of them are drawn.
     """
@@ -65,10 +65,10 @@ class Measured:
     """Means over all maps of one method, each in 0...1.
 
     Attributes:
-        asked: Share of a map's energy, after min-max scaling, on the object that was asked about.
-        other: The same on the other object in the scene.
-        hits: How often the brightest pixel lies on the asked object.
-        kept: Confidence in the asked class that is left when only the brightest 15 % are seen (1 - average drop).
+        asked: Share of a map's energy, after min-max scaling, on the target object.
+        other: The same for the other object in the scene.
+        hits: How often the brightest pixel lies on the target object.
+        kept: Confidence in the target class that remains when only the brightest 15 % are shown (1 - average drop).
     """
 
     asked: float
@@ -79,13 +79,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What came out; ``str()`` of it is a table.
+    """The outcome; ``str()`` of it is a table.
 
     Attributes:
         picture: The file that was written.
         maps: Number of maps per method, two for each scene.
         accuracy: Share of the held-out scenes in which the classifier names both objects; the others are not used.
-        area: Mean share of an object in the pixels of its scene: what a map that knows nothing puts on it.
+        area: Mean share of a scene's pixels that an object covers: what an uninformed map puts on it.
         methods: The measures by method; ``"chance"`` are maps of random numbers.
         seconds: Wall time of each step.
     """
@@ -125,9 +125,9 @@ def run(
     """Train, fit, explain, measure, and draw ``demo.png``.
 
     Args:
-        output_dir: Where the picture goes; made if it is not there.
-        seed: Of everything: classifier, T-TAME and scenes.
-        progress: Show what is going on, on the standard error stream.
+        output_dir: Folder for the picture; created if missing.
+        seed: For everything: classifier, T-TAME and scenes.
+        progress: Report progress on the standard error stream.
         settings: How much to do.
 
     Returns:
@@ -170,7 +170,7 @@ def _run(folder: Path, seed: int, progress: bool, chosen: Settings) -> DemoResul
 
 
 class _Steps:
-    """Times the steps by name and, if wanted, says which one is going on."""
+    """Times the steps by name and, if wanted, says which one is running."""
 
     def __init__(self, progress: bool) -> None:
         self.progress = progress
@@ -282,7 +282,7 @@ def _show(axes: Any, picture: Tensor) -> None:
 
 
 def _bright(name: str) -> tuple[float, ...]:
-    """The colour of a class, light enough to be read on the dark page."""
+    """The colour of a class, light enough to be legible on the dark page."""
     return tuple(0.3 + 0.7 * value for value in COLOURS[name])
 
 

@@ -18,7 +18,7 @@ _NEEDED = ("torch", "torchvision", "timm", "captum", "numpy", "safetensors", "ma
 
 
 def doctor(options: Any) -> str:
-    """What a report of a fault should say, and what this machine lacks."""
+    """What a bug report should include, and what this machine lacks."""
     found, troubles = _versions()
     devices, more = _devices()
     sections = [
@@ -73,7 +73,7 @@ def _devices() -> tuple[list[tuple[str, str]], list[str]]:
         rows.append(("gpu", f"none found; {built}"))
     try:
         importlib.import_module("torchvision")
-    except Exception as error:  # one that was built for another torch raises RuntimeError
+    except Exception as error:  # a package built for another torch raises RuntimeError
         troubles.append(
             f"torchvision does not fit this torch ({reason(error)}); install the pair that belongs together"
         )
@@ -81,7 +81,7 @@ def _devices() -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _caches() -> list[tuple[str, str]]:
-    """Where weights of named models are kept."""
+    """Where the weights of named models are stored."""
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     torch_home = Path(os.environ.get("TORCH_HOME", home / "torch"))
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", home / "huggingface")) / "hub"

@@ -31,14 +31,14 @@ def evaluate(options: Any) -> str:
     paths = find_photos([options.data], leave_out=folder)[: options.max_images]
     for path in paths:
         if not is_photo(path):
-            open_photo(path)  # says what is wrong with it, before anything is measured
+            open_photo(path)  # fails for a bad file before anything is measured
     boxes = None if options.boxes is None else _boxes(options.boxes, paths)
     measures = _measures(options.metrics, boxes is not None)
     loaded = load_model(options)
     ready = {explainer.get_name(): explainer for explainer in explainers(options, loaded).values()}
     like = torch.zeros(1, *loaded.input_size).to(next(loaded.model.parameters()))
     for explainer in ready.values():
-        explainer.taps(like)  # a layer that does not exist, before anything is written
+        explainer.taps(like)  # fails for a missing layer before anything is written
     with hold(writable_folder(folder), "evaluate"):
         return _measured(options, loaded, ready, measures, paths, boxes)
 
@@ -102,7 +102,7 @@ def _boxes(path: str, paths: Sequence[Path]) -> dict[Path, torch.Tensor]:
 
 
 def _measures(names: str, boxed: bool) -> list[Measure]:
-    """The measures of ``--metrics``; a folder of images says nothing about regions, a file of boxes tells one each."""
+    """The measures of ``--metrics``; a folder of images has no regions, a file of boxes gives one for each."""
     served = (None, "region") if boxed else (None,)
     allowed = [family for family, measures in FAMILIES.items() if measures[0].needs in served]
     found = chosen(names, TRUTH)

@@ -44,16 +44,17 @@ from attrib_zoo.training.locks import hold
 from attrib_zoo.training.signals import Stopped
 from attrib_zoo.visualize import check_colours, figure, picture, write_picture
 
-_FEW = 64  # photographs that are held in memory, and whose table is printed
+_FEW = 64  # photographs; up to here they are held in memory and their table is printed
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What is asked of each photograph, and what is made of the answer.
+    """What to compute for each photograph, and what to write.
 
-    ``stems`` is what the pictures of each photograph are called, ``None`` where none are drawn; ``originals`` are the
-    photographs, as hashes of their paths: no picture may replace one. ``enlarge``: maps come as their layer has them.
+    ``stems`` are the names of each photograph's pictures, ``None`` where none are drawn; ``originals`` are the
+    photographs, as hashes of their paths: no picture may overwrite one. ``enlarge``: maps come at their layer's
+    resolution.
     """
 
     names: Names
@@ -79,11 +80,11 @@ class _Task:
         return [*self.explainers, "compared"] if len(self.explainers) > 1 else list(self.explainers)
 
     def shown(self, index: int) -> str:
-        """What a photograph is called in tables."""
+        """The name of a photograph in tables."""
         return spelt(os.path.relpath(Path(self.names[index]).absolute(), self.base))
 
     def asked(self, target: int) -> str:
-        """What a class adds to the names of its pictures, so that they stand beside those of others."""
+        """What a class adds to the names of its pictures, so that they do not overwrite those of other classes."""
         suffix = "" if self.contrast is None else f"-contrast-{self.contrast}"
         if self.targets is None and self.top_k == 1:
             return suffix
@@ -100,7 +101,7 @@ class _Task:
         return files
 
     def loader(self, intervals: Sequence[Interval], options: Any) -> DataLoader[Any]:
-        """These photographs, and what of them is for the eye where pictures are drawn."""
+        """A loader of these photographs and, if pictures are drawn, of what to draw on."""
         view = None if self.stems is None else Eye(replace(self.loaded, model=nn.Identity()))
         sizes = {"batch_size": options.batch_size, "workers": options.workers}
         return loader(self.names, intervals, self.loaded.transform, view, **sizes)
@@ -108,7 +109,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Line:
-    """What is told of one photograph: of each class its map by each method ``(h, w)``, and its pictures."""
+    """The results of one photograph: for each class, each method's map ``(h, w)``, and its pictures."""
 
     index: int
     decision: int
@@ -157,7 +158,7 @@ def _task(options: Any, names: Names, colours: dict[str, Any]) -> _Task:
         originals=frozenset(hash(os.path.realpath(name)) for name in names) if pictures else frozenset(),
         enlarge=bool(options.maps),
     )
-    if pictures and len(names) <= _FEW and options.top_k == 1:  # said before anything is written
+    if pictures and len(names) <= _FEW and options.top_k == 1:  # before anything is written
         for stem in task.stems or ():
             for target in targets or [0]:
                 task.files(stem, target)
@@ -165,7 +166,7 @@ def _task(options: Any, names: Names, colours: dict[str, Any]) -> _Task:
 
 
 def _base(names: Names) -> str:
-    """The folder that all photographs lie in or below."""
+    """The folder that contains all photographs, directly or below."""
     base = ""
     for name in names:
         parent = str(Path(name).absolute().parent)
@@ -175,7 +176,7 @@ def _base(names: Names) -> str:
 
 
 def _targets(loaded: LoadedModel, text: str) -> list[int]:
-    """The classes of ``--target``: one, whose name may have commas, or several with commas between them."""
+    """The classes of ``--target``: one, whose name may contain commas, or several separated by commas."""
     try:
         return [loaded.class_index(text)]
     except TargetError:
@@ -224,7 +225,7 @@ def _table(task: _Task, lines: Sequence[_Line]) -> list[str]:
 
 
 def _either(words: Sequence[str]) -> str:
-    """Several endings of file names as a shell would write them."""
+    """Several file endings in a shell's brace notation."""
     return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
 
 
@@ -239,7 +240,7 @@ def _reads(task: _Task) -> list[str]:
 
 
 def _job(options: Any, task: _Task, few: bool) -> str:
-    """Go through the photographs in parts, each written when it is complete; the folder is held meanwhile."""
+    """Go through the photographs in parts, each written when complete, with the folder locked."""
     with ExitStack() as stack:
         from_first(lambda: stack.enter_context(hold(writable_folder(task.folder), "explain")))
         return _parts(options, task, few)
@@ -271,7 +272,7 @@ def _parts(options: Any, task: _Task, few: bool) -> str:
 
 
 def _facts(options: Any, task: _Task) -> dict[str, Any]:
-    """What makes a job this job and no other."""
+    """What identifies a job."""
     networks = {
         name: fingerprint(explainer.network_)
         for name, explainer in task.explainers.items()
@@ -295,7 +296,7 @@ def _facts(options: Any, task: _Task) -> dict[str, Any]:
 
 
 def _run(options: Any, task: _Task, job: Job, mine: Sequence[Interval], *, keep: bool) -> list[_Line]:
-    """Explain these photographs; what is complete is written, whatever ends the run."""
+    """Explain these photographs; complete parts are written, however the run ends."""
     kept: list[_Line] = []
     batches = task.loader(mine, options)
     part = job.part(0)
@@ -353,7 +354,7 @@ def _lines(task: _Task, batch: Batch) -> list[_Line]:
         top_k=task.top_k,
         contrast=task.contrast,
         score=task.score,
-        show_progress=sys.stderr.isatty(),  # long methods draw a bar of their own
+        show_progress=sys.stderr.isatty(),  # slow methods draw a bar of their own
     )
     confidence, decisions, classes = found.confidence.float().cpu(), found.decision.tolist(), found.classes.tolist()
     maps = {name: heat.float().cpu() for name, heat in found.maps.items()}
@@ -378,7 +379,7 @@ def _draw(task: _Task, line: _Line, view: View, size: Sequence[int]) -> Iterator
         title = decided
         if task.targets is not None or task.top_k > 1:
             title = f"explained: {name(target)}  {float(line.confidence[target]):.0%}      decided: {decided}"
-        heats = {key: heat.clamp(min=0) for key, heat in maps.items()}  # what speaks for the class
+        heats = {key: heat.clamp(min=0) for key, heat in maps.items()}  # the evidence for the class
         if task.enlarge:
             heats = {key: upsample(heat[None, None], size)[0, 0] for key, heat in heats.items()}
         headings = {key: _heading(task.explainers[key], target) for key in heats}

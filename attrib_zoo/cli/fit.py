@@ -48,7 +48,7 @@ def fit(options: Any) -> str:
 
 
 def _train(explainer: Any, loaders: list[DataLoader[Tensor]], options: Any, folder: Path | None) -> None:
-    """The fit; where it is asked to stop, how it can be continued."""
+    """The fit; when it is stopped, it says how to continue."""
     try:
         explainer.fit(
             loaders[0],
@@ -88,7 +88,7 @@ def _next_steps(output: Path, options: Any, kind: str) -> str:
 
 
 def _usable(paths: list[Path], skip_bad: bool) -> list[Path]:
-    """The files that begin as images do; the rest is an error, or left out."""
+    """The files that start like images; others are an error, or skipped."""
     good = [path for path in paths if is_photo(path)]
     bad = sorted(set(paths) - set(good))
     if bad and (not skip_bad or not good):

@@ -23,7 +23,7 @@ def layers(options: Any) -> str:
     try:
         with torch.no_grad():
             description = describe(model.eval(), torch.zeros(1, *size))
-    except (AssertionError, RuntimeError) as error:  # the model's own words
+    except (AssertionError, RuntimeError) as error:  # the model's own error message
         if isinstance(error, AttribZooError) or asked is None:
             raise
         raise OptionError(
@@ -42,7 +42,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _takers(model: nn.Module) -> str:
-    """Which method takes which of the defaults that the table names; those for models of its kind."""
+    """Which method takes which of the defaults in the table, for the methods that fit this kind of model."""
     kind = "vit" if is_transformer(model) else "cnn"
     by_rule: dict[str, list[str]] = {}
     for cls in methods().values():

@@ -1,4 +1,4 @@
-"""The page of ``attrib-zoo app``, in Gradio: what is on it, and what each part does when it is touched."""
+"""The page of ``attrib-zoo app``, in Gradio: what is on it, and what each part does when used."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def check_installed() -> None:
     """Raise where Gradio is not installed.
 
     Raises:
-        OptionError: it is not.
+        OptionError: it is missing.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at its import
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     try:
         import gradio  # noqa: F401
     except ImportError as error:
@@ -55,7 +55,7 @@ def serve(studio: Studio, *, title: str, host: str, port: int) -> None:
 
 
 def launch(studio: Studio, *, title: str, host: str = "127.0.0.1", port: int | None = None, block: bool = False) -> Any:
-    """Start the page; returns Gradio's ``Blocks``, whose ``local_url`` says where it is."""
+    """Start the page; returns Gradio's ``Blocks``, whose ``local_url`` is its address."""
     check_installed()
     import gradio as gr
 
@@ -119,13 +119,13 @@ def build(studio: Studio, title: str) -> Any:
             acts.explain, [state, classes, methods, opacity, smooth], [state, said, *drawn], api_visibility="private"
         )
         last: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
-        for slider in (opacity, smooth):  # while it is drawn, only its last place counts
+        for slider in (opacity, smooth):  # while it is dragged, only its last position counts
             slider.change(acts.draw, [state, opacity, smooth], drawn, **last)
     return blocks
 
 
 class _Acts:
-    """What happens; each visitor's sight goes in and out, so that nothing is shared."""
+    """The event handlers; each visitor's state is passed in and out, so that nothing is shared."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio

@@ -1,8 +1,8 @@
-"""What a job over many photographs leaves in its folder: parts, each whole or not there, and a note of each part.
+"""What a job over many photographs leaves in its folder: parts, each complete or absent, and a note for each part.
 
-The folder holds ``table/`` and ``maps/``, a file for each part; ``job/``, with what was asked (``job.json``) and a note
-for each part that is done; and ``skipped.jsonl``, the files that could not be read. A note is written last, so what it
-names is complete: who kills the job loses the part that was being made.
+The folder holds ``table/`` and ``maps/``, a file for each part; ``job/``, with the request (``job.json``) and a note
+for each finished part; and ``skipped.jsonl``, the files that could not be read. A note is written last, so what it
+names is complete: killing the job loses only the part in progress.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SKIPPED = "skipped.jsonl"
 _NOTES, _FACTS = "job", "job.json"
 _SECONDS = 60.0  # after which a part is written, however small
 _LARGEST = 60_000.0  # float16 ends at 65504
-_SMALLEST = 1e-3  # below it begins to lose digits
+_SMALLEST = 1e-3  # below, float16 loses digits
 
 
 def check_formats(maps: str | None, table: str | None) -> None:
-    """Say what cannot be written before anything is done.
+    """Raise for formats that cannot be written, before anything is done.
 
     Raises:
         OptionError: an unknown format, or one whose library is not installed.
@@ -51,7 +51,7 @@ def check_formats(maps: str | None, table: str | None) -> None:
 
 
 def halves(map: Tensor) -> tuple[Tensor, float]:
-    """A map as float16, and what it must be multiplied by: 1, or a power of two where float16 would lose it."""
+    """A map as float16, and the factor that restores it: 1, or a power of two where float16 would lose it."""
     largest = float(map.abs().max())
     power = 0
     if largest > _LARGEST or 0 < largest < _SMALLEST:
@@ -63,8 +63,8 @@ class Job:
     """A job's folder.
 
     Args:
-        folder: where it is; made if need be.
-        facts: what is asked, as JSON: another job's folder is refused.
+        folder: its path; created if missing.
+        facts: the request, as JSON: another job's folder is refused.
         maps: format of raw maps, ``"safetensors"`` or ``"npz"``; ``None`` writes none.
         table: format of the table, ``"jsonl"`` or ``"parquet"``; ``None`` writes none.
     """
@@ -74,10 +74,10 @@ class Job:
         self.facts: dict[str, Any] = json.loads(json.dumps(facts))
 
     def begin(self, resume: bool) -> list[Interval]:
-        """Make the folder, or look at what is done there; returns the photographs that are done.
+        """Create the folder, or see what is already done; returns the finished photographs.
 
         Raises:
-            DataError: the folder holds another job, or one that is not to be resumed; it cannot be written.
+            DataError: the folder holds another job, or one that may not be resumed, or cannot be written.
         """
         note = self.folder / _NOTES / _FACTS
         if note.exists():
@@ -104,7 +104,7 @@ class Job:
             )
 
     def notes(self) -> Iterator[dict[str, Any]]:
-        """The notes of all parts that are done, in the order of their photographs."""
+        """The notes of all finished parts, in the order of their photographs."""
         for path in sorted((self.folder / _NOTES).glob("[0-9]*.json")):
             found = _read(path)
             if isinstance(found, dict) and {"start", "stop", "skipped"} <= found.keys():
@@ -141,7 +141,7 @@ class Job:
 
 
 class Part:
-    """What is known of the photographs since the last part, until it is written.
+    """The results since the last part, until they are written.
 
     Only what :meth:`reach` has confirmed is written: an interruption may come in the middle of a batch.
     """
@@ -157,7 +157,7 @@ class Part:
 
     @property
     def stop(self) -> int:
-        """The photograph behind the last one that is complete."""
+        """One past the last photograph that is complete."""
         return self._sure[0]
 
     @property
@@ -166,7 +166,7 @@ class Part:
         return self.stop - self.start >= CHUNK or time.monotonic() - self._begun > _SECONDS
 
     def reach(self, stop: int) -> None:
-        """All photographs before this one are in it."""
+        """Confirm that all photographs before this one are in the part."""
         self._sure = stop, len(self._rows), len(self._skipped)
 
     def skip(self, photo: str, why: str) -> None:
@@ -174,7 +174,7 @@ class Part:
         self._skipped.append({"photo": photo, "reason": why})
 
     def add(self, row: Mapping[str, Any], maps: Mapping[str, Tensor]) -> None:
-        """A line of the table, and the maps ``(h, w)`` of its photograph and class, by method."""
+        """Add a line of the table, and the maps ``(h, w)`` of its photograph and class, by method."""
         where: dict[str, Any] = {}
         if self.job.maps:
             where = {"file": f"maps/{self._name}.{self.job.maps}", "row": len(self._rows)}
@@ -230,7 +230,7 @@ class Part:
 
 
 def spelt(name: str | os.PathLike[str]) -> str:
-    """A file's name as text that any table can hold, also where its bytes are no UTF-8."""
+    """A file's name as text that any table can hold, even if its bytes are not UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 

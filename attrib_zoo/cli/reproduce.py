@@ -22,7 +22,7 @@ PAPERS = ("ttame", "lcam", "sise")
 
 
 def reproduce(options: Any) -> str:
-    """Run a paper's experiments, and show our rows beside the printed ones."""
+    """Run a paper's experiments, and show our rows next to the printed ones."""
     paper = check_choice("paper", options.paper, PAPERS)
     if not printed(paper, check_name(options.backbone)):
         known = [name for name in backbones.NAMES if printed(paper, name)]
@@ -48,7 +48,7 @@ def reproduce(options: Any) -> str:
 
 
 def _look(paper: str, plan: Plan) -> None:
-    """Raise where the data is not there."""
+    """Raise if the data is missing."""
     if paper == "sise":
         voc2007(plan.data)
     else:
@@ -56,7 +56,7 @@ def _look(paper: str, plan: Plan) -> None:
 
 
 def plan_of(options: Any) -> Plan:
-    """The plan that the command's options mean."""
+    """The plan that the command's options describe."""
     given = {field.name: getattr(options, field.name) for field in fields(Plan) if hasattr(options, field.name)}
     for name in ("data", "output", "test_list", "val_list", "labels"):
         given[name] = None if given[name] is None else Path(given[name])

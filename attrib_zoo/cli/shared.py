@@ -79,7 +79,7 @@ def explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:
 
 
 def _shape(name: str, explainer: Attribution, smooth: int | None, scale: str | None) -> None:
-    """Give an explainer, new or loaded, the ``--smooth`` and ``--scale`` that were asked for."""
+    """Give an explainer, new or loaded, the ``--smooth`` and ``--scale`` requested."""
     if smooth is not None:
         if "smooth" not in explainer.options():
             raise OptionError(
@@ -142,12 +142,12 @@ def _imported(name: str) -> type[Attribution]:
 
 
 def settings_of(loaded: LoadedModel, options: Any) -> dict[str, Any]:
-    """What methods must know of the images' standardisation, and of the sense in which the model decides."""
+    """What methods need to know about the images' standardisation, and about how the model decides."""
     return {"mean": loaded.mean, "std": loaded.std, "score": check_choice("score", options.score, SCORES)}
 
 
 def accepted(cls: type[Attribution], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the method has; a score only where it reads probabilities anyway."""
+    """The settings that the method accepts; a score only where it reads probabilities anyway."""
     known = inspect.signature(cls.__init__).parameters
     return {
         name: value

@@ -38,7 +38,7 @@ _Value = TypeVar("_Value")
 class Names(Sequence[str]):
     """Many file names as one string of bytes: 60 bytes each where a list of paths takes 500.
 
-    Processes that read photographs share it; reading a list would copy it into each, for the count of its references.
+    Worker processes share it; a list would be copied into each, because of its reference counts.
     """
 
     def __init__(self, names: Iterable[str | os.PathLike[str]]) -> None:
@@ -69,13 +69,13 @@ View = tuple[Tensor, Box]
 
 @dataclass
 class Batch:
-    """Photographs as they come from the loader.
+    """A batch of photographs from the loader.
 
     Attributes:
         interval: their numbers.
         good: the numbers of those that could be read.
         images: ``(N, C, H, W)`` of the good ones; ``None`` where there is none.
-        views: for the eye, and the part of it that the model sees; ``None`` where no picture is drawn.
+        views: the photographs to draw on, and the part that the model sees; ``None`` where no picture is drawn.
         wrong: number -> what is wrong with the file.
     """
 
@@ -88,13 +88,13 @@ class Batch:
 
 @dataclass
 class Eye:
-    """A photograph as it is drawn on, and what of it the model sees; sent to the processes that read, so no model."""
+    """The photograph to draw on, and the part that the model sees; sent to worker processes, so it holds no model."""
 
     loaded: LoadedModel
     known: dict[tuple[int, int], Box] = field(default_factory=dict)
 
     def __call__(self, photo: Any) -> View:
-        """The photograph, smaller where it is large."""
+        """The photograph, reduced if it is large."""
         if photo.size not in self.known:
             self.known = {photo.size: self.loaded.seen(photo)}
         box, scale = self.known[photo.size], min(1.0, _LARGEST / max(photo.size))
@@ -109,7 +109,7 @@ _Item = tuple[int, Tensor | None, View | None, str]
 
 
 class _Reader(Dataset[_Item]):
-    """Each photograph decoded once: for the model, and from the same decoded image for the eye."""
+    """Each photograph decoded once, both for the model and for drawing."""
 
     def __init__(self, names: Names, transform: Callable[[Any], Tensor], view: Callable[[Any], View] | None) -> None:
         self.names, self.transform, self.view = names, transform, view
@@ -126,13 +126,13 @@ class _Reader(Dataset[_Item]):
         try:
             image = self.transform(photo)
             view = None if self.view is None else self.view(photo)
-        except Exception as error:  # a photograph of one pixel by a million, say
+        except Exception as error:  # such as a photograph of one pixel by a million
             return index, None, None, f"'{path}' cannot be brought to the model's size ({reason(error)}); remove it"
         return index, image, view, ""
 
 
 class _Steps:
-    """Batches of numbers that do not cross the ends of intervals."""
+    """Batches of numbers that do not cross interval boundaries."""
 
     def __init__(self, intervals: Sequence[Interval], batch_size: int) -> None:
         self.intervals, self.batch_size = intervals, batch_size
@@ -169,17 +169,17 @@ def loader(
     batch_size: int,
     workers: int,
 ) -> DataLoader[Any]:
-    """Batches of the photographs in these intervals, in their order; ``workers`` processes read a little ahead."""
+    """Batches of the photographs in these intervals, in their order; ``workers`` processes prefetch a little."""
     steps: Any = _Steps(intervals, batch_size)
     reader = _Reader(names, transform, view)
     return DataLoader(reader, batch_sampler=steps, num_workers=workers, collate_fn=_collate)
 
 
 def watched(batches: DataLoader[Any]) -> Iterator[Batch]:
-    """The loader's batches; a reading process that dies ends in a sentence.
+    """The loader's batches; a worker process that dies gives a readable error.
 
     Raises:
-        DataError: it died.
+        DataError: a worker died.
     """
     it = iter(batches)
     while True:
@@ -201,7 +201,7 @@ def watched(batches: DataLoader[Any]) -> Iterator[Batch]:
 
 
 def left(count: int, done: Iterable[Interval]) -> list[Interval]:
-    """What is left of so many photographs."""
+    """The photographs out of ``count`` that are not done."""
     found, first = [], 0
     for start, stop in sorted(done):
         if first < start:
@@ -211,7 +211,7 @@ def left(count: int, done: Iterable[Interval]) -> list[Interval]:
 
 
 def shared_out(intervals: Sequence[Interval], batch_size: int) -> list[Interval]:
-    """The part of this process, in pieces: every so-many-th, and as many photographs as the others have."""
+    """This process's share, in pieces: every n-th batch, and as many photographs as the other processes have."""
     size, rank = distributed.world_size(), distributed.rank()
     whole = sum(stop - start for start, stop in intervals)
     turns = max(1, round(whole / (size * CHUNK)))
@@ -231,11 +231,11 @@ def shared_out(intervals: Sequence[Interval], batch_size: int) -> list[Interval]
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Join the processes that ``torchrun`` started; alone, nothing happens."""
+    """Join the processes that ``torchrun`` started; does nothing for a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo", timeout=timedelta(days=365))  # the first to end waits for the last
+    dist.init_process_group("gloo", timeout=timedelta(days=365))  # the first to finish waits for the last
     try:
         yield
     finally:
@@ -243,7 +243,7 @@ def together() -> Iterator[None]:
 
 
 def from_first(find: Callable[[], _Value]) -> _Value:
-    """What the first process finds, in all of them; its error too."""
+    """What the first process computes, in all of them; also its error."""
     held: tuple[Any, AttribZooError | None] = (None, None)
     if distributed.is_first():
         try:
@@ -260,12 +260,12 @@ def from_first(find: Callable[[], _Value]) -> _Value:
 
 
 def wait() -> None:
-    """Until all processes have come here, however long that takes."""
+    """Wait until all processes are here, however long that takes."""
     _everyone(None)
 
 
 def _everyone(value: Any) -> list[Any]:
-    """What each process holds; with the patience of :func:`together`, not with that of a fit."""
+    """The values of all processes; with the time limit of :func:`together`, not that of a fit."""
     if distributed.world_size() == 1:
         return [value]
     found: list[Any] = [None] * distributed.world_size()

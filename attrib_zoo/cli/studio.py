@@ -1,4 +1,4 @@
-"""What the page of ``attrib-zoo app`` asks and shows, without the page: photographs, maps, pictures of them."""
+"""The logic of ``attrib-zoo app`` without its page: photographs, maps, and pictures of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPACITY = ALPHA
 
 @dataclass
 class Sight:
-    """What one visitor sees: a photograph, and the maps that were made of it.
+    """One visitor's state: a photograph and its maps.
 
     Attributes:
         name: of the file.
@@ -54,12 +54,12 @@ class Sight:
 
 
 class Studio:
-    """A model and its methods, for any number of visitors at once: it keeps nothing of any of them.
+    """A model and its methods, for any number of visitors at once; it keeps nothing about them.
 
     Args:
         loaded: the model.
-        ready: explainers that are there already, by name: those that were named, and fitted ones.
-        make: the other methods by name, each a function that makes the explainer; made when first asked for.
+        ready: existing explainers by name: those given on the command line, and fitted ones.
+        make: the other methods by name, each a function that makes the explainer; called at first use.
         score: what confidence means.
     """
 
@@ -78,7 +78,7 @@ class Studio:
 
     @property
     def methods(self) -> list[str]:
-        """The names of all methods that can be chosen, those that were asked for first."""
+        """The names of all methods on offer, those given on the command line first."""
         return list(dict.fromkeys([*self.first, *self._ready, *self._make]))
 
     def explainer(self, name: str) -> Attribution:
@@ -90,7 +90,7 @@ class Studio:
         return self._ready[name]
 
     def look(self, path: str | Path, name: str | None = None) -> Sight:
-        """A photograph, and what the model sees in it.
+        """A photograph, and what the model predicts for it.
 
         Raises:
             DataError: it cannot be read.
@@ -114,7 +114,7 @@ class Studio:
             The sight with its maps, and a sentence for each method that cannot explain this model.
 
         Raises:
-            OptionError: too few or too many.
+            OptionError: there are too few or too many.
         """
         for what, chosen, most in (("classes", classes, MOST_CLASSES), ("methods", names, MOST_METHODS)):
             if not 1 <= len(chosen) <= most:
@@ -151,16 +151,16 @@ def _confidence(outputs: Tensor, score: str) -> Tensor:
 
 
 def drawn(sight: Sight, target: int, method: str, opacity: float, smooth: float) -> np.ndarray[Any, Any]:
-    """A map over the original photograph, uint8 ``(H, W, 3)``; what the model sees is outlined, the rest is pale.
+    """A map over the original photograph, uint8 ``(H, W, 3)``; the part the model sees is outlined, the rest faded.
 
     Args:
-        sight: what is looked at.
+        sight: the visitor's state.
         target: the class.
         method: the method.
         opacity: of the strongest evidence, in [0, 1].
         smooth: width of the square that is averaged over, as a share of the map's side.
     """
-    heat = sight.maps[target, method].clamp(min=0)  # what speaks for the class
+    heat = sight.maps[target, method].clamp(min=0)  # the evidence for the class
     size = 2 * round(smooth * min(heat.shape) / 2) + 1
     heat = mean_filter(heat[None, None], size)[0, 0]
     photo = torch.from_numpy(sight.pixels.copy()).permute(2, 0, 1).float() / 255
@@ -217,7 +217,7 @@ def write_picture(studio: Studio, sight: Sight, opacity: float, smooth: float, p
 
 
 def write_maps(studio: Studio, sight: Sight, path: Path) -> Path:
-    """One npz: each raw map under ``class-method``, and ``about``, JSON that says what they are of."""
+    """One npz: each raw map under ``class-method``, and ``about``, JSON that describes them."""
     height, width = sight.pixels.shape[:2]
     arrays: dict[str, Any] = {f"{target}-{method}": heat.numpy() for (target, method), heat in sight.maps.items()}
     about = {

@@ -1,1 +1,1 @@
-"""A model and its explainer as one program: an ordinary module, an ``.onnx`` file, a ``.pt2`` file."""
+"""A model and its explainer as one program: a plain module, an ``.onnx`` file, a ``.pt2`` file."""

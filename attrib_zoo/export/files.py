@@ -22,8 +22,8 @@ from attrib_zoo.training.files import write_whole
 
 OLDEST_OPSET = 18
 OUTPUTS = ("logits", "map", "class")
-_MOST_BYTES = 2**31 - 2**20  # of a protocol buffer, with room for what is not weights
-_STEP = 32  # pixels by which a free axis is made longer for the comparison
+_MOST_BYTES = 2**31 - 2**20  # the limit of a protocol buffer, with room for more than weights
+_STEP = 32  # pixels that a free axis is lengthened by for the comparison
 _TOLERANCE = {".onnx": 1e-3, ".pt2": 1e-5}
 _VALUES_DECIDE = (
     "data-dependent",
@@ -38,8 +38,8 @@ def check_path(path: str | os.PathLike[str], opset: int | None) -> Path:
     """The file to write, its kind and its folder checked before anything else is done.
 
     Raises:
-        OptionError: another ending, or an opset that does not go with it.
-        DataError: no such folder, or not one to write to.
+        OptionError: the ending is another one, or does not take an opset.
+        DataError: the folder does not exist or is not writable.
     """
     target = Path(path)
     if target.suffix not in _TOLERANCE:
@@ -74,15 +74,15 @@ def write_program(
     opset: int | None,
     facts: dict[str, Any],
 ) -> dict[str, bool]:
-    """Trace the program, write it, and compare what the file says with the program itself.
+    """Trace the program, write it, and compare the file's results with those of the program itself.
 
     Args:
-        program: what :meth:`as_module` gave.
+        program: the result of :meth:`as_module`.
         images: two or more example images, as the program takes them.
         path: checked by :func:`check_path`.
         with_target: whether the file takes the class as a second input.
         any_batch: whether the number of images is free.
-        any_size: whether their height and width are; ``None`` for where the model allows it.
+        any_size: whether their height and width are; ``None``: where the model allows it.
         opset: of ONNX; ``None`` for the exporter's own.
         facts: JSON-ready, to be kept in the file.
 
@@ -90,7 +90,7 @@ def write_program(
         Which of the axes ``"batch"``, ``"height"`` and ``"width"`` are free.
 
     Raises:
-        UnsupportedModelError: the model cannot be traced or translated, or the file says something else than it.
+        UnsupportedModelError: the model cannot be traced or translated, or the file's results differ.
         DataError: the file cannot be written.
     """
     program.by_counting = path.suffix == ".onnx"
@@ -156,7 +156,7 @@ def _trace(
     axes = ({0: batch, 2: side, 3: side}, {0: batch})[: len(inputs)]
     try:
         return torch.export.export(program, tuple(inputs), dynamic_shapes=axes, strict=False)
-    except Exception as error:  # whatever the model's own code raises, too
+    except Exception as error:  # including whatever the model's own code raises
         raise UnsupportedModelError(_untraceable(type(program.model).__name__, error, any_size)) from error
 
 
@@ -199,7 +199,7 @@ _Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 def _pt2(traced: torch.export.ExportedProgram, facts: dict[str, Any]) -> tuple[bytes, _Run]:
-    """The bytes of the file, and how to run what it holds."""
+    """The bytes of the file, and how to run it."""
     buffer = io.BytesIO()
     torch.export.save(traced, buffer, extra_files={"attrib_zoo.json": json.dumps(facts)})
     module = torch.export.load(io.BytesIO(buffer.getvalue())).module()
@@ -213,7 +213,7 @@ def _onnx(
     opset: int | None,
     facts: dict[str, Any],
 ) -> tuple[bytes, _Run | None]:
-    """The bytes of the file, and how to run what it holds where onnxruntime is installed."""
+    """The bytes of the file, and how to run it where onnxruntime is installed."""
     for library in ("onnx", "onnxscript"):
         _library(library)
     size = sum(tensor.numel() * tensor.element_size() for tensor in traced.state_dict.values())
@@ -228,7 +228,7 @@ def _onnx(
             traced, input_names=names, output_names=OUTPUTS, opset_version=opset, dynamo=True, verbose=False
         )
         proto = found.model_proto  # type: ignore[union-attr]  # None for TorchScript only
-    except Exception as error:  # of several classes, most of them not public
+    except Exception as error:  # of several classes, most of them private
         raise UnsupportedModelError(
             f"model: must have operators that ONNX has, but {type(program.model).__name__} has others "
             f"({_unsaid(error)}); export to .pt2, or give a newer opset"
@@ -251,7 +251,7 @@ def _unsaid(error: BaseException) -> str:
 
 
 def _name_axes(proto: Any) -> None:
-    """``batch``, ``height`` and ``width`` in the place of the tracer's symbols."""
+    """Replace the tracer's symbols by ``batch``, ``height`` and ``width``."""
     symbols: dict[str, str] = {}
     for place, axis in ((0, "batch"), (2, "height"), (3, "width")):
         symbol = proto.graph.input[0].type.tensor_type.shape.dim[place].dim_param
@@ -287,7 +287,7 @@ def _runtime(data: bytes) -> _Run | None:
 def _others(
     program: ExplainingModel, inputs: Sequence[Tensor], any_batch: bool, free: dict[str, bool]
 ) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """Inputs that the program was not traced with, along each free axis, and what it says of them."""
+    """Inputs that the program was not traced with, along each free axis, and its results for them."""
     if any_batch:
         inputs = [torch.cat([x.flip(0), x[:1]]) for x in inputs]
     yield inputs, program(*inputs)
@@ -300,7 +300,7 @@ def _others(
 def _at_another_size(
     program: ExplainingModel, inputs: Sequence[Tensor], axes: Sequence[int]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
-    """Inputs of which these axes are longer, and what the program says of them; ``None`` where the model refuses."""
+    """Inputs with these axes longer, and the program's results; ``None`` where the model refuses."""
     images = inputs[0]
     for axis in axes:
         images = torch.cat([images, images.narrow(axis, 0, min(_STEP, images.shape[axis]))], axis)
@@ -314,10 +314,10 @@ def _at_another_size(
 def _compare(
     program: ExplainingModel, wanted: Sequence[Tensor], run: _Run, inputs: Sequence[Tensor], tolerance: float
 ) -> None:
-    """What the file says of images must be what the program says of them."""
+    """Check that the file and the program give the same results."""
     try:
         found = run(inputs)
-    except Exception as error:  # of the runtime
+    except Exception as error:  # from the runtime
         raise UnsupportedModelError(
             f"model: must run from the file as it runs in torch, but {type(program.model).__name__} does not "
             f"({reason(error)}); export to the other kind of file, or with any_size=False"
@@ -327,7 +327,7 @@ def _compare(
         same = one.shape == other.shape
         off = (one.cpu().double() - other.cpu().double()).abs() if same else one.double() * torch.nan
         size = max(1.0, float(one.double().abs().max()))
-        # of ranks a rounding error may swap two neighbours
+        # a rounding error may swap two neighbouring ranks
         worst = float(off.mean() if name == "map" and program.scale == "rank" else off.max()) / size
         if not worst <= tolerance:
             raise UnsupportedModelError(
@@ -350,7 +350,7 @@ def _library(name: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What the exporters say on the way, and the reader can do nothing about."""
+    """Silences what the exporters print along the way, which the user can do nothing about."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

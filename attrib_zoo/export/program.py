@@ -1,9 +1,9 @@
-"""A classifier that explains itself: one ``nn.Module``, images in, logits and the map of the decided class out.
+"""A classifier that explains itself: one ``nn.Module``, images in, logits and the map of the predicted class out.
 
-An explainer's call looks at the model from outside: it makes a mirror, resolves targets, sets and removes hooks. None
+An explainer's call works on the model from outside: it makes a mirror, resolves targets, sets and removes hooks. None
 of that can be compiled or exported. Here all of it has happened already: the modules are the program's own, the layers
-and layouts are known, and what is left is tensor arithmetic that ``torch.compile(fullgraph=True)`` and
-``torch.export`` follow to the end.
+and layouts are known, and what remains is tensor arithmetic that ``torch.compile(fullgraph=True)`` and ``torch.export``
+can trace completely.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ PREPROCESSING = (None, "float", "uint8")
 class ExplainingModel(nn.Module):
     """A frozen classifier with the explanation of its decision: ``module(images)`` or ``module(images, target)``.
 
-    It stands alone: an ordinary module in eval mode, whose parameters want no gradient, safe to compile, export, move,
-    copy and call from several threads. As long as it is not moved, its tensors lie in the memory of the model and the
-    explainer it was made from, so it costs no memory; what is written into their weights is seen here too.
+    It is self-contained: a plain module in eval mode whose parameters require no gradient, safe to compile, export,
+    move, copy and call from several threads. Until it is moved, its tensors share the memory of the model and the
+    explainer it was made from, so it costs no memory, and in-place changes of their weights show here too.
 
     Args:
-        model: an own module, as :func:`own_modules` makes it.
+        model: a private module, as made by :func:`own_modules`.
         readings: one for each layer that is read, in the order of execution.
         head: ``(outputs, classes (N,), features) -> (N, 1, h, w)``, the map before smoothing and scaling.
         smooth: side of the mean filter; 1 for none.
-        scale: ``None``, or what is done to the values: ``"min-max"``, ``"rank"``, ``"positive"``.
+        scale: ``None``, or how the values are scaled: ``"min-max"``, ``"rank"``, ``"positive"``.
         enlarge: brings maps to the size of the images; ``None`` leaves them as they are.
 
     Attributes:
-        prepare: what is done to the images first, or ``None``.
+        prepare: applied to the images first, or ``None``.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ExplainingModel(nn.Module):
         self.readings = nn.ModuleList(readings)
         self.head = head
         self.smooth, self.scale, self.enlarge = smooth, scale, enlarge
-        self.by_counting = False  # ranks without searching, which ONNX has not
+        self.by_counting = False  # ranks without searching, which ONNX lacks
         self._heard = Heard()
         for position, reading in enumerate(readings):
             find(model, reading.name).register_forward_hook(Listener(self._heard, position, reading.element))
@@ -78,11 +78,11 @@ class ExplainingModel(nn.Module):
         """One pass.
 
         Args:
-            images: ``(N, C, H, W)``, standardised, or as ``preprocess`` said.
+            images: ``(N, C, H, W)``, standardised, or as ``preprocess`` says.
             target: ``(N,)`` int64, the class to explain on each image; ``None`` for the model's own decision.
 
         Returns:
-            What the model returns; the map, ``(N, 1, H, W)`` or, with ``upsample=False``, ``(N, 1, h, w)``; and the
+            The model's outputs; the map, ``(N, 1, H, W)`` or, with ``upsample=False``, ``(N, 1, h, w)``; and the
             explained class of each image, ``(N,)`` int64.
         """
         images = images if self.prepare is None else self.prepare(images)
@@ -111,7 +111,7 @@ def decision(outputs: Tensor) -> Tensor:
 
 
 def own_modules(model: nn.Module) -> nn.Module:
-    """Modules that nobody else has, in eval mode, around the same weights; where that cannot be, a deep copy.
+    """Private modules in eval mode around the same weights; where that is impossible, a deep copy.
 
     Raises:
         UnsupportedModelError: the model can be neither mirrored nor copied.
@@ -129,7 +129,7 @@ def own_modules(model: nn.Module) -> nn.Module:
             ) from error
     for module in own.modules():
         if not isinstance(module, torch.jit.ScriptModule):
-            module.__dict__["_buffers"] = module._buffers.copy()  # to(device) writes into it
+            module.__dict__["_buffers"] = module._buffers.copy()  # because to(device) writes into it
     return own
 
 
@@ -137,33 +137,33 @@ def own_modules(model: nn.Module) -> nn.Module:
 
 
 class Heard:
-    """What the layers said in the pass that is under way, apart for each thread.
+    """The layers' outputs in the current pass, separate for each thread.
 
-    An object, and not a dictionary of the module's: whoever traces the program puts copies of those in place.
+    An object, and not a dictionary of the module: tracers replace those by copies.
     """
 
     def __init__(self) -> None:
         self._passes: dict[int, list[list[Tensor]]] = {}
 
     def begin(self, layers: int) -> list[list[Tensor]]:
-        """Listen: a list for each layer, which its runs fill."""
+        """Start listening: returns a list for each layer, which its runs fill."""
         found: list[list[Tensor]] = [[] for _ in range(layers)]
         self._passes[_thread()] = found
         return found
 
     def end(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         del self._passes[_thread()]
 
     def add(self, position: int, activation: Tensor) -> None:
-        """A layer has run; outside of a pass of the program nobody cares."""
+        """Record a layer's run; outside a pass of the program it is ignored."""
         found = self._passes.get(_thread())
         if found is not None:
-            found[position].append(activation.clone())  # what comes next may work in place
+            found[position].append(activation.clone())  # later layers may work in place
 
 
 def _thread() -> int:
-    """Who is asking; traced code has no threads."""
+    """The current thread; traced code has no threads."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
@@ -174,12 +174,12 @@ class Listener:
         self.heard, self.position, self.element = heard, position, element
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep what the layer puts out."""
+        """Keep the layer's output."""
         self.heard.add(self.position, pick(output, self.element))
 
 
 class Reading(nn.Module):
-    """From what a layer put out in each of its runs to its map ``(N, C, h, w)``, in float32 or better.
+    """From a layer's outputs in all its runs to its map ``(N, C, h, w)``, in float32 or better.
 
     Args:
         tap: the layer.
@@ -208,8 +208,8 @@ class Reading(nn.Module):
         return at_least_float32(cells.unflatten(2, self._cells(shape)))
 
     def _cells(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of the tokens: as resolved, or as many pixels wide as there."""
-        rows, columns = self.hw  # type: ignore[misc]  # tokens that were resolved have it
+        """Rows and columns of the tokens: as resolved, or with cells of the same size in pixels."""
+        rows, columns = self.hw  # type: ignore[misc]  # set for resolved tokens
         height, width = self.size
         if self.order is not None or height % rows or width % columns:
             return rows, columns
@@ -220,13 +220,13 @@ class Reading(nn.Module):
 
 
 class ClassMaps(nn.Module):
-    """The explained class's map from a trained network, less a share of its rivals' mean map.
+    """The target class's map from a trained network, minus a share of its rivals' mean map.
 
     Args:
-        network: ``(features, rows (N, M)) -> (N, M, h, w)``; own modules.
-        places: of each layer's map among those of the others.
+        network: ``(features, rows (N, M)) -> (N, M, h, w)``; private modules.
+        places: the position of each layer's map among the others.
         rivals: how many classes are subtracted, those with the largest logits.
-        weight: of their mean.
+        weight: the weight of their mean.
     """
 
     def __init__(self, network: nn.Module, places: Sequence[Enlargement], rivals: int, weight: float) -> None:
@@ -247,7 +247,7 @@ class ClassMaps(nn.Module):
         return found[:, :1] - (self.weight / rivals * found[:, 1:]).sum(1, keepdim=True)
 
     def _maps(self, features: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """``(N, M, h, w)``: as the network itself, which may ask for sizes and therefore is no program."""
+        """``(N, M, h, w)``: as the network computes it; its own code may depend on sizes and cannot be traced."""
         if not isinstance(self.network, AttentionHead):
             maps: Tensor = self.network(features, rows)
             return maps
@@ -295,8 +295,8 @@ class Standardise(nn.Module):
     Args:
         mean: C numbers.
         std: C numbers.
-        like: a tensor of the type and on the device that the model wants.
-        unit: what is white: 1 or 255.
+        like: a tensor with the dtype and device of the model.
+        unit: the value of white: 1 or 255.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], like: Tensor, unit: int) -> None:
@@ -314,7 +314,7 @@ class Standardise(nn.Module):
 
 
 def counted_ranks(maps: Tensor) -> Tensor:
-    """What :func:`~attrib_zoo.masking.rank_scale` gives, by comparing each cell with each: (h·w)² comparisons."""
+    """The result of :func:`~attrib_zoo.masking.rank_scale`, by comparing all pairs of cells: (h·w)² comparisons."""
     values = maps.flatten(2)
     cells = values.shape[2]
     if cells == 1:
@@ -325,13 +325,13 @@ def counted_ranks(maps: Tensor) -> Tensor:
 
 
 class Enlargement(nn.Module):
-    """Maps of one size brought to another: what ``masking.upsample`` does, decided beforehand.
+    """Maps resized from one size to another: ``masking.upsample`` with all decisions made in advance.
 
     Args:
-        before: (h, w) of the maps on the images that the program was made with.
-        after: what they are enlarged to on these images.
-        extent_of: what a grid of so many cells covers of the image. Where the two cover different parts, the sizes stay
-            as they are.
+        before: (h, w) of the maps for the images that the program was made with.
+        after: the size that they are enlarged to for these images.
+        extent_of: the part of the image that a grid of this size covers. Where the two cover different parts, the sizes
+            are fixed.
     """
 
     def __init__(
@@ -358,7 +358,7 @@ class Enlargement(nn.Module):
 
 
 def _full_precision(device: str) -> AbstractContextManager[Any]:
-    """Outside of any autocast: the map keeps its own precision."""
+    """Outside any autocast: the map keeps its own precision."""
     if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)

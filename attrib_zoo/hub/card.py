@@ -1,4 +1,4 @@
-"""The card of a shared explainer: what it explains, what it was made from, how good it is, where it ends."""
+"""The card of a shared explainer: what it explains, what it was made from, how good it is, and its limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attrib_zoo.errors import OptionError
 from attrib_zoo.training.checkpoint import Checkpoint
 
 UNSAID = "Its author did not say."
-_FEW = 10  # classes named
+_FEW = 10  # classes listed
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class About:
         model: where the explained model comes from, ``"timm/resnet18.a1_in1k"`` or ``"torchvision resnet50, V2"``.
         data: the images of the fit, in words.
         datasets: the same as names of the Hub, for its search.
-        measures: a number for each measure, or for each of several explainers a mapping of these.
+        measures: a number for each measure, or such a mapping for each of several explainers.
         licence: of the explainer, as the Hub spells it: ``"apache-2.0"``, ``"cc-by-nc-4.0"``.
         notes: a last paragraph, in Markdown.
     """
@@ -39,7 +39,7 @@ def about(**told: Any) -> About:
     """The keywords of ``push_to_hub`` and ``save_pretrained``, checked.
 
     Raises:
-        OptionError: an unknown keyword, or measures that are no numbers.
+        OptionError: an unknown keyword, or measures that are not numbers.
     """
     known = list(About.__dataclass_fields__)
     unknown = sorted(set(told) - set(known))
@@ -54,7 +54,7 @@ def card(saved: Checkpoint, told: About, where: str) -> str:
     """The Markdown text of ``README.md``.
 
     Args:
-        saved: the explainer, as it is written.
+        saved: the explainer as saved.
         told: what its author adds.
         where: the repository or folder, for the example.
     """

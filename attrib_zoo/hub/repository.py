@@ -1,4 +1,4 @@
-"""Where a shared explainer lies: a folder, or a repository of the Hugging Face Hub. It knows files, no method."""
+"""Where a shared explainer is stored: a folder, or a repository on the Hugging Face Hub. It handles files only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXPLAINER, CARD = "explainer.safetensors", "README.md"
 
 
 def write_folder(folder: str | os.PathLike[str], explainer: bytes, card: str) -> Path:
-    """Both files, each whole or not at all; the folder is made where there is none.
+    """Write both files, each completely or not at all; the folder is created if missing.
 
     Raises:
         DataError: it cannot be written.
@@ -42,13 +42,13 @@ def upload(
     token: str | bool | None,
     endpoint: str | None,
 ) -> str:
-    """Make the repository where there is none, and put both files there in one commit.
+    """Create the repository if missing, and upload both files in one commit.
 
     Returns:
         The address of the commit.
 
     Raises:
-        DataError: the Hub does not take it.
+        DataError: the Hub rejects it.
     """
     hub = _library()
     api = hub.HfApi(endpoint=endpoint, token=token, library_name="attrib_zoo")
@@ -75,11 +75,11 @@ def fetch(
     endpoint: str | None,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Path:
-    """The explainer's file, out of a folder or out of a repository.
+    """The explainer's file, from a folder or a repository.
 
     Raises:
         CheckpointError: there is none.
-        OptionError: a revision of a folder.
+        OptionError: a revision is given for a folder.
     """
     folder = Path(place)
     if folder.is_dir():
