@@ -1,13 +1,13 @@
-"""A method per module, each a paper's, and all that one needs to write another: ``from attrib_zoo.methods import ...``.
+"""One module per method, each from a paper, and what it takes to write another: ``from attrib_zoo.methods import ...``.
 
-A method subclasses a base and fills its hooks; the base does the rest.
+A method subclasses a base and implements its hooks; the base does the rest.
 
-* :class:`Attribution`, from which all descend: any method.
-* :class:`GradientCAM`: feature maps weighed by gradients.
+* :class:`Attribution`, the base of all: any method.
+* :class:`GradientCAM`: feature maps weighted by gradients.
 * :class:`Perturbation`: scores of masked images; :class:`PerturbationCAM`: the masks are feature maps;
   :class:`BlockwiseSampling`: chosen feature maps of all stages, as SISE does.
-* :class:`AttentionMethod`: attention matrices of a vision transformer; ``relevance`` has the rules by which relevance
-  goes back through its layers.
+* :class:`AttentionMethod`: attention matrices of a vision transformer; ``relevance`` has the rules that propagate
+    relevance back through its layers.
 * :class:`TrainableAttribution`: a network that is trained to explain.
 * :class:`OnePass`: maps from one pass without a gradient, which can be exported with the model.
 
@@ -50,7 +50,7 @@ from attrib_zoo.training.schedule import Schedule as Schedule
 
 
 def list_methods() -> dict[str, type[Attribution]]:
-    """Every method of this library by its class name, in alphabetical order.
+    """Every method of this library by class name, in alphabetical order.
 
     Returns:
         name -> class: the subclasses of :class:`Attribution` that the modules of this package define.

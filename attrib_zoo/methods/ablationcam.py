@@ -18,13 +18,13 @@ from attrib_zoo.targets import TargetQuery
 
 
 class AblationCAM(Perturbation):
-    r"""Where the feature maps lie without which the target's score falls; no gradients.
+    r"""Regions whose feature maps the target's score drops without; no gradients.
 
     .. math:: M = \mathrm{ReLU}\Big(\sum_k w_k A_k\Big), \qquad w_k = \frac{y_c - y_c^{(k)}}{|y_c|}
 
     with A the D feature maps of the layer, ``(N, D, h, w)``, y_c the target's logit and y_c^(k) the logit with map k
-    set to zero everywhere (of tokens: at the class and register tokens too). One forward pass; each of the D ablations
-    runs only what lies behind the layer, in chunks, and serves all targets of :meth:`attribute_many`.
+    set to zero everywhere (for tokens, at the class and register tokens too). One forward pass; each of the D ablations
+    runs only the layers after it, in chunks, and serves all targets of :meth:`attribute_many`.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
@@ -33,7 +33,7 @@ class AblationCAM(Perturbation):
             token.
         score: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         divisor: what the drop is divided by: ``"abs"``, the score's absolute value; ``"paper"``, the score, which
-            turns the map round where it is negative; ``"none"``. A score of exactly 0 divides nothing.
+            inverts the map where it is negative; ``"none"``. A score of exactly 0 is not divided by.
         fill: what an ablated map is set to: ``"zero"`` (paper), or ``"mean"``, its own mean over space.
         relu: the paper's ReLU; ``False`` keeps negative evidence.
         chunk_size: ablations per pass; ``None``: 32, fewer where memory runs out.
@@ -54,8 +54,8 @@ class AblationCAM(Perturbation):
 
     Deviations:
         The drop is divided by the absolute score; for a positive score that is the paper's formula, for a negative one
-        the paper's map would show what speaks against the class. Maps that ablation does not change get no pass. The
-        paper has CNNs only. The map is raw.
+        the paper's map would show evidence against the class. Feature maps that ablation does not change get no pass.
+        The paper covers CNNs only. The map is raw.
     """
 
     paper: ClassVar[str] = "Desai and Ramaswamy, WACV 2020"
@@ -96,7 +96,7 @@ class AblationCAM(Perturbation):
         return heats
 
     def _weights(self, again: Replay, query: TargetQuery, show_progress: bool) -> Tensor:
-        """How much of the score each ablation takes, ``(N, D, T)``."""
+        """How much of the score each ablation removes, ``(N, D, T)``."""
         target = query.resolve(again.outputs)
         clean = self.read(again.outputs, target)
         maps = again.maps
@@ -118,13 +118,13 @@ class AblationCAM(Perturbation):
 
 
 def _rows(maps: Tensor, rows: Tensor) -> Tensor:
-    """A copy of these rows that lies in memory as the layer's own output does, so that a replay copies it once less."""
+    """A copy of these rows in the memory format of the layer's own output, which saves the replay one copy."""
     order = [0, *sorted((1, 2, 3), key=maps.stride, reverse=True)]
     return maps.permute(order)[rows].permute([order.index(axis) for axis in range(4)])
 
 
 def _with_prefix(tap: Tap) -> Tap:
-    """The tap with all tokens as one row of cells, for an ablation spares none."""
+    """The tap with all tokens as one row of cells, since an ablation spares none."""
     grid = tap.grid
     if not grid.is_tokens or grid.hw is None:
         return tap
@@ -132,7 +132,7 @@ def _with_prefix(tap: Tap) -> Tap:
 
 
 def _patches(maps: Tensor, grid: Grid) -> Tensor:
-    """What the tap itself reads, ``(N, D, h, w)``."""
+    """The cells that the tap itself reads, ``(N, D, h, w)``."""
     if not grid.is_tokens:
         return maps
     tokens = maps.squeeze(2)

@@ -14,24 +14,24 @@ _BINS = 256
 
 
 class AdaSISE(BlockwiseSampling):
-    r"""SISE with fewer masks: every stage decides by itself how large a feature map's gradient must be.
+    r"""SISE with fewer masks: every stage sets its own threshold for a feature map's gradient.
 
     .. math:: m_k \text{ is used where } \frac{\alpha_k}{\beta} > \tau_l, \qquad
               \tau_l = \mathrm{Otsu}\Big\{\frac{\alpha_k}{\beta} : \alpha_k > 0\Big\}
 
     with alpha_k the mean gradient of the target's probability at the k-th feature map of stage l and beta the largest
-    one. All else is :class:`SISE`; the map with the largest gradient is always used.
+    one. Everything else is as in :class:`SISE`; the map with the largest gradient is always used.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: see :class:`~attrib_zoo.attribution.Attribution`. Default: the end of every stage, as for
             :class:`SISE`.
-        score: what weighs the masks: ``"softmax"``, ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"``.
-        grad_score: what is differentiated, from the same choice.
+        score: what weights the masks: ``"softmax"``, ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"``.
+        grad_score: what is differentiated, with the same choices.
         fusion: ``"hard"``, ``"soft"`` or ``"simple"``, see :class:`SISE`.
-        otsu_scale: of the fusion's threshold, see :class:`SISE`.
+        otsu_scale: factor of the fusion's threshold, see :class:`SISE`.
         temperature: steepness of the ``"soft"`` sigmoid.
-        baseline: what is seen where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
+        baseline: what is shown where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
@@ -48,7 +48,7 @@ class AdaSISE(BlockwiseSampling):
         Sampling for Efficient Explanation of Convolutional Neural Networks. ICASSP 2021.
 
     Deviations:
-        The histogram for Otsu's method has 256 bins on [0, 1], which the paper leaves open. Otherwise those of
+        The histogram for Otsu's method has 256 bins on [0, 1]; the paper leaves this open. Otherwise as for
         :class:`SISE`. The map is at the resolution of the image, so there is no ``upsample``.
     """
 

@@ -1,1 +1,1 @@
-"""What methods of one kind share: a base class each, with the hooks that a method fills."""
+"""What methods of one kind share: a base class each, with the hooks that a method implements."""

@@ -53,7 +53,7 @@ class AttentionMethod(Attribution):
         )
 
     def attention(self, inputs: Tensor, args: Sequence[Any]) -> Attentions:
-        """Where the model attends on inputs of this shape; found once per shape.
+        """Where the model attends on inputs of this shape; computed once per shape.
 
         Raises:
             UnsupportedModelError: it has no attention that can be read, or its head averages tokens and
@@ -70,7 +70,7 @@ class AttentionMethod(Attribution):
 
 
 def not_zero(maps: Tensor, who: str) -> Tensor:
-    """The maps; called by ``compute_maps``, it warns once where gradients left nothing of them."""
+    """The maps; called by ``compute_maps``, it warns once where they are all zero."""
     if not bool(maps.any()):
         warn(
             f"{who}: the map is exactly zero, since the score does not change with what is read of these "
@@ -88,7 +88,7 @@ def attention_for(
     *,
     libra: bool = False,
 ) -> AttentionPass:
-    """One pass with the gradients of the targets' logits, of a balanced backward pass where ``libra`` says so."""
+    """One pass with the gradients of the targets' logits, from a balanced backward pass if ``libra`` is set."""
 
     def scores(outputs: Tensor) -> Tensor:
         return query.resolve(outputs.detach()).select(outputs)
@@ -102,6 +102,6 @@ def positive(gradients: Tensor, values: Tensor) -> Tensor:
 
 
 def with_identity(relations: Tensor, *, normalise: bool) -> Tensor:
-    """``relations + I``, for the residual connection; its rows divided by their sums where asked for."""
+    """``relations + I``, for the residual connection; its rows divided by their sums if ``normalise``."""
     kept = relations + torch.eye(relations.shape[-1], dtype=relations.dtype, device=relations.device)
     return kept / kept.sum(-1, keepdim=True) if normalise else kept

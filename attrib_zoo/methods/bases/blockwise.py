@@ -29,7 +29,7 @@ FUSIONS = ("hard", "soft", "simple")
 class BlockwiseSampling(Perturbation):
     """Base of SISE: scores of images masked by chosen feature maps of every stage, fused from shallow to deep.
 
-    Subclasses fill :meth:`select`. See :class:`~attrib_zoo.methods.sise.SISE` for the options.
+    Subclasses implement :meth:`select`. See :class:`~attrib_zoo.methods.sise.SISE` for the options.
     """
 
     models: ClassVar[tuple[str, ...]] = ("cnn",)
@@ -62,7 +62,7 @@ class BlockwiseSampling(Perturbation):
         """Which feature maps become masks.
 
         Args:
-            ratios: ``(B, D)``, the mean gradient of each map over the largest of its layer, which is above 0.
+            ratios: ``(B, D)``, the mean gradient of each map divided by the largest of its layer, which is positive.
 
         Returns:
             ``(B, D)``, booleans.
@@ -123,21 +123,21 @@ class BlockwiseSampling(Perturbation):
 
         scores = passes.table(chosen.any(2), masks)
         weights = scores.where(chosen, 0) * factor.unsqueeze(2)
-        above = maps - maps.amin((-2, -1), keepdim=True)  # a constant, which the scaling removes; it costs precision
+        above = maps - maps.amin((-2, -1), keepdim=True)  # the scaling would remove it too, but less precisely
         return min_max(upsample(torch.einsum("ndt,ndhw->nthw", weights, above), size))
 
 
 class Fusion:
-    """From shallow to deep: each map is added, and what the deeper one does not show is taken away.
+    """Fusion from shallow to deep: each map is added, and what the deeper one does not show is removed.
 
     Args:
         kind: ``"hard"``, ``"soft"`` or ``"simple"``.
-        scale: of Otsu's threshold; ``None``: 1, and 1.5 of the soft one.
-        temperature: of the soft one's sigmoid.
+        scale: factor of Otsu's threshold; ``None``: 1, or 1.5 for ``"soft"``.
+        temperature: of the sigmoid of ``"soft"``.
 
     Attributes:
         total: ``(N, T, H, W)``.
-        started: ``(N, T)``, which have a map at all.
+        started: ``(N, T)``, whether there is a map yet.
         raised: whether a scaled threshold went above 1.
     """
 
@@ -168,7 +168,7 @@ class Fusion:
 
 
 def otsu(maps: Tensor, scale: float = 1.0) -> Tensor:
-    """Otsu's threshold of each map: the level that tells two classes of pixels apart best.
+    """Otsu's threshold of each map: the level that best separates two classes of pixels.
 
     Args:
         maps: ``(B, ...)`` in [0, 1], in 256 bins of the values rounded to 1/256.

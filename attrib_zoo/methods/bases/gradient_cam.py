@@ -21,10 +21,10 @@ _TARGETS_AT_ONCE = 16
 
 
 class GradientCAM(Attribution, GradientAttribution):
-    """Base of the class activation maps that weigh a layer's feature maps by the score's gradient.
+    """Base of the class activation maps that weight a layer's feature maps by the score's gradient.
 
-    Subclasses fill :meth:`weights` (one weight per feature map) or, where the weight varies over space,
-    :meth:`combine`; those with a rule of their own for several layers fill ``fuse``. Tokens, NHWC layers, batches
+    Subclasses implement :meth:`weights` (one weight per feature map) or, where the weight varies over space,
+    :meth:`combine`; those with a rule of their own for several layers override ``fuse``. Tokens, NHWC layers, batches
     and several targets are handled here.
 
     Args:
@@ -38,8 +38,8 @@ class GradientCAM(Attribution, GradientAttribution):
         scale: see :class:`Attribution`.
 
     Attributes:
-        nonnegative: the formula divides by sums of feature maps and is derived for features behind a ReLU; where a
-            map sums to less than nothing, a call warns.
+        nonnegative: the formula divides by sums of feature maps and is derived for features after a ReLU; where a map
+            has a negative sum, a call warns.
     """
 
     family: ClassVar[str] = "gradient CAM"
@@ -81,7 +81,7 @@ class GradientCAM(Attribution, GradientAttribution):
         return torch.einsum("md,mdhw->mhw", self.weights(activations, gradients), activations)
 
     def check_features(self, activations: Sequence[Tensor], taps: Sequence[Tap]) -> None:
-        """Refuse or warn where the formula does not fit what the layers ``(N, D, h, w)`` put out."""
+        """Refuse or warn where the formula does not fit the layers' outputs ``(N, D, h, w)``."""
         if self.nonnegative:
             warn_negative(activations, taps, type(self).__name__)
 
@@ -147,7 +147,7 @@ def _gradients(scores: Tensor, maps: list[Tensor], taps: Sequence[Tap]) -> list[
 
 
 def _batched(scores: Tensor, maps: list[Tensor], wanted: range, *, keep_graph: bool) -> tuple[Tensor | None, ...]:
-    """One vector-Jacobian product for several targets, or a loop where the model has an operation without vmap."""
+    """One vector-Jacobian product for several targets, or a loop where an operation has no vmap rule."""
     columns = torch.zeros(len(wanted), *scores.shape, dtype=scores.dtype, device=scores.device)
     for row, column in enumerate(wanted):
         columns[row, :, column] = 1
@@ -173,7 +173,7 @@ def _connected(gradient: Tensor | None, tap: Tap) -> Tensor:
 
 
 def check_gradients(gradients: Sequence[Tensor], taps: Sequence[Tap], who: str) -> None:
-    """Exactly zero gradients: an error where the layer is the reason, one warning otherwise."""
+    """Exactly zero gradients: an error where the layer is the cause, otherwise one warning."""
     dead = [tap for gradient, tap in zip(gradients, taps, strict=True) if not bool(gradient.any())]
     for tap in dead:
         if tap.grid.prefix > 0:
@@ -190,7 +190,7 @@ def check_gradients(gradients: Sequence[Tensor], taps: Sequence[Tap], who: str) 
 
 
 def warn_negative(activations: Sequence[Tensor], taps: Sequence[Tap], who: str) -> None:
-    """One warning where a living feature map has no positive sum."""
+    """Warn once where a feature map that is not zero has no positive sum."""
     sums = [(a.sum(dim=(-2, -1)) <= 0) & a.ne(0).any(-1).any(-1) for a in activations]
     signed = [tap for found, tap in zip(sums, taps, strict=True) if bool(found.any())]
     if signed:
@@ -211,14 +211,14 @@ def each_chunk(
     chunk_size: int | None,
     label: str,
 ) -> None:
-    """Call ``work(rows, numbers)`` until each image has had each copy; chunks cross the borders of images.
+    """Call ``work(rows, numbers)`` until all copies of all images are done; chunks may span several images.
 
     Args:
-        inputs: the N images, whose device and size say how many go at once.
-        copies: how many of each image.
+        inputs: the N images, whose device and size determine how many go at once.
+        copies: number of copies of each image.
         work: takes the images ``(M,)`` and the numbers of the copies ``(M,)``; it must not add to a result before
-            all that needs memory is done, since it is called again with fewer where memory runs out.
-        chunk_size: M at most; ``None`` finds it.
+            everything that needs memory is done, since it is called again with fewer copies where memory runs out.
+        chunk_size: the largest M; ``None`` finds it.
         label: of the progress bar; empty for none.
     """
 

@@ -40,29 +40,29 @@ class OnePass(Attribution):
     ) -> nn.Module:
         """A module ``(outputs, classes (N,), features) -> (N, 1, h, w)``: the map before smoothing and scaling.
 
-        It may hold no Python that asks for the value or the size of a tensor, and shares no module with the explainer.
+        It must not contain Python code that depends on the value or size of a tensor, and shares no module with the
+        explainer.
 
         Args:
             images: two example images.
             taps: the layers that are read.
-            outputs: of the model, for the images.
-            features: the layers' maps of the images, ``(2, C_i, h_i, w_i)``, in float32 or better.
+            outputs: the model's outputs for the images.
+            features: the layers' maps for the images, ``(2, C_i, h_i, w_i)``, in float32 or better.
         """
         raise NotImplementedError
 
     def as_module(self, images: Tensor | None = None, *, preprocess: str | None = None) -> ExplainingModel:
-        """The model and this explainer as one ordinary module, for ``torch.compile`` and everything behind it.
+        """The model and this explainer as one ordinary module, for ``torch.compile`` and the tools that follow it.
 
-        ``module(images)`` returns what the model returns, the map of its decision and the class that it decided for;
+        ``module(images)`` returns the model's outputs, the map of its decision and the predicted class;
         ``module(images, target)`` explains the classes ``(N,)`` given. The maps are those of :meth:`attribute`, with
         all options of the explainer, in one channel: ``(N, 1, H, W)``, or ``(N, 1, h, w)`` with ``upsample=False``. The
-        module checks neither images nor classes, and does not notice when the model is trained further.
+        module checks neither images nor classes, and does not notice if the model is trained further.
 
         Args:
             images: an example, standardised ``(N, C, H, W)``, of the size that will be explained; ``None`` for the size
-                last explained, or the model's own. Convolutional networks take other sizes later on, as far as they
-                did before.
-            preprocess: what the module takes: ``None``: standardised images; ``"float"``: images in [0, 1];
+                last explained, or the model's own. Convolutional networks then take other sizes as before.
+            preprocess: the module's input: ``None``: standardised images; ``"float"``: images in [0, 1];
                 ``"uint8"``: bytes; both of the model's size, and standardised inside.
 
         Raises:
@@ -113,21 +113,21 @@ class OnePass(Attribution):
         onnxruntime, where that is installed.
 
         Args:
-            path: ends in ``.onnx`` or in ``.pt2`` (for ``torch.export.load``, AOTInductor, ExecuTorch); what stands
-                there is replaced when all has gone well.
+            path: ends in ``.onnx`` or in ``.pt2`` (for ``torch.export.load``, AOTInductor, ExecuTorch); an existing
+                file is replaced only on success.
             images: see :meth:`as_module`.
             with_target: the class ``(N,)`` is a second input, ``target``.
             preprocess: see :meth:`as_module`.
-            any_batch: ``False`` writes the number of the example images down, 1 without an example.
-            any_size: ``True``: images of any height and width; ``False``: of the example's; ``None``: of any where the
-                model allows it and does not pad inside. The file says which axes are free.
-            opset: of ONNX, from 18; ``None`` for the exporter's own.
+            any_batch: ``False`` fixes the batch size to that of the example, or to 1 without one.
+            any_size: ``True``: images of any height and width; ``False``: of the example's only; ``None``: any, where
+                the model allows it and does not pad inside. The file says which axes are free.
+            opset: of ONNX, at least 18; ``None`` for the exporter's own.
 
         Returns:
             The path.
 
         Raises:
-            OptionError: another ending, an opset that is too old, or a package that is missing.
+            OptionError: the ending is another one, the opset is too old, or a package is missing.
             NotFittedError: the explainer was neither fitted nor loaded.
             UnsupportedModelError: the model cannot become a program; the message says why.
             DataError: the file cannot be written.
@@ -136,7 +136,7 @@ class OnePass(Attribution):
         program = self.as_module(images, preprocess=preprocess)
         example = self._example(images)
         if any_size is None and self.extents(example).pads:
-            any_size = False  # sizes that follow from paddings that follow from sizes: torch.export traces for minutes
+            any_size = False  # sizes depend on paddings that depend on sizes: torch.export would trace for minutes
         if not any_batch:
             example = example[:1] if images is None else images.detach().clone()
         if preprocess is not None:
@@ -171,7 +171,7 @@ class OnePass(Attribution):
         }
 
     def _statistics(self, channels: int) -> tuple[Sequence[float], Sequence[float]]:
-        """Mean and standard deviation of the images' standardisation: as given, else the model's own."""
+        """Mean and standard deviation of the images' standardisation: the given ones, else the model's own."""
         mean, std = getattr(self, "mean", None), getattr(self, "std", None)
         return channel_stats(self.model, channels) if mean is None or std is None else (mean, std)
 
@@ -185,7 +185,7 @@ class OnePass(Attribution):
         return drawn.to(device=like.device, dtype=like.dtype)
 
     def _image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W): of the images last explained; else what the model says of itself; else 224 x 224."""
+        """(C, H, W): of the images last explained; else as the model's configuration says; else 224 x 224."""
         seen = [key[1][0] for key in self._resolved if isinstance(key, tuple) and key[0] == "layers"]
         if seen:
             return tuple(seen[-1])
@@ -203,14 +203,14 @@ class OnePass(Attribution):
         return channels, int(height), int(width)
 
     def _check_program(self, module: ExplainingModel, example: Tensor) -> None:
-        """The module must say what ``attribute`` says."""
+        """Check that the module gives the maps of ``attribute``."""
         twin = copy.copy(self)
-        twin._warned = True  # type: ignore[attr-defined]  # classes that a fit never saw: not this call's business
+        twin._warned = True  # type: ignore[attr-defined]  # no warning about unseen classes here
         wanted = twin.attribute(example)[:, :1]
         with torch.no_grad():
             found = module(example)[1]
         off = (found - wanted).abs().double()
-        # of ranks a rounding error may swap two neighbours
+        # a rounding error may swap two neighbouring ranks
         worst = float(off.mean() if module.scale == "rank" else off.max()) / max(1.0, float(wanted.abs().max()))
         if not worst <= max(1e-4, 64 * torch.finfo(wanted.dtype).eps):
             raise UnsupportedModelError(

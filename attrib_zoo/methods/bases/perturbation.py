@@ -1,8 +1,8 @@
-"""Skeleton of the methods that show masked copies of an image to the model; a method says what the masks are.
+"""Skeleton of the methods that show masked copies of an image to the model; a method defines the masks.
 
-No mask is kept: the masked copies of a whole batch go through the model a chunk at a time, and what remains of each is
-the scores of all targets. As the maps of these methods are sums of masks, and enlarging is linear, the sums are formed
-at the resolution of the layer.
+No mask is kept: the masked copies of a whole batch go through the model a chunk at a time, and only the scores of all
+targets are kept. As the maps of these methods are sums of masks, and upsampling is linear, the sums are computed at the
+resolution of the layer.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from attrib_zoo.targets import SCORES, Target, TargetQuery
 Baseline: TypeAlias = str | float | Tensor
 
 _BASELINES = ("mean", "black", "blur")
-_WIDEST = 11  # the blurred baseline has a deviation of the shorter side over this
+_WIDEST = 11  # the blurred baseline has a standard deviation of the shorter side over this
 
 
 class Perturbation(Attribution, PerturbationAttribution):
-    """Base of the methods that look at scores of masked copies.
+    """Base of the methods that compare scores of masked copies.
 
     Args:
         model: see :class:`Attribution`.
         layers: see :class:`Attribution`.
         score: what is read from the outputs: ``"softmax"``, ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"`` (for
             classes that do not exclude each other).
-        baseline: what is seen where a mask is 0: ``"mean"`` (the colour that standardises to 0), ``"black"``,
+        baseline: what is shown where a mask is 0: ``"mean"`` (the colour that standardises to 0), ``"black"``,
             ``"blur"`` (the image itself, blurred), a number, or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass, over the whole batch; ``None``: 32, fewer where memory runs out.
         upsample: see :class:`Attribution`.
@@ -64,10 +64,10 @@ class Perturbation(Attribution, PerturbationAttribution):
         self.score: str | None = check_choice("score", score, SCORES)
         self.baseline = check_baseline(baseline)
         self.chunk_size = chunk_size
-        ChunkSize(chunk_size)  # says early what is wrong with it
+        ChunkSize(chunk_size)  # fails early for an invalid size
 
     def read(self, outputs: Tensor, target: Target) -> Tensor:
-        """What is kept of M passes: ``(M, T)``, the scores of all targets."""
+        """What is kept from M passes: ``(M, T)``, the scores of all targets."""
         return read_scores(outputs, target, self.score or "softmax")
 
     def passes(
@@ -90,7 +90,8 @@ class Perturbation(Attribution, PerturbationAttribution):
 class PerturbationCAM(Perturbation):
     """Base of the class activation maps whose weights come from images masked by the feature maps themselves.
 
-    Subclasses fill :meth:`weights`, and :meth:`masks` where a mask is not the enlarged map scaled to [0, 1].
+    Subclasses implement :meth:`weights`, and override :meth:`masks` where a mask is not the enlarged map scaled to [0,
+    1].
     """
 
     cost: ClassVar[str] = "1F + 1F for each feature map, for all targets"
