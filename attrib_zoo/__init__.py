@@ -1,4 +1,4 @@
-"""Which image regions made the model decide? Attribution methods for image classifiers, beside Captum."""
+"""Which image regions made the model decide? Attribution methods for image classifiers, alongside Captum."""
 
 from attrib_zoo.methods.ablationcam import AblationCAM as AblationCAM
 from attrib_zoo.methods.adasise import AdaSISE as AdaSISE

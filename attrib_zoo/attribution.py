@@ -72,27 +72,27 @@ def _eager(function: _F) -> _F:
 class Attribution(_CaptumAttribution, ABC):
     """Base of all methods: an attribution map for each image, called as Captum's methods are.
 
-    Subclasses fill one hook, :meth:`compute_maps`; everything else (targets, tuples, eval mode, gradient mode, layers,
-    smoothing, scaling, upsampling, clean-up) is done here once.
+    Subclasses implement one hook, :meth:`compute_maps`; everything else (targets, tuples, eval mode, gradient mode,
+    layers, smoothing, scaling, upsampling, clean-up) is done here once.
 
     Args:
         model: a classifier that takes ``(N, C, H, W)`` images, standardised as it was trained with, and returns
             ``(N, K)`` logits (or one logit per image, whose sign decides between the classes 0 and 1). It is never
-            changed, and other threads may use it meanwhile. DataParallel, DistributedDataParallel and
-            ``torch.compile`` wrappers are looked through.
+            changed, and other threads may use it in the meantime. DataParallel, DistributedDataParallel and
+            ``torch.compile`` wrappers are removed.
         layers: which layers to read: ``None`` for the method's default on this kind of model, a dotted name, a
             module of the model, a negative index into the model's stages or blocks (``-1`` the last), a pair
-            ``(layer, Grid(...))`` where the layout must be said, or a list of these.
+            ``(layer, Grid(...))`` where the layout must be given, or a list of these.
         upsample: ``True`` returns maps in the shape of the inputs; ``False`` returns ``(N, 1, h, w)`` at the layer's
             resolution.
         smooth: an odd number k: each cell of the map, at the layer's resolution, becomes the mean of the k x k cells
-            around it, at the borders of those that there are; of several layers the map of each, before they are
-            joined. ``None`` for none. Methods whose map has the images' resolution have no such option.
-        scale: what is done to the values of a map afterwards, before it is enlarged: ``"min-max"`` scales them to
-            [0, 1]; ``"rank"`` replaces them by their ranks, also in [0, 1], of equal values by the mean rank;
-            ``"positive"`` makes what is below 0 zero and divides by the maximum, so that places without evidence for
-            the target stay dark; ``None`` leaves to them the scale of the method, which is min-max for trained methods
-            and the formula's for others.
+            around it (at the borders, of those that exist). With several layers, each map is smoothed before they are
+            combined. ``None``: no smoothing. Methods whose map has the images' resolution have no such option.
+        scale: how the values of the map are then scaled, before it is enlarged: ``"min-max"`` scales them to
+            [0, 1]; ``"rank"`` replaces them by their ranks, also in [0, 1], ties by their mean rank;
+            ``"positive"`` sets negative values to zero and divides by the maximum, so that places without evidence for
+            the target stay dark; ``None`` keeps the method's own scale: min-max for trained methods, that of the
+            formula for others.
 
     Attributes:
         family: the kind of method, for tables.
@@ -100,12 +100,12 @@ class Attribution(_CaptumAttribution, ABC):
         models: kinds of model that it is defined for, ``"cnn"`` and/or ``"vit"``.
         cost: passes through the model for each image; F is a forward pass, B a backward pass.
         class_agnostic: the map does not depend on the target.
-        own_scale: what ``scale=None`` is, one of :data:`SCALES`; ``None`` leaves maps as they come.
+        own_scale: what ``scale=None`` means, one of :data:`SCALES`; ``None`` leaves maps as they are.
         needs_fit: the method must be trained before use.
         default_layers: ``(rule, count)`` used when ``layers=None``; see ``backbone.layers.resolve``. ``None``:
             the method reads no layers.
-        cheap_options: options that make a call of a long method short, at the price of a coarse map; the contract suite
-            builds objects with them.
+        cheap_options: options that make a slow method fast, at the price of a coarse map; the contract suite builds
+            explainers with them.
     """
 
     family: ClassVar[str] = ""
@@ -120,7 +120,7 @@ class Attribution(_CaptumAttribution, ABC):
     cheap_options: ClassVar[Mapping[str, Any]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Say what becomes of an argument that Captum's layer methods have."""
+        """Say what takes the place of an argument of Captum's layer methods."""
         if "device_ids" in kwargs:
             raise OptionError(
                 f"{cls.__name__}: device_ids must be left out: of a DataParallel model the module inside is explained, "
@@ -137,7 +137,7 @@ class Attribution(_CaptumAttribution, ABC):
         smooth: int | None = None,
         scale: str | None = None,
     ) -> None:
-        unwrap(model)  # says early what cannot be explained
+        unwrap(model)  # fails early for what cannot be explained
         super().__init__(model)
         self.layers = layers
         self.upsample = bool(upsample)
@@ -157,16 +157,16 @@ class Attribution(_CaptumAttribution, ABC):
     def compute_maps(
         self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool
     ) -> Tensor | Sequence[Tensor]:
-        """The maps ``(N, T, h, w)`` of T targets per image; the one thing that a method must say.
+        """The maps ``(N, T, h, w)`` of T targets per image; the one thing that a method must define.
 
         Called with the model in eval mode, gradients off, and inputs that carry no graph. Resolve the targets on the
         clean outputs (``query.resolve(outputs)``), which the method computes anyway. Methods that read several layers
-        return a list with the maps of each, the first layer first, which :meth:`fuse` joins.
+        return a list of the maps of each layer, in layer order, which :meth:`fuse` combines.
         """
         raise NotImplementedError
 
     def fuse(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """One map from those of several layers, the first layer first: the mean of the upsampled ones.
+        """Combine the maps of several layers, given in layer order, into one: the mean of the upsampled maps.
 
         Args:
             maps: ``(N, T, h_i, w_i)`` for each layer, two or more.
@@ -178,7 +178,7 @@ class Attribution(_CaptumAttribution, ABC):
         return torch.stack([upsample(heat, size) for heat in maps]).mean(0)
 
     def check_ready(self) -> None:
-        """Raise where the object cannot explain yet; trainable methods fill this."""
+        """Raise if the object cannot explain yet; trainable methods override this."""
 
     # ------------------------------------------------------------------ the call
 
@@ -199,10 +199,10 @@ class Attribution(_CaptumAttribution, ABC):
             target: the class to explain: an int for all images, a list or tensor of N ints, a tuple of ints for
                 outputs with more axes, a list of N tuples, or ``None`` for the model's own decision (argmax) on
                 each image. A model with one logit per image has the targets 1, the logit, and 0, the negated logit,
-                and ``None`` follows its sign; of a regression pass 1. A :class:`~attrib_zoo.Contrast` asks why it is
+                and ``None`` follows its sign; for a regression pass 1. A :class:`~attrib_zoo.Contrast` asks why it is
                 this class and not those that come next; a :class:`~attrib_zoo.Scalar`, or a function, explains any
-                value of the outputs. With Captum's NoiseTunnel and metrics give the target: each
-                noisy copy would get its own decision.
+                value of the outputs. Give the target explicitly with Captum's NoiseTunnel and metrics, where each noisy
+                copy would otherwise get its own decision.
             additional_forward_args: passed to the model after the inputs; tensors are per image.
             show_progress: show a progress bar where a method makes many passes.
 
@@ -261,7 +261,7 @@ class Attribution(_CaptumAttribution, ABC):
         args = forward_args(extra)
         try:
             return self._explain_with("shared", images, query, args, show_progress)
-        except ModelChangedError:  # another thread trains the model: then of the weights as they are now
+        except ModelChangedError:  # another thread is training the model: explain its weights as they are now
             return self._explain_with("copied", images, query, args, show_progress)
 
     def _explain_with(
@@ -278,7 +278,7 @@ class Attribution(_CaptumAttribution, ABC):
         return upsample(maps, size) if self.upsample else maps
 
     def _as_asked(self, maps: Tensor | Sequence[Tensor], size: Sequence[int] = ()) -> Tensor:
-        """Maps ``(N, T, h, w)`` of one or several layers smoothed, joined and scaled as the options say.
+        """Maps ``(N, T, h, w)`` of one or several layers smoothed, combined and scaled as the options say.
 
         Several need the images' ``size``.
         """
@@ -302,7 +302,7 @@ class Attribution(_CaptumAttribution, ABC):
         """Inside, ``masking.upsample`` enlarges maps of this model's grids to where they lie on images of this shape.
 
         Models that pad or crop inside have cells beyond the image, or pixels beyond the grid. ``attribute`` runs in
-        it; whoever enlarges maps that were asked for with ``upsample=False`` needs it too.
+        it; code that enlarges maps requested with ``upsample=False`` needs it too.
         """
         return placed(lambda size: self.extents(inputs, args).of(size))
 
@@ -322,7 +322,7 @@ class Attribution(_CaptumAttribution, ABC):
         return self._once("layers", inputs, args, lambda: self.resolve_layers(inputs, args))
 
     def _once(self, question: str, inputs: Tensor, args: Sequence[Any], find: Callable[[], _T]) -> _T:
-        """What ``find`` returns, found once per shape of the inputs; again when the model has changed.
+        """What ``find`` returns, computed once per shape of the inputs, and again when the model has changed.
 
         What does not depend on the explainer's options is shared by all explainers of a model, in
         ``backbone.layers.known``; this keeps the rest.
@@ -334,7 +334,7 @@ class Attribution(_CaptumAttribution, ABC):
         return cast("_T", held[1])
 
     def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
-        """The layers for inputs of this shape; fill it to refuse or to change what :meth:`layer_rule` finds."""
+        """The layers for inputs of this shape; override it to refuse or to change what :meth:`layer_rule` finds."""
         rule = self.layer_rule()
         if rule is None:
             return ()
@@ -348,7 +348,7 @@ class Attribution(_CaptumAttribution, ABC):
         return taps
 
     def layer_rule(self) -> tuple[str, int] | None:
-        """The rule and the number of layers where none are named; fill it where options or the model decide them."""
+        """The rule and the number of layers where none are named; override it where options or the model decide."""
         return self.default_layers
 
     # ------------------------------------------------------------------ Captum's other names
@@ -373,7 +373,7 @@ class Attribution(_CaptumAttribution, ABC):
     # ------------------------------------------------------------------ programs
 
     def as_module(self, *_: Any, **__: Any) -> Any:
-        """Only of methods that need one forward pass and no gradient: CAM, and those that are trained."""
+        """Only for methods that need one forward pass and no gradient: CAM and the trained ones."""
         raise NotImplementedError(
             f"{self.get_name()} must need one forward pass and nothing else to become a program, and it needs "
             f"{self.cost}; use CAM, or fit TTAME, LCAMImg or LCAMFm"
@@ -383,7 +383,7 @@ class Attribution(_CaptumAttribution, ABC):
         """As :meth:`as_module`."""
         return self.as_module()
 
-    # ------------------------------------------------------------------ how it is known
+    # ------------------------------------------------------------------ how it is shown
 
     def options(self) -> dict[str, Any]:
         """The keyword-only hyper-parameters as they are now."""
@@ -391,7 +391,7 @@ class Attribution(_CaptumAttribution, ABC):
         return {p.name: getattr(self, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     def named_layers(self) -> Any:
-        """The layers by which the explainer is known."""
+        """The layers that stand for the explainer in ``repr`` and in tables."""
         return self.layers
 
     def __repr__(self) -> str:

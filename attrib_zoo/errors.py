@@ -14,7 +14,7 @@
     * CheckpointError (ValueError): a checkpoint that is damaged, or of another class or a newer format
         * BackboneMismatchError: a checkpoint that was fitted for other weights
 
-Each message says what must be, what was got, and what to do. The functions below check options, write the pieces that
+Each message says what must be, what was got, and what to do. The functions below check options, build the phrases that
 several messages share, and warn.
 """
 
@@ -51,7 +51,7 @@ class LayerNotFoundError(AttribZooError, LookupError):
 
 
 class LayerError(AttribZooError, ValueError):
-    """The layer exists but cannot serve: not spatial, no path to the score, or it never ran."""
+    """The layer exists but cannot be explained: not spatial, no path to the score, or it never ran."""
 
 
 class UnsupportedModelError(AttribZooError, ValueError):
@@ -127,7 +127,7 @@ def listed(items: Sequence[object], show: int = 3) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first sentence of what lies at the bottom of an error."""
+    """The first sentence of the error at the root of a chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     inner = getattr(error, "reason", None) or error
@@ -139,9 +139,9 @@ def aligned(lines: Sequence[Sequence[str]], *, rule: bool = False, right: bool =
     """Lines of cells as columns of text, two spaces apart.
 
     Args:
-        lines: the cells; all lines have equally many.
+        lines: the cells; all lines have the same number.
         rule: underline the first line, the header.
-        right: align all columns but the first to the right, as numbers want it.
+        right: align all columns but the first to the right, as suits numbers.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     drawn = [*lines[:1], *([["-" * width for width in widths]] if rule else []), *lines[1:]]
@@ -160,7 +160,7 @@ def html_table(lines: Sequence[Sequence[str]], *, head: bool = False, title: str
     Args:
         lines: the cells.
         head: the first line is a header; without it the first column is.
-        title: a line above.
+        title: a line above the table.
     """
     style = "text-align: left; padding: .15em .8em .15em 0; font-variant-numeric: tabular-nums;"
     rows = []
@@ -173,14 +173,14 @@ def html_table(lines: Sequence[Sequence[str]], *, head: bool = False, title: str
 
 
 def shown(text: str, most: int | None = None) -> str:
-    r"""Text from a file or a file's name as it may stand in a terminal or a picture.
+    r"""Text from a file or a file name, made safe for a terminal or a picture.
 
-    What a terminal would obey, what cannot be encoded and what turns the direction of writing is escaped (``\x1b``,
+    Terminal control characters, what cannot be encoded, and what changes the writing direction are escaped (``\x1b``,
     ``\ud800``, ``\u202e``); line breaks and tabs stay where the text may be of any length.
 
     Args:
-        text: from anywhere.
-        most: cut to so many characters, of one line.
+        text: any text.
+        most: cut to one line of this many characters.
     """
     if most is None:
         return _OBEYED.sub(_escaped, text)
@@ -188,7 +188,7 @@ def shown(text: str, most: int | None = None) -> str:
     return _OBEYED.sub(_escaped, cut).replace("\n", r"\n").replace("\t", r"\t")
 
 
-# Control characters but for line breaks and tabs, what turns the direction of writing, and halves of characters.
+# Control characters except line breaks and tabs, changes of writing direction, and lone surrogates.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -197,7 +197,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def cell(text: str) -> str:
-    """Text for a CSV file, with an apostrophe before what a spreadsheet would run as a formula."""
+    """Text for a CSV file, with an apostrophe in front of what a spreadsheet would run as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 

@@ -28,9 +28,9 @@ _extent_of: ContextVar[_ExtentOf | None] = ContextVar("attrib_zoo_extents", defa
 
 
 def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:
-    """Float32, or the tensor's own type where that is wider: the type in which sums are formed.
+    """Float32, or the tensor's own type where that is wider: the type in which sums are computed.
 
-    16 bits hold three digits, too few for sums over space or over masks.
+    16-bit floats hold about three digits, too few for sums over space or over masks.
     """
     return torch.promote_types(like.dtype if isinstance(like, Tensor) else like, torch.float32)
 
@@ -42,10 +42,10 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def placed(extent_of: _ExtentOf) -> Iterator[None]:
-    """Inside, :func:`upsample` takes grids of a model that pads or crops to lie where they do.
+    """Inside, :func:`upsample` places the grids of a model that pads or crops where they lie in the image.
 
     Args:
-        extent_of: what a grid of h rows and w columns covers of the image.
+        extent_of: the part of the image that a grid of h rows and w columns covers.
     """
     token = _extent_of.set(extent_of)
     try:
@@ -68,7 +68,7 @@ def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def upsampler() -> Enlarge:
-    """:func:`upsample` as it is here, for code that runs elsewhere (a backward pass in a thread of its own)."""
+    """:func:`upsample` with the placement of this thread, for code that runs in another (a backward pass)."""
     extent_of = _extent_of.get()
 
     def enlarge(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -89,7 +89,7 @@ _SAME_PLACE = 1e-9
 
 
 def moving(before: tuple[int, int], after: tuple[int, int], extent_of: _ExtentOf) -> tuple[Tensor, Tensor] | None:
-    """The matrices of rows and columns between grids that cover different parts of the image; ``None`` for the same."""
+    """The row and column matrices between grids that cover different parts of the image; ``None`` if the same."""
     covers, onto = extent_of(before), extent_of(after)
     if max(abs(a - b) for a, b in zip(covers, onto, strict=True)) <= _SAME_PLACE:
         return None
@@ -100,7 +100,7 @@ def moving(before: tuple[int, int], after: tuple[int, int], extent_of: _ExtentOf
 def _weights(cells: int, covers: Sequence[float], pixels: int, onto: Sequence[float]) -> Tensor:
     """``(pixels, cells)``: linear interpolation between cells that cover one span, at pixels that cover another.
 
-    Beyond the centres of the outermost cells the value is theirs, as at the borders of an image.
+    Beyond the centres of the outermost cells their value is repeated, as at the borders of an image.
     """
     centres = onto[0] + (torch.arange(pixels, dtype=torch.float64) + 0.5) * ((onto[1] - onto[0]) / pixels)
     places = ((centres - covers[0]) / (covers[1] - covers[0]) * cells - 0.5).clamp(0, cells - 1)
@@ -120,7 +120,7 @@ def min_max(maps: Tensor) -> Tensor:
 def mean_filter(maps: Tensor, size: int) -> Tensor:
     """Each cell of the maps ``(..., h, w)`` becomes the mean of the ``size`` x ``size`` cells around it.
 
-    At the borders it is the mean of those that there are.
+    At the borders it is the mean of those that exist.
 
     Args:
         maps: ``(N, C, h, w)``.
@@ -132,7 +132,7 @@ def mean_filter(maps: Tensor, size: int) -> Tensor:
 
 
 def mean_ranks(values: Tensor) -> Tensor:
-    """How many values of its row ``(B, n)`` lie below each value; equal ones share the mean of their places."""
+    """How many values of its row ``(B, n)`` lie below each value; ties share their mean rank."""
     ascending, values = values.sort(1).values, values.contiguous()
     below = torch.searchsorted(ascending, values, right=False)
     reached = torch.searchsorted(ascending, values, right=True)
@@ -142,8 +142,8 @@ def mean_ranks(values: Tensor) -> Tensor:
 def rank_scale(maps: Tensor) -> Tensor:
     """Each value of a map becomes its rank over ``h*w - 1``, from 0 for the lowest to 1 for the highest.
 
-    Equal values share the mean of their ranks, so that a constant map becomes 1/2. What is left of a map is its
-    order: no extreme cell sets the scale of the others. NaN stays NaN.
+    Ties share the mean of their ranks, so that a constant map becomes 1/2. Only the order of the cells is kept: no
+    extreme cell sets the scale of the others. NaN stays NaN.
 
     Args:
         maps: ``(..., h, w)``.
@@ -156,7 +156,7 @@ def rank_scale(maps: Tensor) -> Tensor:
 
 
 def positive_scale(maps: Tensor) -> Tensor:
-    """What speaks against the target becomes 0, the rest is divided by its maximum; zero where nothing speaks for it.
+    """Evidence against the target becomes 0, the rest is divided by its maximum; zero where none is for it.
 
     Unlike min-max scaling it keeps the formula's zero, so that places without evidence stay dark. NaN stays NaN.
 
@@ -172,7 +172,7 @@ def blend(inputs: Tensor, mask: Tensor, baseline: Tensor | float = 0.0) -> Tenso
     """Show ``inputs`` where the mask is 1 and ``baseline`` where it is 0: ``m*x + (1 - m)*b``.
 
     With ``b = 0`` in standardised space this is T-TAME Eq. 14 (the mean colour); with ``b = black(mean, std)``
-    it is Eq. 13, the raw image times the mask, standardised afterwards.
+    it is Eq. 13, the raw image times the mask, then standardised.
 
     Args:
         inputs: ``(N, C, H, W)``, standardised as the model wants it.
@@ -193,11 +193,11 @@ def black(mean: Sequence[float], std: Sequence[float], like: Tensor | None = Non
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
-    """A Gaussian blur of ``(N, C, H, W)`` images, cut off at 3 deviations; the border is mirrored as often as needed.
+    """A Gaussian blur of ``(N, C, H, W)`` images, cut off at 3 sigma; the border is mirrored as often as needed.
 
     Args:
         images: ``(N, C, H, W)``.
-        sigma: the deviation in pixels; 0 changes nothing.
+        sigma: the standard deviation in pixels; 0 changes nothing.
     """
     if sigma <= 0:
         return images
@@ -221,7 +221,7 @@ def _gaussian(length: int, sigma: float, like: Tensor) -> Tensor:
 
 
 def channel_stats(model: nn.Module, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that the model's inputs were standardised with.
+    """The mean and standard deviation with which the model's inputs were standardised.
 
     Read from timm's ``pretrained_cfg`` or ``default_cfg`` where the model has one; otherwise ImageNet's for
     three channels, and 0.5 and 0.5 for any other number.
@@ -245,16 +245,16 @@ def _config_stats(config: object) -> tuple[tuple[float, ...] | None, tuple[float
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the allocator of the CPU or of an accelerator found no memory."""
+    """Whether the allocator of the CPU or of an accelerator ran out of memory."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return True
     return any(words in str(error) for words in ("not enough memory", "can't allocate memory", "out of memory"))
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """The memory that a device has left; ``None`` where nobody can tell.
+    """The free memory of a device; ``None`` where unknown.
 
-    Of the CPU: what the system calls available, and no more than the limit of the container leaves.
+    On the CPU: what the system calls available, and no more than the limit of the container leaves.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) - int(
@@ -272,12 +272,12 @@ def free_bytes(device: torch.device) -> int | None:
         most, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
         found += [] if most.strip() == "max" else [int(most) - int(used)]
     except (OSError, ValueError):
-        pass  # no container, or one of another kind
+        pass  # not in a container, or in one of another kind
     return max(0, min(found)) if found else None
 
 
 def _fast(images: Tensor | None) -> int:
-    """How many images go through a model at the best rate."""
+    """How many images per pass give the best throughput."""
     if images is None or images.device.type != "cpu":
         return 32
     pixels = max(1, images.shape[-2] * images.shape[-1])
@@ -285,14 +285,15 @@ def _fast(images: Tensor | None) -> int:
 
 
 class ChunkSize:
-    """How many masked images go through the model at once; it adapts and never changes a result.
+    """How many masked images go through the model at once; the number adapts and never changes a result.
 
-    A fixed size stays. An automatic one starts at 32, on a CPU at as many as together have the pixels of 8 images of
-    224 x 224 (from 4 to 32): beyond its caches a pass costs more for each image. It halves when memory runs out.
+    A fixed size stays. An automatic one starts at 32; on a CPU it starts at the number of images whose pixels add up to
+    8 images of 224 x 224 (from 4 to 32), since beyond the caches a pass costs more per image. It halves when memory
+    runs out.
 
     Args:
-        fixed: the size asked for, or ``None``.
-        images: what goes through the model, ``(..., H, W)``: their device and size decide.
+        fixed: the requested size, or ``None``.
+        images: ``(..., H, W)``, of the device and size that go through the model.
     """
 
     def __init__(self, fixed: int | None = None, images: Tensor | None = None) -> None:
@@ -301,7 +302,7 @@ class ChunkSize:
         self.value = fixed or _fast(images)
 
     def ranges(self, total: int, work: Callable[[slice], None]) -> Iterator[int]:
-        """Call ``work`` on consecutive slices of ``range(total)``; yield how many items each call did.
+        """Call ``work`` on consecutive slices of ``range(total)``; yield how many items each call handled.
 
         On out-of-memory the cache is released, the size halved and the *same* slice tried again.
         """
