@@ -28,12 +28,11 @@ class CAM(GradientCAM, OnePass):
     .. math:: M_{i,j} = \sum_k W_{c,k} A_{k,i,j}
 
     (Eq. 2 of the paper), with A the D feature maps before global average pooling, ``(N, D, h, w)``, and W the weights
-    of the one linear layer behind it, ``(K, D)``. The mean of the map is the target's logit without its bias.
+    of the linear layer after it, ``(K, D)``. The mean of the map is the target's logit without its bias.
 
-    Whether a model ends so is found out by feeding the part behind the layer with other features, once per image
-    size: it must answer to their averages only, and linearly. Residual networks and EfficientNets pass, under any
-    wrapper; other models are refused, and :class:`~attrib_zoo.GradCAM` is the same where both are defined, up to
-    the factor h·w.
+    Whether a model ends this way is tested by feeding other features to the part after the layer, once per image size:
+    it must depend on their averages only, and linearly. Residual networks and EfficientNets pass, in any wrapper; other
+    models are refused. Where both are defined, :class:`~attrib_zoo.GradCAM` is the same up to the factor h·w.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
@@ -56,8 +55,8 @@ class CAM(GradientCAM, OnePass):
         Localization. CVPR 2016.
 
     Deviations:
-        None from the formula. The weights are read from the gradient, which behind the layer is W/(h·w) everywhere, so
-        that the linear layer need not be found by its name.
+        None from the formula. The weights are read from the gradient, which at the layer is W/(h·w) everywhere, so that
+        the linear layer need not be found by name.
     """
 
     paper: ClassVar[str] = "Zhou et al., CVPR 2016"
@@ -130,7 +129,7 @@ class CAM(GradientCAM, OnePass):
             )
 
     def _behind(self, inputs: Tensor, args: Sequence[Any], tap: Tap) -> list[str]:
-        """The classes of the innermost modules that run behind the layer."""
+        """The classes of the innermost modules that run after the layer."""
         names: list[str] = []
         layer = find(self.model, tap.name)
         leaves = [module for module in self.model.modules() if not any(module.children())]

@@ -14,22 +14,22 @@ from attrib_zoo.targets import TargetQuery
 
 
 class EigenCAM(Attribution):
-    r"""Where the layer's features lie along their main direction; the same map for every class.
+    r"""Where the layer's features point along their first principal direction; the same map for every class.
 
     .. math:: M = A v_1, \qquad A = U \Sigma V^\top
 
     with A the features of one image as an (h·w) x D matrix, and v_1 the right singular vector of its largest singular
-    value. No gradient and no score takes part, so one forward pass up to the layer is all.
+    value. It uses neither gradient nor score, so one forward pass up to the layer is enough.
 
-    **This does not explain a decision.** The map says what is strong in the features, which is often the most
-    prominent object; it is the same for the right class, for a wrong one, and for a classifier whose last layer is
-    random. Use it to look at a backbone, never as evidence of why a class was named.
+    **This does not explain a decision.** The map shows what dominates the features, which is often the most prominent
+    object; it is the same for the right class, for a wrong one, and for a classifier whose last layer is random. Use it
+    to inspect a backbone, never as evidence of why a class was predicted.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: see :class:`~attrib_zoo.attribution.Attribution`; ``None`` for the layer of
             :class:`~attrib_zoo.GradCAM`; several layers give the mean of their maps.
-        relu: ``True`` sets what points the other way to zero.
+        relu: ``True`` sets negative coordinates to zero.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
@@ -46,7 +46,7 @@ class EigenCAM(Attribution):
         M. B. Muhammad, M. Yeasin: Eigen-CAM: Class Activation Map using Principal Components. IJCNN 2020.
 
     Deviations:
-        A singular vector has no sign of its own: it is the one with which the map's sum is positive. Features are not
+        A singular vector has no sign of its own: it is chosen so that the map's sum is positive. Features are not
         centred, as in the paper and unlike in pytorch-grad-cam.
     """
 

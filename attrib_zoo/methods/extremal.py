@@ -21,7 +21,7 @@ _COLDNESS = 20.0
 _STEP, _SIGMA = 7, 21.0  # pixels, for images of 224
 _RATE, _MOMENTUM, _DAMPENING = 0.01, 0.9, 0.9
 _AREA_WEIGHT, _AREA_GROWTH = 300.0, 1.0035
-_SAME = 2.0**10  # pixels of a mask that agree to 1 / _SAME share their place in the order
+_SAME = 2.0**10  # pixels of a mask that agree to 1 / _SAME share their rank
 
 
 class ExtremalPerturbation(Attribution, PerturbationAttribution):
@@ -31,24 +31,25 @@ class ExtremalPerturbation(Attribution, PerturbationAttribution):
 
     (Eq. 3 and 5 of the paper) over smooth masks m, found by gradient ascent, with the target's score Phi_c, r_a a step
     from 0 to 1 that leaves the share a of the pixels, and a blur of the image that grows as the mask falls. The mask
-    is made of parameters on a coarse grid, each spread by a kernel of radius ``sigma`` and joined by a smooth maximum.
-    The map is the mask, or the mean of the masks of all areas. One forward and one backward pass for each step, area,
-    image and target.
+    is made of parameters on a coarse grid, each spread by a kernel of radius ``sigma`` and combined by a smooth
+    maximum. The map is the mask, or the mean of the masks of all areas. One forward and one backward pass per step,
+    area, image and target.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
-        layers: not used; the method looks at no layer.
-        areas: shares of the image that a mask leaves.
+        layers: not used; the method reads no layer.
+        areas: shares of the image that a mask leaves visible.
         variant: ``"preserve"`` keeps the score with the mask; ``"delete"`` finds the mask whose removal hurts it most;
             ``"dual"`` does both.
-        contrastive: the score less the best score of any other class.
+        contrastive: the score minus the best score of any other class.
         max_iter: steps of the optimisation.
-        step: distance of the grid's parameters in pixels; ``None``: the authors' 7 for images of 224 pixels (the
+        step: spacing of the grid's parameters in pixels; ``None``: the authors' 7 for images of 224 pixels (the
             shorter side), in proportion for others, at least 1.
         sigma: radius of the kernel in pixels; ``None``: the authors' 21 at 224 pixels, in proportion for others.
-        blur: deviation of the strongest blur in pixels; the authors' at any size, since it must hide the evidence.
+        blur: standard deviation of the strongest blur in pixels; the authors' value at any size, since it must hide the
+            evidence.
         score: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
-        chunk_size: masks that are optimised at once; ``None``: 32, fewer where memory runs out.
+        chunk_size: masks optimised at once; ``None``: 32, fewer where memory runs out.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
 
     Example:
@@ -64,9 +65,9 @@ class ExtremalPerturbation(Attribution, PerturbationAttribution):
         ICCV 2019.
 
     Deviations:
-        The areas' masks are averaged; the paper sums them. Pixels of a mask with equal values share their place in its
-        order. Optimisation starts from a mask of ones and draws nothing at random. The map is at the resolution of the
-        image, so there is no ``upsample``.
+        The areas' masks are averaged; the paper sums them. Pixels of a mask with equal values share their rank.
+        Optimisation starts from a mask of ones and draws nothing at random. The map is at the resolution of the image,
+        so there is no ``upsample``.
     """
 
     family: ClassVar[str] = "perturbation"
@@ -196,9 +197,9 @@ class SmoothMask:
 
     Args:
         size: ``(H, W)`` of the image.
-        step: distance of the parameters in pixels; their grid is centred.
+        step: spacing of the parameters in pixels; their grid is centred.
         sigma: radius of the kernel, and the margin.
-        like: a tensor of the device and type (float32 or better).
+        like: a tensor with the device and dtype to use (float32 or better).
 
     Attributes:
         cells: rows and columns of the grid.
@@ -251,7 +252,7 @@ def pyramid(images: Tensor, strongest: float) -> Tensor:
 def area_error(masks: Tensor, shares: Tensor) -> Tensor:
     """How far the sorted pixels of each mask are from a step that leaves its share at 1, the mean square, ``(B,)``.
 
-    Equal pixels share what stands at their places, so that no order of the pixels is preferred.
+    Equal pixels share the mean of the step at their ranks, so that no order of the pixels is preferred.
     """
     values = masks.flatten(1).sort(1).values
     count = values.shape[1]

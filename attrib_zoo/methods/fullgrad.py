@@ -26,7 +26,7 @@ _OWN_STATISTICS = (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._Instance
 
 
 class FullGrad(Attribution, GradientAttribution):
-    r"""What the pixels and the biases of all layers contribute to the target's score, which is their sum.
+    r"""The contributions of the pixels and of all layers' biases to the target's score, which is their sum.
 
     A network of convolutions, batch normalisations, linear layers and ReLUs is its gradient times its inputs plus its
     gradients times its biases (Eq. 3 of the paper), and the map gathers both kinds of terms:
@@ -35,25 +35,25 @@ class FullGrad(Attribution, GradientAttribution):
               \mathrm{up}\Big(\psi\Big(b_l \odot \frac{\partial S}{\partial z_l}\Big)\Big)_k
 
     with S the target's logit, x the image ``(C, H, W)``, z_l the outputs ``(D, h, w)`` of each layer that has a bias
-    b_l, and ψ the absolute value scaled to [0, 1] over all channels and places of an image. The bias of a convolution
-    is its own; that of a batch normalisation in use is β − μγ/√(σ² + ε). Biases of linear layers have no place and
-    stay out.
+    b_l, and ψ the absolute value scaled to [0, 1] over all channels and positions of an image. The bias of a
+    convolution is its own; that of a batch normalisation in eval mode is β − μγ/√(σ² + ε). Biases of linear layers have
+    no position and are left out.
 
     The map is at the resolution of the image, and the method reads all layers. Activations other than ReLU have
     implicit biases that are missing here: a call warns where the terms do not add up to the score.
 
     Networks with attention, or with layers that normalise by the statistics of the image itself, have no such sum. The
-    balanced backward pass of LibraGrad (``libra``) gives them one: attention weights, gates and deviations are
-    constants in it, and then the pixels and all that is added on the way (biases, positions, the class token) make up
-    the score again. Terms lie where their layer has its cells; those of class tokens, of windows and of vectors have
-    no place and stay out.
+    balanced backward pass of LibraGrad (``libra``) gives them one: it treats attention weights, gates and standard
+    deviations as constants, and then the pixels and everything added along the way (biases, positions, the class token)
+    sum to the score again. Terms are placed at the cells of their layer; those of class tokens, of windows and of
+    vectors have no position and are left out.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: not used; FullGrad reads every layer with a bias.
         align_corners: how maps are enlarged; ``True`` as in the authors' program.
-        libra: ``True`` for the balanced backward pass; ``False`` for the plain one, which refuses networks that have no
-            such sum; ``None`` for the balanced one where the plain one would refuse.
+        libra: ``True`` for the balanced backward pass; ``False`` for the plain one, which refuses networks without such
+            a sum; ``None`` for the balanced one where the plain one would refuse.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
 
     Example:
@@ -71,7 +71,7 @@ class FullGrad(Attribution, GradientAttribution):
 
     Deviations:
         Maps are enlarged without aligned corners. No small constant in ψ; a constant map becomes zero. The map of a
-        transformer gathers the terms of its token layers as those of convolutions, which is not in either paper.
+        transformer sums the terms of its token layers as those of convolutions, which is in neither paper.
     """
 
     family: ClassVar[str] = "gradient"
@@ -128,7 +128,7 @@ class FullGrad(Attribution, GradientAttribution):
         return torch.stack(found, 1)
 
     def _gathered(self, terms: list[Tensor], inputs: Tensor) -> Tensor:
-        """``(N, H, W)`` from the terms ``(N, D, h, w)``; channels are added first, as enlarging is linear."""
+        """``(N, H, W)`` from the terms ``(N, D, h, w)``; channels are summed first, since upsampling is linear."""
         heat = torch.zeros(len(inputs), 1, *inputs.shape[-2:], dtype=terms[0].dtype, device=inputs.device)
         for term in terms:
             scaled = min_max(term.abs().flatten(2).unsqueeze(1)).view_as(term).sum(1, keepdim=True)
@@ -141,7 +141,7 @@ class FullGrad(Attribution, GradientAttribution):
         return heat[:, 0]
 
     def _check_sum(self, scores: Tensor, terms: list[Tensor]) -> None:
-        """Warn where the terms are not the score."""
+        """Warn where the terms do not add up to the score."""
         sums = torch.stack([term.flatten(1).sum(1) for term in terms])
         size = sums.abs().sum(0) + scores.abs()
         tolerance = max(1e-3, 16 * torch.finfo(scores.dtype).eps)
@@ -188,18 +188,18 @@ class FullGrad(Attribution, GradientAttribution):
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the cells of a model's layers lie.
+    """The positions of the cells of a model's layers.
 
     Attributes:
         tokens: how many tokens a layer has -> those before the patches, and rows and columns of the patches.
-        sizes: rows and columns of the maps that the pass goes through.
+        sizes: rows and columns of the maps in the pass.
     """
 
     tokens: dict[int, tuple[int, tuple[int, int]]]
     sizes: frozenset[tuple[int, int]]
 
     def maps(self, part: Tensor, last: bool | None) -> list[Tensor]:
-        """Values ``(N, parts, ...)`` of a layer as a map ``(N, D, h, w)``; none where they have no place."""
+        """Values ``(N, parts, ...)`` of a layer as a map ``(N, D, h, w)``; empty where they have no position."""
         if part.shape[1] != 1:
             return []
         values = part[:, 0]
@@ -232,7 +232,7 @@ def _biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, at_least_float32(module.bias.detach())
         elif isinstance(getattr(module, "running_var", None), Tensor):
             inner = [child for child, part in module.named_children() if isinstance(part, nn.Identity)]
-            if inner or not any(module.children()):  # some activate too; the identity before that sees the sum
+            if inner or not any(module.children()):  # some apply an activation too; the identity before it sees the sum
                 yield ".".join([name, *inner[:1]]), _shift(module)
 
 

@@ -22,15 +22,15 @@ class GenericAttention(AttentionMethod, GradientAttribution):
     the target's logit, and M the class token's row of R at the h x w patches. Also known as GAE or
     "Transformer-MM-Explainability". It uses attention and its gradient alone, no relevance propagation.
 
-    Runs on unmodified timm and torchvision ViTs with fused attention, frozen or not. The matrices are computed again
-    from each block's input and checked against its output; a model that they do not explain is refused.
+    Runs on unmodified timm and torchvision ViTs with fused attention, frozen or not. The matrices are recomputed from
+    each block's input and checked against its output; a model that they do not reproduce is refused.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: must be ``None``: every attention block is read.
         mean_pooling: also explain models whose head averages tokens: the mean over their rows of R.
-        libra: gradients of a backward pass that is balanced as in LibraGrad (CVPR 2025): attention weights, gates and
-            deviations are constants there.
+        libra: gradients of a backward pass that is balanced as in LibraGrad (CVPR 2025): it treats attention weights,
+            gates and standard deviations as constants.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.

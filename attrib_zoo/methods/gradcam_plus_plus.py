@@ -12,9 +12,9 @@ from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 
 
 class GradCAMPlusPlus(GradientCAM):
-    r"""Where the feature maps lie that speak for the target, each counted once for every place where it does.
+    r"""Where the feature maps that support the target are active, each weighted by position.
 
-    Grad-CAM with a weight for each place of the positive gradient, meant for several objects of a class:
+    Grad-CAM with a weight for each position of the positive gradient, meant for several objects of a class:
 
     .. math:: M = \mathrm{ReLU}\Big(\sum_k w_k A_k\Big), \quad
               w_k = \sum_{i,j} \alpha_{k,i,j} \,\mathrm{ReLU}(g_{k,i,j}), \quad
@@ -23,14 +23,14 @@ class GradCAMPlusPlus(GradientCAM):
     (Eq. 19 of the paper for α), with A the D feature maps of the layer, ``(N, D, h, w)``, and g the gradient of the
     target's logit with respect to them.
 
-    The default layer is that of :class:`~attrib_zoo.GradCAM`. The derivation assumes features behind a ReLU. Where a
+    The default layer is that of :class:`~attrib_zoo.GradCAM`. The derivation assumes features after a ReLU. Where a
     feature map sums to a negative number, as on the LayerNorm features of vision transformers, a call warns.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: see :class:`~attrib_zoo.attribution.Attribution`; several layers give the mean of their maps.
-        alpha: ``"paper"``: the formula above; ``"local"``: the sum over places of A g³ instead of g³ times the sum of
-            A, as in several other programs. Both agree where the gradient is the same everywhere.
+        alpha: ``"paper"``: the formula above; ``"local"``: the sum over positions of A g³ instead of g³ times the sum
+            of A, as in several other implementations. Both agree where the gradient is the same everywhere.
         relu: the paper's ReLU of the sum; ``False`` keeps negative evidence.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
@@ -50,9 +50,9 @@ class GradCAMPlusPlus(GradientCAM):
         Explanations for Deep Convolutional Networks. WACV 2018.
 
     Deviations:
-        The paper differentiates exp(S), which multiplies a map by one positive number: left out, since it overflows.
-        Numerator and denominator of α are divided by g² first, so that no small constant is needed and none distorts
-        the weights. Where the denominator is not positive, α is 0. The map is raw.
+        The paper differentiates exp(S), which multiplies a map by a positive number; this is left out, since it
+        overflows. Numerator and denominator of α are divided by g² first, so that no small constant is needed that
+        would distort the weights. Where the denominator is not positive, α is 0. The map is raw.
     """
 
     paper: ClassVar[str] = "Chattopadhay et al., WACV 2018"

@@ -14,20 +14,22 @@ class HiResCAM(GradientCAM):
 
     .. math:: M_{i,j} = \sum_k \frac{\partial S_c}{\partial A_{k,i,j}} A_{k,i,j}
 
-    with A the D feature maps of the layer, ``(N, D, h, w)``, and S_c the target's logit. Where everything behind the
-    layer is linear, the map is exact: its sum over space is the logit without its bias. Grad-CAM spreads a gradient
-    that varies over space to places that did not count; this map does not. Both agree behind global average pooling.
+    with A the D feature maps of the layer, ``(N, D, h, w)``, and S_c the target's logit. Where everything after the
+    layer is linear, the map is exact: its sum over space is the logit without its bias. Grad-CAM averages a gradient
+    that varies over space, and so highlights positions that did not contribute; this map does not. Both agree before
+    global average pooling.
 
-    The default layer is that of :class:`~attrib_zoo.GradCAM`. The map works on the signed features of vision
-    transformers too.
+    The default layer is that of :class:`~attrib_zoo.GradCAM`. The map also suits the signed features of vision
+    transformers.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: see :class:`~attrib_zoo.attribution.Attribution`; several layers give the mean of their maps.
         relu: ``True`` keeps positive evidence only; the paper needs no ReLU.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
-        libra: gradients of a backward pass that is balanced as in LibraGrad (CVPR 2025): attention weights, gates and
-            deviations are constants there. For transformers and gated networks; changes nothing behind ReLUs.
+        libra: gradients of a backward pass that is balanced as in LibraGrad (CVPR 2025): it treats attention weights,
+            gates and standard deviations as constants. For transformers and gated networks; changes nothing after
+            ReLUs.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
@@ -45,7 +47,7 @@ class HiResCAM(GradientCAM):
         networks. arXiv:2011.08891, 2020.
 
     Deviations:
-        None from the formula. The paper has CNNs only. The map is raw.
+        None from the formula. The paper covers CNNs only. The map is raw.
     """
 
     paper: ClassVar[str] = "Draelos and Carin, arXiv 2020"

@@ -25,7 +25,7 @@ _STEPS = {"cnn": 10, "vit": 5}
 
 
 class IIA(AttentionMethod, GradientAttribution):
-    r"""Where gradient and representation agree all along two nested paths, over the image and over one layer.
+    r"""Where gradient and features agree along two nested paths, over the image and over one layer.
 
     The outer path fades the image in, :math:`t_i x` with :math:`t_i = i/n` and i = 0..n. On a CNN, with A the maps of
     the layer, ``(D, h, w)``, and b the minimum of each map over space, the inner path leads from b to A:
@@ -33,19 +33,19 @@ class IIA(AttentionMethod, GradientAttribution):
     .. math:: M = \sum_k \sum_{i=0}^{n} \sum_{j=0}^{n} \frac{\partial S_c}{\partial a_{ij}} \odot
               \mathrm{ReLU}(a_{ij} - b_i), \qquad a_{ij} = b_i + \tfrac{j}{n} (A(t_i x) - b_i)
 
-    On a vision transformer it fades in the last block's attention, :math:`A_L := \tfrac{j}{n} A_L(t_i x)`, a constant
-    through which nothing flows back to its queries and keys; M is the class token's row of the rollout of
+    On a vision transformer the inner path fades in the last block's attention, :math:`A_L := \tfrac{j}{n} A_L(t_i x)`,
+    a constant through which nothing flows back to its queries and keys; M is the class token's row of the rollout of
 
     .. math:: C_l = \frac{1}{(n+1)^2} \sum_{i,j} \frac{1}{H} \sum_h \mathrm{ReLU}\Big(A_l^{(h)} \odot
               \frac{\partial S_c}{\partial A_l^{(h)}}\Big), \qquad
               M = \prod_l \mathrm{rownorm}(I + C_l)
 
     ``mode="triple"`` puts a path over the layer before between the two: its maps rise from their minimum over the n + 1
-    outer points, the layer's own maps that come of it are interpolated as above, and the positive parts of gradient
+    outer points, the resulting maps of the layer itself are interpolated as above, and the positive parts of gradient
     times ReLU(a) are summed over all three paths.
 
-    Which of the two a model is, is told from its weights. Transformers are explained as they are, with fused
-    attention; the matrices are computed again and checked, and a model that they do not explain is refused.
+    Whether a model is a CNN or a transformer is decided from its weights. Transformers are explained unmodified, with
+    fused attention; the matrices are recomputed and checked, and a model that they do not reproduce is refused.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
@@ -53,10 +53,10 @@ class IIA(AttentionMethod, GradientAttribution):
             last two stages); ``None`` for a transformer, where every attention block is read.
         n_steps: n, the number of intervals of each path; ``None`` for 10 on a CNN and 5 on a transformer.
         mode: for CNNs. ``"double"``: both paths. ``"released"``: the outer path only, the sum over i of gradient times
-            ReLU(A), which is what the authors' code computes. ``"triple"``: a third path between them, see below.
+            ReLU(A), which is what the authors' code computes. ``"triple"``: a third path between them, see above.
         score: what is differentiated: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         mean_pooling: also explain transformers whose head averages tokens: the mean over their rows.
-        chunk_size: images in one pass; ``None`` begins with 32 and halves where memory runs out.
+        chunk_size: images in one pass; ``None`` starts at 32 and halves where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
@@ -74,11 +74,11 @@ class IIA(AttentionMethod, GradientAttribution):
         Attributions. ICCV 2023.
 
     Deviations:
-        The inner baseline b is this library's reading of the method; in the authors' code it equals A, so that only
-        ``"released"`` is left of both paths. Maps are enlarged bilinearly, theirs bicubically, and stay raw. The
-        model's own decision is explained by default, theirs is the label. ``"triple"`` needs a later layer that all
-        of the earlier one's influence passes through. Averaged tokens are not in the paper; where the head reads
-        several class tokens the map is the mean of their rows.
+        The inner baseline b is this library's reading of the method; in the authors' code it equals A, so that both
+        paths reduce to ``"released"``. Maps are upsampled bilinearly and stay raw; the authors use bicubic
+        interpolation. The default target is the model's own decision, theirs is the label. ``"triple"`` needs a later
+        layer through which all influence of the earlier one passes. Averaged tokens are not in the paper; where the
+        head reads several class tokens the map is the mean of their rows.
     """
 
     family: ClassVar[str] = "path"
@@ -158,7 +158,7 @@ class IIA(AttentionMethod, GradientAttribution):
     def _double(self, path: _Path, tap: Tap, images: Tensor, steps: Tensor) -> Tensor:
         """The sum over the inner path at M points of the outer one, ``(M, T, h, w)``.
 
-        All rows of an inner pass belong to one point, so that what lies before the layer is shared, not copied. At
+        All rows of an inner pass belong to one point, so that the layers before it are shared, not copied. At
         j = 0 the ReLU is zero.
         """
         with replay(self.model, path.points(images, steps), path.args_of(images), tap) as again:
@@ -211,7 +211,7 @@ class IIA(AttentionMethod, GradientAttribution):
     def _later_maps(
         self, path: _Path, later: Tap, again: Replay, low: Tensor, span: Tensor, point: int
     ) -> Iterator[Tensor]:
-        """What the later layer puts out along the path over the earlier one, one ``(D, h, w)`` after the other."""
+        """The later layer's outputs along the path over the earlier one, one ``(D, h, w)`` after the other."""
         found: list[Tensor] = []
 
         def work(part: slice) -> None:
@@ -226,7 +226,7 @@ class IIA(AttentionMethod, GradientAttribution):
         yield from found
 
     def _gradients(self, path: _Path, again: Replay, maps: Tensor, point: int, image: int) -> list[Tensor]:
-        """Gradients of the image's T scores at maps ``(M, D, h, w)`` that stand in for the layer's at one point."""
+        """Gradients of the image's T scores at maps ``(M, D, h, w)`` that replace the layer's at one point."""
         maps.requires_grad_()
         rows = torch.full((len(maps),), point)
         with torch.enable_grad():
@@ -266,7 +266,7 @@ class IIA(AttentionMethod, GradientAttribution):
 
 
 class _Path:
-    """The outer path of a call: N images at n + 1 steps each, gone through in chunks."""
+    """The outer path of a call: N images at n + 1 steps each, processed in chunks."""
 
     def __init__(
         self, explainer: IIA, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], n: int, show_progress: bool
@@ -295,7 +295,7 @@ class _Path:
         return steps.to(like).view(-1, 1, 1, 1) / self.n
 
     def gradients(self, scores: Tensor, maps: Tensor) -> list[Tensor]:
-        """Of T scores ``(M, T)`` with respect to maps, one ``(M, D, h, w)`` for each."""
+        """The gradients of T scores ``(M, T)`` with respect to maps, one ``(M, D, h, w)`` for each."""
         count = scores.shape[1]
         return [
             at_least_float32(torch.autograd.grad(scores[:, t].sum(), maps, retain_graph=t + 1 < count)[0])
@@ -309,5 +309,5 @@ class _Path:
                 advance(count)
 
     def progress(self, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A progress bar to tell how many points were done; none unless it was asked for."""
+        """A progress bar that counts finished points; none unless requested."""
         return progress(total, self._label, "point")

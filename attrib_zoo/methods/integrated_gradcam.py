@@ -23,8 +23,8 @@ class IntegratedGradCAM(GradientCAM):
               \quad \gamma_i = b + \frac{i}{n} (x - b)
 
     with A(γ) the D feature maps of the layer for the image γ, ``(N, D, h, w)``, w the gradient of the target's logit
-    averaged over space, as in :class:`~attrib_zoo.GradCAM`, and b the baseline. The sum stands for the integral along
-    the path. The target ``None`` is decided once, on the clean image.
+    averaged over space, as in :class:`~attrib_zoo.GradCAM`, and b the baseline. The sum approximates the integral along
+    the path. The target ``None`` is resolved once, on the clean image.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
@@ -32,7 +32,8 @@ class IntegratedGradCAM(GradientCAM):
         n_steps: n, the points on the path.
         baseline: b: ``"black"``, ``"mean"`` (0, the mean colour), ``"blur"`` (the image itself, blurred), a number,
             or a tensor that broadcasts to the inputs.
-        subtract_baseline: ``False`` weighs the feature maps themselves instead of their difference to the baseline's.
+        subtract_baseline: ``False`` weights the feature maps themselves instead of their difference from the
+            baseline's.
         rule: ``"right"``: the points above; ``"left"``: from the baseline up to one step before the image.
         chunk_size: how many points go through the model at once; ``None`` finds it. Never changes a map.
         relu: the paper's ReLU, at each point; ``False`` keeps negative evidence.
@@ -55,7 +56,7 @@ class IntegratedGradCAM(GradientCAM):
         ICASSP 2021.
 
     Deviations:
-        The paper writes an integral; the points are this library's. The authors' program takes
+        The paper states an integral; the points are this library's choice. The authors' code corresponds to
         ``rule="left", subtract_baseline=False``. The map is raw.
     """
 

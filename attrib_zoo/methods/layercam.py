@@ -14,7 +14,7 @@ from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 
 
 class LayerCAM(GradientCAM):
-    r"""Where features lie whose growth, there and then, raises the target's score; sharp at shallow layers too.
+    r"""Where features are active that locally raise the target's score; sharp at shallow layers too.
 
     Each cell of each feature map has its own weight, the positive part of the gradient:
 
@@ -22,11 +22,11 @@ class LayerCAM(GradientCAM):
               A_{k,i,j}\Big)
 
     with A the D feature maps of a layer, ``(N, D, h, w)``, and S_c the target's logit. The maps of several layers are
-    scaled and fused to one, by the largest value of the enlarged maps at each pixel:
+    scaled and fused into one, by the maximum of the enlarged maps at each pixel:
 
     .. math:: \hat M = \max_l \; \mathrm{up}\Big(\tanh \frac{\gamma M_l}{\max M_l}\Big)
 
-    The default layer is that of :class:`~attrib_zoo.GradCAM`; all layers that are named share one pass.
+    The default layer is that of :class:`~attrib_zoo.GradCAM`; all named layers share one pass.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
@@ -35,8 +35,9 @@ class LayerCAM(GradientCAM):
         gamma: γ, how far the scaling of several layers saturates.
         relu: the paper's ReLU of the sum; ``False`` keeps negative values, which only signed features have.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
-        libra: gradients of a backward pass that is balanced as in LibraGrad (CVPR 2025): attention weights, gates and
-            deviations are constants there. For transformers and gated networks; changes nothing behind ReLUs.
+        libra: gradients of a backward pass that is balanced as in LibraGrad (CVPR 2025): it treats attention weights,
+            gates and standard deviations as constants. For transformers and gated networks; changes nothing after
+            ReLUs.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
@@ -54,8 +55,8 @@ class LayerCAM(GradientCAM):
         for Localization. IEEE Transactions on Image Processing, 2021.
 
     Deviations:
-        Several layers are all scaled, the deepest one too. With ``relu=False`` a map is scaled by its largest absolute
-        value. A map that is zero stays zero. The map of a single layer is raw. The paper has CNNs only.
+        With several layers all are scaled, including the deepest. With ``relu=False`` a map is scaled by its largest
+        absolute value. A map that is zero stays zero. The map of a single layer is raw. The paper covers CNNs only.
     """
 
     paper: ClassVar[str] = "Jiang et al., IEEE TIP 2021"

@@ -31,7 +31,7 @@ _BORDER, _OFFSET = 0.3, 5e-4  # of the released loss
 
 
 class _LCAM(TrainableAttribution):
-    """What the two share: the attention mechanism (Eq. 2, 3), the loss (Eq. 6-8) and the schedules."""
+    """The common part of both: the attention mechanism (Eq. 2, 3), the loss (Eq. 6-8) and the schedules."""
 
     family: ClassVar[str] = "trained"
     paper: ClassVar[str] = "Gkartzonika et al., ECCV Workshops 2022"
@@ -160,7 +160,7 @@ class _LCAM(TrainableAttribution):
         return 2 * variation(masks, total=True)
 
     def baseline_of(self, images: Tensor) -> Tensor | float:
-        """What is seen where a mask is 0."""
+        """What is shown where a mask is 0."""
         return hidden(self._ready().decisions, images)
 
 
@@ -168,8 +168,8 @@ class LCAMFm(_LCAM):
     r"""Which regions of the last feature maps let the model keep its decision; trained once, one pass for a map.
 
     One 1x1 convolution turns the last convolutional features A, ``(N, C, h, w)``, into a map per class (Eq. 2, 3), and
-    while :meth:`fit` runs, the map of the model's own decision y masks the features (Eq. 4), of which the rest of the
-    frozen network makes new logits u:
+    while :meth:`fit` runs, the map of the model's own decision y masks the features (Eq. 4), from which the rest of the
+    frozen network computes new logits u:
 
     .. math:: L^{(y)} = \sum_k w^{(y)}_k A_k + b^{(y)}, \qquad A_k \leftarrow A_k \odot \sigma(L^{(y)})
 
@@ -177,8 +177,9 @@ class LCAMFm(_LCAM):
               \mathrm{AV} = \frac{1}{hw} \sum s_{p,q}^{\lambda_4}, \quad
               \mathrm{TV} = \sum (s_{p,q} - s_{p,q+1})^2 + (s_{p,q} - s_{p+1,q})^2
 
-    with :math:`S = \sigma(L^{(y)})` (Eq. 6-8). The images run through the frozen network once per step, then only what
-    lies behind the layer. For explaining, the map is scaled to [0, 1] over space, then enlarged (Eq. 9).
+    with :math:`S = \sigma(L^{(y)})` (Eq. 6-8). The images run through the frozen network once per step, the masked
+    features only through the layers after it. To explain, the map is scaled to [0, 1] over space, then enlarged (Eq.
+    9).
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`; must return ``(N, K)`` logits or one value per image.
@@ -186,8 +187,8 @@ class LCAMFm(_LCAM):
             stage).
         recipe: ``"paper"``: the equations above; ``"released"``: what the authors' code does where it differs: maps
             of all decisions of the batch in AV and TV, an offset of 5e-4 in AV, the border in TV, TV over twice the
-            batch size, and, unless ``fit`` is given ``schedule="short"``, a learning rate that falls in the first 12
-            of 26 epochs only, double for biases.
+            batch size, and, unless ``fit`` is given ``schedule="short"``, a learning rate that decays in the first 12
+            of 26 epochs only and is doubled for biases.
         start: ``"random"`` weights, or ``"rows"``: what the classifier itself reads from the layer, as in
             :class:`~attrib_zoo.TTAME`; then every class has a map, seen in the fit or not, and ``fit`` trains a
             correction that all classes share.

@@ -16,22 +16,22 @@ from attrib_zoo.targets import TargetQuery
 
 
 class LeGrad(AttentionMethod, GradientAttribution):
-    r"""Which patches each block's attention would have to look at more, for its tokens to score higher.
+    r"""The patches that each block's attention should attend to more for its tokens to score higher.
 
     .. math:: M = \frac{1}{L} \sum_l \frac{1}{H Q} \sum_{h, q} \mathrm{ReLU}\Big(\frac{\partial s_l}{\partial
               A_l^{(h)}}\Big)_{q}, \qquad s_l = \mathrm{head}(Z_l)_c
 
     with :math:`A_l^{(h)}` the Q x T attention of head h in block l, :math:`Z_l` the tokens ``(N, T, D)`` that the block
-    puts out, and s_l the score of the target that the model's own head, its last norm included, finds in them; M is
-    read at the h x w patches. The gradient alone is the signal, the attention itself is no factor; and it stays within
-    its block, so that every block is asked what it knows.
+    outputs, and s_l the target's score when the model's own head, its last norm included, reads them; M is taken at the
+    h x w patches. The gradient alone is the signal, without the attention as a factor; and it stays within its block,
+    so that every block contributes its own evidence.
 
     The head may read a class token or the mean of tokens: then the queries q are all tokens of the block. Where
-    attention pooling stands behind the blocks (``global_pool="map"`` of timm, SigLIP), A_l is the attention with which
-    the pooling would read Z_l, and its own queries are q.
+    attention pooling follows the blocks (``global_pool="map"`` of timm, SigLIP), A_l is the attention with which the
+    pooling would read Z_l, and its own queries are q.
 
-    Runs on unmodified timm and torchvision ViTs with fused attention, frozen or not. The matrices are computed again
-    from each block's input and checked against its output; a model that they do not explain is refused.
+    Runs on unmodified timm and torchvision ViTs with fused attention, frozen or not. The matrices are recomputed from
+    each block's input and checked against its output; a model that they do not reproduce is refused.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
@@ -55,7 +55,7 @@ class LeGrad(AttentionMethod, GradientAttribution):
 
     Deviations:
         The map is raw: the paper scales it to [0, 1] at the end. Written from the description of the method, not from
-        the numbered equations. Windows and hierarchies (Swin) are refused: their blocks put out other tokens than the
+        the numbered equations. Windows and hierarchies (Swin) are refused: their blocks output other tokens than the
         head reads, so that they have no score.
     """
 

@@ -16,7 +16,7 @@ from attrib_zoo.targets import TargetQuery
 
 
 class PolyCAM(Perturbation):
-    r"""Maps of all stages, each weighed by what its feature maps show or hide, multiplied from coarse to fine.
+    r"""Maps of all stages, each weighted by what its feature maps show or hide, multiplied from coarse to fine.
 
     .. math:: M_l = \mathrm{ReLU}\Big(\sum_k w_k A_k\Big), \qquad
               P_l = U(P_{l+1}) \odot \frac{M_l}{U(D(M_l))}, \qquad
@@ -31,7 +31,7 @@ class PolyCAM(Perturbation):
     the last P, scaled by its percentiles. One forward pass, and one for each feature map of every stage (two for
     ``"pm"``): 1472 for VGG16 and 3904 for ResNet-50, in chunks. Several targets share them.
 
-    The coarser maps of the paper are those of fewer layers: ``layers`` with the deepest ones only.
+    The coarser maps of the paper use fewer layers: pass ``layers`` with the deepest ones only.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
@@ -42,7 +42,7 @@ class PolyCAM(Perturbation):
         perc: percentile below which a map becomes 0 and, from the top, above which it becomes 1.
         full_range: divide by the difference of both percentiles instead of by the upper one.
         score: ``"softmax"``, ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"``.
-        baseline: what is seen where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
+        baseline: what is shown where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)`` at the resolution of the finest layer.

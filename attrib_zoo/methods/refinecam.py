@@ -18,7 +18,7 @@ BASES = ("GradCAMPlusPlus", "GradCAM", "HiResCAM", "LayerCAM")
 
 
 class RefineCAM(GradientCAM):
-    r"""Where the maps of coarse and fine layers agree: the outline of a fine map, inside what a coarse one names.
+    r"""Where the maps of coarse and fine layers agree: the detail of a fine map within the region of a coarse one.
 
     .. math:: M = \mathrm{minmax}\Big(\prod_l \mathrm{up}\big(\mathrm{minmax}(\mathrm{ReLU}(M_l))\big)\Big)
 
@@ -26,14 +26,14 @@ class RefineCAM(GradientCAM):
     layers share one pass. The map lies in [0, 1], and is zero wherever one of the layers has no evidence.
 
     Defined for CNNs. The default layers are the ends of the last four stages. On a plain transformer, whose blocks have
-    one resolution, the first norms of the last four blocks are read; they often agree nowhere, and the map is then zero
-    with a warning.
+    one resolution, the first norms of the last four blocks are read; their maps often agree nowhere; then the map is
+    zero, with a warning.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: see :class:`~attrib_zoo.attribution.Attribution`; the map has the resolution of the finest.
-        base: whose formula gives the map of a layer: ``"GradCAMPlusPlus"``, ``"GradCAM"``, ``"HiResCAM"`` or
-            ``"LayerCAM"``. Where features have both signs, take ``"HiResCAM"``.
+        base: the method whose formula gives the map of a layer: ``"GradCAMPlusPlus"``, ``"GradCAM"``, ``"HiResCAM"`` or
+            ``"LayerCAM"``. For signed features use ``"HiResCAM"``.
         score: what is differentiated: ``"logit"``, ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of each layer's map; ``None`` for none.
@@ -53,8 +53,8 @@ class RefineCAM(GradientCAM):
 
     Deviations:
         Written from descriptions of the method (the product of maps that are scaled to [0, 1], Grad-CAM++ by default),
-        not from the paper's numbered equations. Maps are scaled at the resolution of their layer, and
-        their product is formed at that of the finest; a constant map becomes zero.
+        not from the paper's numbered equations. Maps are scaled at the resolution of their layer, and their product is
+        computed at that of the finest; a constant map becomes zero.
     """
 
     paper: ClassVar[str] = "Domeniconi et al., arXiv 2026"
@@ -75,7 +75,7 @@ class RefineCAM(GradientCAM):
     ) -> None:
         super().__init__(model, layers, relu=True, score=score, upsample=upsample, smooth=smooth, scale=scale)
         self.base = check_choice("base", base, BASES)
-        self.nonnegative = base == "GradCAMPlusPlus"  # type: ignore[misc]  # said by classes for all of their objects
+        self.nonnegative = base == "GradCAMPlusPlus"  # type: ignore[misc]  # depends on an option here
 
     def combine(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """One layer's map by the formula of ``base``."""

@@ -16,7 +16,7 @@ from attrib_zoo.targets import TargetQuery
 
 
 class RISE(Perturbation):
-    r"""The mean score of the image seen through random masks, over the masks that show the pixel; a black box will do.
+    r"""The mean score of the image under random masks, over the masks that show the pixel; works on black-box models.
 
     .. math:: M(\lambda) = \frac{1}{p_1 K} \sum_{i=1}^{K}
               S_c\big(x \odot m_i + b \odot (1 - m_i)\big) \, m_i(\lambda)
@@ -26,17 +26,17 @@ class RISE(Perturbation):
     forward pass for each mask, in chunks; they serve all targets of :meth:`attribute_many` together, and every image
     of a batch sees the same masks. No mask is kept.
 
-    The map carries a large constant, about the mean score; only differences within it mean something.
+    The map contains a large constant, about the mean score; only differences within it are meaningful.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
-        layers: not used; RISE looks at no layer.
-        n_masks: K, 8000 as in the paper for ResNet-50; it has 4000 for VGG16. The error falls with its root.
+        layers: not used; RISE reads no layer.
+        n_masks: K, 8000 as in the paper for ResNet-50 (4000 for VGG16). The error falls with its square root.
         s: cells of a mask along each side.
-        p1: probability of a cell to be shown.
-        seed: of the masks; the first masks of a larger ``n_masks`` are those of a smaller one.
+        p1: probability that a cell is shown.
+        seed: for the masks; a larger ``n_masks`` begins with the same masks as a smaller one.
         score: ``"softmax"`` (paper), ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"``.
-        baseline: what is seen where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
+        baseline: what is shown where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
@@ -52,9 +52,8 @@ class RISE(Perturbation):
         V. Petsiuk, A. Das, K. Saenko: RISE: Randomized Input Sampling for Explanation of Black-box Models. BMVC 2018.
 
     Deviations:
-        None from the formula. Grids are enlarged with mirrored borders, as the authors' resizing does. Images that are
-        not square get cells that are not square. The map is at the resolution of the image, so there is no
-        ``upsample``.
+        None from the formula. Grids are enlarged with mirrored borders, as the authors' resizing does. Non-square
+        images get non-square cells. The map is at the resolution of the image, so there is no ``upsample``.
     """
 
     paper: ClassVar[str] = "Petsiuk et al., BMVC 2018"
@@ -92,7 +91,7 @@ class RISE(Perturbation):
         return self._sum(passes, masks) / (self.n_masks * self.p1)
 
     def _sum(self, passes: Passes, masks: RandomMasks) -> Tensor:
-        """The masks weighed by the scores, ``(N, T, H, W)``."""
+        """The masks weighted by the scores, ``(N, T, H, W)``."""
         clean, (height, width) = passes.clean, passes.inputs.shape[-2:]
         count, targets = clean.shape
         total = clean.new_zeros(count * targets, height * width)
@@ -112,13 +111,13 @@ class RISE(Perturbation):
 
 
 class RandomMasks:
-    """The masks of RISE, made when they are asked for: only their grids and offsets are kept.
+    """The masks of RISE, made on demand: only their grids and offsets are kept.
 
     Args:
         count: how many there are.
         s: cells along each side.
-        p1: probability of a cell to be 1.
-        seed: of a generator of its own.
+        p1: probability that a cell is 1.
+        seed: for a generator of its own.
         like: images ``(N, C, H, W)``, for the size, the device and the type (float32 or better).
     """
 

@@ -12,7 +12,7 @@ from attrib_zoo.targets import TargetQuery
 
 
 class AttentionRollout(AttentionMethod):
-    r"""How much of each patch can have flowed to the class token through the attention of all blocks.
+    r"""How much of each patch can have reached the class token through the attention of all blocks.
 
     .. math:: J = \bar A_L \cdots \bar A_1, \qquad
               \bar A_l = \mathrm{rownorm}\Big(I + \frac{1}{H} \sum_h A_l^{(h)}\Big), \qquad M = J_{\mathrm{class}}
@@ -20,16 +20,16 @@ class AttentionRollout(AttentionMethod):
     with :math:`A_l^{(h)}` the T x T attention of head h in block l, rownorm the division of each row by its sum, and M
     the class token's row of J at the h x w patches. All values are positive and the whole row sums to 1.
 
-    The map does not depend on the target, so it says what the model looked at and not what speaks for a class. With
-    ``gradient=True`` it does: :math:`\mathrm{ReLU}(A \odot \partial S_c / \partial A)` takes the place of A.
+    The map does not depend on the target, so it shows where the model attends and not what supports a class. With
+    ``gradient=True`` it does: :math:`\mathrm{ReLU}(A \odot \partial S_c / \partial A)` replaces A.
 
-    Runs on unmodified timm and torchvision ViTs with fused attention. The matrices are computed again from each
-    block's input and checked against its output; a model that they do not explain is refused.
+    Runs on unmodified timm and torchvision ViTs with fused attention. The matrices are recomputed from each
+    block's input and checked against its output; a model that they do not reproduce is refused.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: must be ``None``: every attention block is read.
-        gradient: weigh attention by the gradient of the target's logit ("gradient rollout").
+        gradient: weight attention by the gradient of the target's logit ("gradient rollout").
         mean_pooling: also explain models whose head averages tokens: the mean over their rows of J.
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
@@ -69,7 +69,7 @@ class AttentionRollout(AttentionMethod):
         super().__init__(model, layers, mean_pooling=mean_pooling, upsample=upsample, smooth=smooth, scale=scale)
         self.gradient = bool(gradient)
         if self.gradient:
-            self.class_agnostic = False  # type: ignore[misc]  # said by the class for its defaults
+            self.class_agnostic = False  # type: ignore[misc]  # the class attribute holds for the default options
 
     def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         found = self.attention(inputs, args)

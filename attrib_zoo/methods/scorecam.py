@@ -18,15 +18,15 @@ _VARIANTS = ("paper", "pytorch-grad-cam", "torchcam")
 
 
 class ScoreCAM(PerturbationCAM):
-    r"""Where the feature maps lie through which the model still sees the target; no gradients.
+    r"""Where the feature maps through which the model still sees the target are active; no gradients.
 
     .. math:: M = \mathrm{ReLU}\Big(\sum_k w_k A_k\Big), \qquad
               w_k = S_c\big(x \odot H_k + b \odot (1 - H_k)\big), \qquad
               H_k = \frac{U(A_k) - \min U(A_k)}{\max U(A_k) - \min U(A_k)}
 
-    with A the D feature maps of the layer, ``(N, D, h, w)``, U the bilinear enlargement to the image, S_c the target's
+    with A the D feature maps of the layer, ``(N, D, h, w)``, U bilinear upsampling to the image, S_c the target's
     probability and b the baseline. One forward pass, and one for each feature map that is not constant, in chunks; they
-    serve all targets of :meth:`attribute_many` together. Of each mask only the scores are kept.
+    serve all targets of :meth:`attribute_many` together. Only the scores of each mask are kept.
 
     Published pass counts are D: 512 for VGG16, 2048 for ResNet-50, 768 for ViT-B/16.
 
@@ -38,10 +38,10 @@ class ScoreCAM(PerturbationCAM):
         variant: ``"paper"``; ``"pytorch-grad-cam"``: logits, a softmax over the feature maps, and masks enlarged with
             ``align_corners=True``; ``"torchcam"``: logits, a softmax over the feature maps, and masks that are scaled
             before they are enlarged.
-        score: ``"softmax"``, ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"``; ``None`` is the variant's own.
+        score: ``"softmax"``, ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"``; ``None`` for the variant's own.
         channel_softmax: a softmax of the scores over the feature maps; ``None`` is the variant's own.
-        subtract_base: subtract the score of the whole image from the scores; void under ``channel_softmax``.
-        baseline: what is seen where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
+        subtract_base: subtract the score of the whole image from the scores; no effect under ``channel_softmax``.
+        baseline: what is shown where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)``.
@@ -62,9 +62,9 @@ class ScoreCAM(PerturbationCAM):
 
     Deviations:
         Weights are probabilities without a softmax over the feature maps, as in the authors' code; the paper's
-        increase of confidence subtracts the score of an empty image, a constant. The ReLU comes before the
-        enlargement, which is the same unless features are negative. Constant feature maps get no pass and no weight,
-        also in a softmax over the feature maps, and nothing is added to a denominator. The map is raw.
+        increase of confidence subtracts the score of an empty image, a constant. The ReLU comes before upsampling,
+        which is the same unless features are negative. Constant feature maps get no pass and no weight, including in a
+        softmax over the feature maps, and no constant is added to denominators. The map is raw.
     """
 
     paper: ClassVar[str] = "Wang et al., CVPR Workshops 2020"
@@ -102,7 +102,7 @@ class ScoreCAM(PerturbationCAM):
         self.subtract_base = bool(subtract_base)
 
     def read(self, outputs: Tensor, target: Target) -> Tensor:
-        """The variant's own scores unless others are asked for."""
+        """The variant's own scores unless others are requested."""
         return read_scores(outputs, target, self.score or ("softmax" if self.variant == "paper" else "logit"))
 
     def masks(self, maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -114,7 +114,7 @@ class ScoreCAM(PerturbationCAM):
         return super().masks(maps, size)
 
     def weights(self, scores: Tensor, clean: Tensor, alive: Tensor) -> Tensor:
-        """The scores, or their softmax over the living maps."""
+        """The scores, or their softmax over the maps that are not constant."""
         alive = alive.unsqueeze(-1)
         if self.subtract_base:
             scores = scores - clean.unsqueeze(1)

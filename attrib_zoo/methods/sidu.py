@@ -16,7 +16,7 @@ from attrib_zoo.targets import Target, class_scores
 
 
 class SIDU(PerturbationCAM):
-    r"""Regions that alone reproduce the prediction and are unlike the others; the same for every target.
+    r"""Regions that reproduce the prediction by themselves and differ from the others; the same for every target.
 
     .. math:: M = \sum_i w_i m_i, \qquad
               w_i = \exp\Big(-\frac{\lVert P - P_i \rVert^2}{2 \sigma^2}\Big) \cdot U_i, \qquad
@@ -35,7 +35,7 @@ class SIDU(PerturbationCAM):
         threshold_on: ``"raw"``, the values as they are (the authors' code), or ``"minmax"``, each feature map scaled to
             [0, 1]; try 0.5 then.
         score: what is compared: ``"softmax"``, ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"`` of all outputs.
-        baseline: what is seen where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
+        baseline: what is shown where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
         upsample: ``False`` returns ``(N, 1, h, w)``.

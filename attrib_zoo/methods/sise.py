@@ -12,7 +12,7 @@ from attrib_zoo.methods.bases.perturbation import Baseline
 
 
 class SISE(BlockwiseSampling):
-    r"""Where the feature maps of all stages lie through which the model still sees the target, fused to fine detail.
+    r"""Feature maps of all stages through which the model still sees the target, fused into a finely detailed map.
 
     .. math:: V_l(\lambda) = \sum_{k:\ \alpha_k > \mu \beta}
               S_c\big(x \odot m_k + b \odot (1 - m_k)\big) \, \frac{m_k(\lambda)}{\sum_\lambda m_k(\lambda)}, \qquad
@@ -20,26 +20,26 @@ class SISE(BlockwiseSampling):
 
     (Eq. 6 to 12 of the paper), with m_k the k-th feature map of stage l, enlarged and scaled to [0, 1], alpha_k the
     mean gradient of the target's probability at it and beta the largest one of the stage, b the baseline, and E the sum
-    that is carried from the shallow stages to the deep ones. V_l is scaled to [0, 1] before it is added, so E lies
-    between 0 and the number of stages. One forward and one backward pass find the maps; each that is chosen costs one
+    that is accumulated from the shallow stages to the deep ones. V_l is scaled to [0, 1] before it is added, so E lies
+    between 0 and the number of stages. One forward and one backward pass find the maps; each chosen map costs one
     forward pass, in chunks. Several targets share them.
 
-    Of 3904 feature maps of ResNet-50 and 1472 of VGG16 about half have a positive gradient. No mask is kept.
+    About half of the 3904 feature maps of ResNet-50 and the 1472 of VGG16 have a positive gradient. No mask is kept.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
-        layers: see :class:`~attrib_zoo.attribution.Attribution`. Default: the end of every stage; of networks that
+        layers: see :class:`~attrib_zoo.attribution.Attribution`. Default: the end of every stage; in networks that
             halve their maps by max-pooling only, such as VGG, the poolings.
         mu: a feature map needs more than this share of the largest mean gradient.
-        score: what weighs the masks: ``"softmax"``, ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"`` (for models that
-            were trained for several labels).
-        grad_score: what is differentiated, from the same choice.
+        score: what weights the masks: ``"softmax"``, ``"logit"``, ``"logsoftmax"`` or ``"sigmoid"`` (for multi-label
+            models).
+        grad_score: what is differentiated, with the same choices.
         fusion: ``"hard"`` multiplies by a binary mask (paper); ``"soft"`` by a sigmoid around the threshold; and
             ``"simple"`` by V_l itself.
         otsu_scale: the threshold is raised by this factor where less than a tenth of the pixels would stay above the
             raised one; ``None``: 1 (paper), and 1.5 for ``"soft"``.
         temperature: steepness of the ``"soft"`` sigmoid.
-        baseline: what is seen where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
+        baseline: what is shown where a mask is 0: ``"mean"`` (0, the mean colour), ``"black"``, ``"blur"``, a number,
             or a tensor that broadcasts to the inputs.
         chunk_size: masked images per forward pass; ``None``: 32, fewer where memory runs out.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
@@ -57,9 +57,9 @@ class SISE(BlockwiseSampling):
         Aggregation. AAAI 2021.
 
     Deviations:
-        V_l is scaled to [0, 1] before the fusion, as in the authors' code, which the paper does not say; sum and mean
-        are then the same. ``fusion="soft"`` is the authors' code. Nothing is added to a denominator; constant maps get
-        no pass, and a stage without a positive gradient is left out. The map is at the resolution of the image, so
+        V_l is scaled to [0, 1] before the fusion, as in the authors' code; the paper does not mention it. Sum and mean
+        are then the same. ``fusion="soft"`` is the authors' code. No constant is added to denominators; constant maps
+        get no pass, and a stage without a positive gradient is left out. The map is at the resolution of the image, so
         there is no ``upsample``. CNNs only: the blocks of a plain vision transformer have one resolution.
     """
 

@@ -16,29 +16,29 @@ from attrib_zoo.targets import TargetQuery
 
 
 class SmoothGradCAMPlusPlus(GradientCAM):
-    r"""Grad-CAM++ with gradients that are averaged over noisy copies of the image.
+    r"""Grad-CAM++ with gradients averaged over noisy copies of the image.
 
     .. math:: M = \mathrm{ReLU}\Big(\sum_k w_k A_k\Big), \quad
               w_k = \sum_{i,j} \alpha_{k,i,j} \,\mathrm{ReLU}(D^1_{k,i,j}), \quad
               \alpha_{k,i,j} = \frac{D^2_{k,i,j}}{2 D^2_{k,i,j} + D^3_{k,i,j} \sum_{a,b} A_{k,a,b}}
 
     with A the D feature maps of the clean image, ``(N, D, h, w)``, and :math:`D^p` the mean over n noisy copies of
-    the p-th power of the gradient of the target's logit. The noise is Gaussian, with a standard deviation of a share
-    of the image's range. It is drawn from ``seed`` and shared by all images, so that each gets the map that it gets
-    alone. Without noise this is :class:`~attrib_zoo.GradCAMPlusPlus`.
+    the p-th power of the gradient of the target's logit. The noise is Gaussian, with a standard deviation that is a
+    share of the image's range. It is drawn with ``seed`` and shared by all images, so that an image's map does not
+    depend on its batch. Without noise this is :class:`~attrib_zoo.GradCAMPlusPlus`.
 
-    The target ``None`` is decided once, on the clean image. Where a feature map sums to a negative number, a call
-    warns, as there.
+    The target ``None`` is resolved once, on the clean image. Where a feature map has a negative sum, a call warns, as
+    there.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.
         layers: see :class:`~attrib_zoo.attribution.Attribution`; several layers give the mean of their maps.
         n_samples: n, the noisy copies.
         noise: standard deviation of the noise, as a share of the image's largest minus its smallest value.
-        alpha: ``"paper"``: the formula above; ``"local"``: the sum over places of A D³ instead of D³ times the sum of
-            A, as in torch-cam.
+        alpha: ``"paper"``: the formula above; ``"local"``: the sum over positions of A D³ instead of D³ times the sum
+            of A, as in torch-cam.
         numerator: of α, ``"second"``: D², as above; ``"first"``: D¹, as the paper prints it.
-        seed: of the noise.
+        seed: for the noise.
         chunk_size: how many copies go through the model at once; ``None`` finds it. Never changes a map.
         relu: the paper's ReLU of the sum; ``False`` keeps negative evidence.
         score: what is differentiated: ``"logit"`` (paper), ``"softmax"``, ``"logsoftmax"`` or ``"sigmoid"``.
@@ -101,7 +101,7 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         taps = self.taps(inputs, args)
         clean, gradients, target = differentiate(self.model, inputs, args, taps, query.resolve, self.score)
         self.check_features(clean, taps)
-        units = [_largest(g) for g in gradients]  # powers of what is at most about 1 stay finite in any precision
+        units = [_largest(g) for g in gradients]  # powers of values up to about 1 stay finite in any precision
         powers = [torch.zeros(3, *g.shape, dtype=g.dtype, device=g.device) for g in gradients]
         spread = self.noise * (inputs.amax((1, 2, 3)) - inputs.amin((1, 2, 3))).view(-1, 1, 1, 1)
 
@@ -123,7 +123,7 @@ class SmoothGradCAMPlusPlus(GradientCAM):
         return [self._heat(a, p / self.n_samples, u) for a, p, u in each]
 
     def _noise(self, numbers: Tensor, like: Tensor) -> Tensor:
-        """Standard normal images ``(M, C, H, W)``, each drawn from its number alone."""
+        """Standard normal images ``(M, C, H, W)``, each determined by its number alone."""
         seeds = torch.randint(2**62, (self.n_samples,), generator=torch.Generator().manual_seed(self.seed))
         drawn = {
             number: torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(int(seeds[number])))

@@ -21,17 +21,17 @@ from attrib_zoo.targets import Functions, Target, TargetQuery
 
 
 class TransformerLRP(AttentionMethod, GradientAttribution):
-    r"""Which patches the score's relevance flows back to, through every layer and along attention that matters.
+    r"""The patches to which the score's relevance flows back, through every layer and along relevant attention.
 
     .. math:: M = (\bar A_L \cdots \bar A_s)_{\mathrm{class}}, \qquad \bar A_l = I + \frac{1}{H} \sum_h \mathrm{ReLU}
               \Big(\frac{\partial S_c}{\partial A_l^{(h)}} \odot R_{A_l^{(h)}}\Big)
 
     (Eq. 13 and 14 of the paper), with :math:`A_l^{(h)}` the T x T attention of head h in block l, S_c the target's
     logit, and R the relevance that reaches it from a one at the target, by the rules of deep Taylor decomposition:
-    positive products only in linear layers, sums and matrix products by share, each image by itself.
+    positive products only in linear layers, sums and matrix products in proportion, each image by itself.
 
-    Runs on unmodified timm and torchvision ViTs with fused attention, frozen or not. Attention and the way in which
-    the blocks are built are checked by their numbers; a model that is built otherwise is refused.
+    Runs on unmodified timm and torchvision ViTs with fused attention, frozen or not. Attention and the structure of the
+    blocks are checked numerically; a model that is built otherwise is refused.
 
     **Patent notice.** Layer-wise relevance propagation is patented: US 12,061,966 and EP 3271863. Whether these
     patents cover the rules used here is not settled; find out before you use them beyond personal or scientific
@@ -64,7 +64,7 @@ class TransformerLRP(AttentionMethod, GradientAttribution):
         and norms of queries and keys, not in the paper, pass relevance on as LayerNorm does. Distilled DeiT gives half
         the relevance to each head, and the map is the mean of the two tokens' rows. Averaged tokens are not in the
         paper. Computed in float32 or better, whatever the model's precision; shares of sums that nearly cancel amplify
-        rounding, so that a model in half precision can get another map than in float32.
+        rounding, so that a model in half precision can get a different map than in float32.
     """
 
     family: ClassVar[str] = "relevance propagation"
@@ -106,7 +106,7 @@ class TransformerLRP(AttentionMethod, GradientAttribution):
         return not_zero(maps.transpose(0, 1), self.get_name())
 
     def _apart(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Attentions, PreNorm]:
-        """Where the model attends and how it is built, for inputs of this shape; found once per shape."""
+        """Where the model attends and how it is built, for inputs of this shape; computed once per shape."""
         found = self.attention(inputs, args)
         trace = look(self.model, inputs, args)
         parts = self._once("blocks", inputs, args, lambda: take_apart(trace, found, inputs, args))
@@ -158,9 +158,9 @@ def _from_scores(
     gradients: tuple[Tensor, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Relevance of the tokens behind the last block that are read, ``(M, N, R, D)``; the others have none.
+    """Relevance of the tokens after the last block that are read, ``(M, N, R, D)``; the others have none.
 
-    A head begins with the gradient of the score at its output: a one at the target, a half where two heads are
+    A head starts with the gradient of the score at its output: a one at the target, a half where two heads are
     averaged.
     """
     tokens = values.out_of(parts.tokens, dtype)[:, list(found.read)]
@@ -193,8 +193,8 @@ def _through_block(
 ) -> tuple[Tensor, Tensor]:
     """Relevance of a block's input, ``(M, N, T, D)``, and of its attention matrices, ``(M, N, H, T, T)``.
 
-    Up to the matrices each token is by itself, so only those with relevance, R of them at ``rows``, are looked at. In
-    the first block that takes part nothing is asked for below the matrices.
+    Up to the matrices, tokens are independent, so only those with relevance, R of them at ``rows``, are processed. In
+    the first block that takes part, nothing is computed below the matrices.
     """
     dtype, heads = matrix.values.dtype, matrix.heads
     start, middle = values.into(block.name, dtype), values.into(block.norm, dtype)[:, rows]

@@ -27,11 +27,11 @@ from attrib_zoo.training.session import class_count, head_maps
 from attrib_zoo.training.teacher import TEACHER_IMAGES, Teacher, learn_common_row, place_means
 
 _BRANCH_LR = 1e-3
-_MOST_STEPS = 200  # of a fit that is told neither epochs nor steps, where it starts from rows
-_LEAST_FOR_PLACES = 16  # images; of fewer, a mean has too much of each
+_MOST_STEPS = 200  # of a fit without ``epochs`` and ``max_steps``, where it starts from rows
+_LEAST_FOR_PLACES = 16  # images; with fewer, a single image weighs too much in the mean
 _SHARES = (0.05, 0.9)  # of the cells that the order loss shows or hides
-_BLUR = 10 / 224  # deviation of the blur that hides, as a share of the image's width
-_IMAGES_PER_CLASS = 100  # with fewer in a short fit, classes that are not the image's own cost more than they teach
+_BLUR = 10 / 224  # standard deviation of the blur that hides, as a share of the image's width
+_IMAGES_PER_CLASS = 100  # with fewer in a short fit, maps of other classes cost more than they teach
 
 
 class TTAME(TrainableAttribution):
@@ -44,8 +44,8 @@ class TTAME(TrainableAttribution):
               \mathcal{E} = \sigma(\mathrm{conv}_{1\times1}([\mathrm{up}(A_1); \dots; \mathrm{up}(A_s)]))
 
     **recipe="rows"**, the default with fewer than 100 images per class, starts from what the classifier knows. The row
-    of class c in the fusing convolution is the gradient of its score with respect to the layer, averaged over places
-    and images, less the mean row of all classes,
+    of class c in the fusing convolution is the gradient of its score with respect to the layer, averaged over positions
+    and images, minus the mean row of all classes,
 
     .. math:: w_c = \mathbb{E}_x \frac{1}{hw} \sum_{i,j} \frac{\partial S_c}{\partial L_{i,j}}, \qquad
               e_c = \sum_i (w_{c,i} - \bar w_i) L_i / s_i, \qquad
@@ -53,8 +53,8 @@ class TTAME(TrainableAttribution):
 
     with s_i the layer's mean spread over space, R the three other classes with the largest logits, and a 3x3 mean
     filter on the result. Where the model ends in pooling and a linear layer that is CAM, exactly; in a transformer it
-    is the sum over the last three blocks that the class token still reads. So after :meth:`fit` *every* class has its
-    map, without a training step.
+    is the sum over the last three blocks that the class token still reads. So after :meth:`fit` *every* class has a
+    map, without a single training step.
 
     **recipe="taught"**, the default for a vision transformer with so few images, adds one row g to those of all
     classes. It is learnt by least squares from :class:`~attrib_zoo.GenericAttention` on 128 images, see
@@ -62,9 +62,9 @@ class TTAME(TrainableAttribution):
     takes one pass and no gradient.
 
     The steps of :meth:`fit` in these two, none unless ``epochs`` or ``max_steps`` ask for them, train one correction
-    that all classes share, :math:`w_c \leftarrow w_c + w_c M + g`, so that what one class teaches serves those that
-    never come up: each image shows the frozen model the first cells of its map or all but these, at a share q drawn
-    from 0.05 to 0.9, and the decision y must stand or fall,
+    that all classes share, :math:`w_c \leftarrow w_c + w_c M + g`, so that what is learnt on one class serves those
+    that never come up: the frozen model sees each image through the highest cells of its map or through all others, at
+    a share q drawn from 0.05 to 0.9, and the decision y must persist or vanish,
 
     .. math:: m = \sigma\left(\frac{\mathcal{E}_y - Q_{1-q}(\mathcal{E}_y)}{\frac12 \mathrm{std}\,\mathcal{E}_y}
               \right), \qquad \mathrm{CE}(f(m \odot x), y) \ \text{ or } \ -\log(1 - p_y((1 - m) \odot x))
@@ -72,20 +72,21 @@ class TTAME(TrainableAttribution):
     where what is hidden is black, the mean colour or a blur. The correction is folded into the convolution at the end.
 
     **recipe="paper"**, the default with more, is the method of the paper: :meth:`fit` shows the frozen model the image
-    through the map of its own decision y, and asks it to decide alike while the map stays small (Eq. 11, 15-17):
+    masked by the map of its own decision y, and trains the map to preserve the decision while staying small (Eq. 11,
+    15-17):
 
     .. math:: \lambda_1 \, \mathrm{CE}(f(\mathcal{E}_y \odot x), y) + \lambda_2 (E + \lambda_3 V), \quad
               E = \frac1S \sum \mathcal{E}_{n,j,k}^{\lambda_4}, \quad V = \frac{1}{2S} \sum (\Delta_j \mathcal{E})^2
               + (\Delta_k \mathcal{E})^2
 
     over Ψ, y's map and B - 1 maps of other classes drawn at random for each image (Eq. 12), with S the number of
-    values in Ψ. A class that never was the model's decision during ``fit`` has an untrained row there, and
+    values in Ψ. A class that was never the model's decision during ``fit`` has an untrained row then, and
     :meth:`attribute` warns once. CNNs see the raw image masked and then standardised (Eq. 13), vision transformers the
     standardised image masked (Eq. 14).
 
-    For explaining, the sigmoid gives way to min-max scaling over space, before upsampling: the map lies in [0, 1]. Only
-    the wanted classes are computed, each layer at its own resolution: the 1x1 fusion and the bilinear upsampling
-    commute. ``class_counts_`` has how many images of each class ``fit`` saw.
+    To explain, the sigmoid is replaced by min-max scaling over space, before upsampling: the map lies in [0, 1]. Only
+    the requested classes are computed, each layer at its own resolution: the 1x1 fusion and the bilinear upsampling
+    commute. ``class_counts_`` is the number of images of each class in ``fit``.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`; must return ``(N, K)`` logits or one value per image.
@@ -100,22 +101,22 @@ class TTAME(TrainableAttribution):
             ``fit`` is given ``schedule="short"``; or a :class:`~attrib_zoo.training.recipe.Recipe` of your own, such as
             ``RECIPES["rows"].but(contrast=0)``. The released variation grows with the number of maps, so there the
             batch size changes the trade-off; scale ``lambda_variation`` by 32/B to keep it. The next options, down to
-            ``branch_activation``, change fields of the recipe; ``None`` leaves them.
+            ``branch_activation``, override fields of the recipe; ``None`` keeps them.
         lambda_ce: λ1, weight of the cross-entropy.
         lambda_tv: λ2, weight of area and variation.
-        lambda_variation: λ3, weight of the variation V inside.
+        lambda_variation: λ3, weight of the variation V within that term.
         area_power: λ4.
         variation: † ``"mean"`` (Eq. 17) or ``"sum"`` (the sum over twice the batch size).
         border_penalty: † weight of squared values on the map's border, 0 or 0.3.
         area_offset: † added to the mask before the power, 0 or 5e-4.
         psi: † the other classes: ``"random"`` (Eq. 12), ``"batch"`` (decisions of the batch), ``"own"`` (none), or
-            ``"auto"``: random, but none in a short fit that shows fewer than 100 images per class.
+            ``"auto"``: random, but none in a short fit with fewer than 100 images per class.
         num_layers: 1, 2 or 3 layers when ``layers=None``, the last ones (Table 6).
         skip: the skip connection of the branches (Table 6).
         batch_norm: the batch normalisation of the branches (Table 6).
         branch_activation: ``"relu"`` or ``"sigmoid"`` (Table 6).
         masking: ``"raw"`` (Eq. 13), ``"standardized"`` (Eq. 14), or ``"auto"``: standardised for vision transformers
-            (Table 7; ``backbone.kind.is_transformer``). ``evaluate`` hides pixels as the fit did.
+            (Table 7; ``backbone.kind.is_transformer``). ``evaluate`` hides pixels in the same way as the fit.
         score: in which sense the model decides: ``"softmax"``, one class of all, or ``"sigmoid"`` for multi-label
             heads: each class by itself. The cross-entropy of fit and the confidence of its validation follow.
         mean: of the standardisation, per channel; ``None`` for the model's own configuration, else ImageNet's.
@@ -140,13 +141,14 @@ class TTAME(TrainableAttribution):
 
     Deviations:
         The recipes "rows" and "taught" are this library's: start, teacher, contrast, filter, layers and loss are not
-        the paper's, and they read the features without branches (these would be identities at the start, and a step can
-        move the shared matrix M as well). With ``recipe="paper"`` what differs is the schedule: the paper's needs
-        hundreds of thousands of steps; below 20 000 ``fit`` uses one that trains in few (Adam; the fusing convolution
-        starts at zero, as a common row plus a row per class), and with few images per class it leaves the other classes
-        out of Ψ. The random classes of Ψ are distinct. Dropout and batch normalisation of the frozen model always run
-        in eval mode. Where the paper is silent (momentum, weight decay, initial weights) the released values are used.
-        The published numbers are not promised: see the method's page for every known difference.
+        the paper's, and they read the features without branches (these would be identities at the start, and the steps
+        can train the shared matrix M just as well). With ``recipe="paper"`` the schedule differs: the paper's needs
+        hundreds of thousands of steps; below 20 000 ``fit`` uses one that converges in few (Adam; the fusing
+        convolution starts at zero, as a common row plus a row per class), and with few images per class it leaves the
+        other classes out of Ψ. The random classes of Ψ are distinct. Dropout and batch normalisation of the frozen
+        model always run in eval mode. Where the paper is silent (momentum, weight decay, initial weights) the released
+        values are used. The published numbers may not be reproduced exactly: the method's page lists every known
+        difference.
     """
 
     family: ClassVar[str] = "trained"
@@ -263,7 +265,7 @@ class TTAME(TrainableAttribution):
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
     def settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
-        """Which recipe ``"auto"`` is for this fit."""
+        """Decide which recipe ``"auto"`` stands for in this fit."""
         if not self._automatic:
             return
         if saved is not None:
@@ -305,7 +307,7 @@ class TTAME(TrainableAttribution):
         return _MOST_STEPS if self.recipe.start == "rows" else None
 
     def unasked_steps(self, steps: int) -> int:
-        return 0 if self.recipe.start == "rows" else steps  # they were measured to add nothing
+        return 0 if self.recipe.start == "rows" else steps  # training steps were measured to add nothing
 
     def start_network(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
@@ -335,7 +337,7 @@ class TTAME(TrainableAttribution):
             )
             return started, [*told, unrelated]
         share = self.recipe.contrast_weight if self.recipe.contrast else 0.0
-        head.add_row(lesson.common / (1 - share if share < 1 else 1))  # what the contrast will take away again
+        head.add_row(lesson.common / (1 - share if share < 1 else 1))  # compensates for what the contrast will subtract
         return {**started, "teacher": lesson.described(name)}, told
 
     def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
@@ -404,7 +406,7 @@ class TTAME(TrainableAttribution):
         logits: Tensor,
         classes: Tensor,
     ) -> Terms:
-        """Half of the images show the first cells of their maps, half the others; what is hidden varies too."""
+        """Half of the images show the highest cells of their maps, half the rest; the fill for hidden pixels varies."""
         count = len(images)
         drawn = torch.rand(3, count, generator=generator).to(images.device)
         target = Target(classes.view(-1, 1, 1))
@@ -426,14 +428,14 @@ class TTAME(TrainableAttribution):
         return Terms(losses.mean(), parts, classes)
 
     def baseline_of(self, images: Tensor) -> Tensor | float:
-        """What is seen where the mask is 0: black (Eq. 13) or the mean colour (Eq. 14)."""
+        """What is shown where the mask is 0: black (Eq. 13) or the mean colour (Eq. 14)."""
         return hidden(self._ready().decisions, images)
 
 
 def less_rivals(maps: Tensor, outputs: Tensor, k: int, weight: float) -> Tensor:
-    """The maps of all classes ``(N, K, h, w)``, each less a share of the mean map of its k rivals.
+    """The maps of all classes ``(N, K, h, w)``, each minus a share of the mean map of its k rivals.
 
-    Those are the classes with the largest outputs ``(N, K)``, the class itself left out: for most classes the same k.
+    Rivals are the classes with the largest outputs ``(N, K)``, except the class itself: the same k for most classes.
     """
     k = min(k, outputs.shape[1] - 1)
     best = outputs.topk(k + 1, dim=1).indices
@@ -443,12 +445,12 @@ def less_rivals(maps: Tensor, outputs: Tensor, k: int, weight: float) -> Tensor:
 
 
 def less_leading(maps: Tensor, classes: Tensor, leading: Tensor, best: Tensor, weight: float) -> Tensor:
-    """Maps ``(N, M, h, w)`` of the classes ``(N, M)``, each less a share of the mean map of its k rivals.
+    """Maps ``(N, M, h, w)`` of the classes ``(N, M)``, each minus a share of the mean map of its k rivals.
 
     Args:
         maps: of any of the K classes.
         classes: which ones.
-        leading: ``(N, k + 1, h, w)``, of the classes with the largest outputs.
+        leading: ``(N, k + 1, h, w)``, the maps of the classes with the largest outputs.
         best: ``(N, k + 1)``, these classes, the largest first.
         weight: the share.
     """

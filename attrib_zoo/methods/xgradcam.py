@@ -14,19 +14,19 @@ from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 
 
 class XGradCAM(GradientCAM):
-    r"""Where the feature maps lie that carry the target's score; gradients count where the map is active.
+    r"""Where the feature maps that carry the target's score are active; gradients count where the map is active.
 
-    The weights of Grad-CAM, chosen so that the map nearly keeps two axioms (sensitivity and conservation):
+    Grad-CAM with weights chosen so that the map nearly satisfies two axioms (sensitivity and conservation):
 
     .. math:: M = \mathrm{ReLU}\Big(\sum_k w_k A_k\Big), \qquad
               w_k = \sum_{i,j} \frac{A_{k,i,j}}{\sum_{a,b} A_{k,a,b}} \frac{\partial S_c}{\partial A_{k,i,j}}
 
-    with A the D feature maps of the layer, ``(N, D, h, w)``, and S_c the target's logit. Before the ReLU the map
-    sums to the same as gradient times activation.
+    with A the D feature maps of the layer, ``(N, D, h, w)``, and S_c the target's logit. Before the ReLU the map has
+    the same sum as gradient times activation.
 
-    The default layer is that of :class:`~attrib_zoo.GradCAM`. The weights are averages only where the features are
-    nowhere negative. Tokens, channels-last features and the outputs of layer normalisations are refused, and a call
-    warns where a feature map of another layer sums to a negative number.
+    The default layer is that of :class:`~attrib_zoo.GradCAM`. The weights are averages only where no feature is
+    negative. Tokens, channels-last features and the outputs of layer normalisations are refused, and a call warns where
+    a feature map of another layer has a negative sum.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.

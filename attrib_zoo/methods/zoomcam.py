@@ -19,8 +19,8 @@ from attrib_zoo.methods.bases.gradient_cam import GradientCAM
 class ZoomCAM(GradientCAM):
     r"""The strongest evidence for the target at any scale: gradient times activation of all stages, fused.
 
-    Each layer's map is gradient times activation, scaled to [0, 1] over space; from the coarsest to the finest, the
-    map so far is enlarged and joined with the next by the larger value at each place:
+    Each layer's map is gradient times activation, scaled to [0, 1] over space; from the coarsest to the finest, the map
+    so far is enlarged and merged with the next by the larger value at each position:
 
     .. math:: M_l = \mathrm{minmax}\Big(\mathrm{ReLU}\Big(\sum_k \frac{\partial S_c}{\partial A^l_k} \odot A^l_k\Big)
               \Big), \qquad E \leftarrow \max(\mathrm{up}(E), M_l)
@@ -28,8 +28,8 @@ class ZoomCAM(GradientCAM):
     with :math:`A^l` the feature maps of layer l, ``(N, D, h, w)``, and S_c the target's logit. The map lies in [0, 1].
 
     The default layers are all stage ends; in networks whose stages end in max-pooling (VGG) every convolution after
-    its ReLU. All blocks of a vision transformer have one resolution, so there is nothing to zoom into: such models are
-    refused unless layers are named.
+    its ReLU. All blocks of a vision transformer have the same resolution, so there is nothing to zoom into: such models
+    are refused unless layers are named.
 
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`.

@@ -111,7 +111,7 @@ class PerturbationCAM(Perturbation):
         return maps.amax((-2, -1)) > maps.amin((-2, -1))
 
     def shown(self, maps: Tensor) -> Tensor:
-        """What the weights weigh, ``(N, D, h, w)``: the feature maps."""
+        """What the weights are applied to, ``(N, D, h, w)``: the feature maps."""
         return maps
 
     @abstractmethod
@@ -119,9 +119,9 @@ class PerturbationCAM(Perturbation):
         """The weight of each feature map.
 
         Args:
-            scores: ``(N, D, F)``: what :meth:`read` kept of the image under each mask; 0 where there was no pass.
-            clean: ``(N, F)``, the same of the image itself.
-            alive: ``(N, D)``, where there was a pass.
+            scores: ``(N, D, F)``: what :meth:`read` returned for the image under each mask; 0 where there was no pass.
+            clean: ``(N, F)``, the same for the image itself.
+            alive: ``(N, D)``, whether there was a pass.
 
         Returns:
             ``(N, D, T)``; a third axis of 1 where the map is the same for all targets.
@@ -156,10 +156,10 @@ class Passes:
         inputs: ``(N, C, H, W)``.
         args: further arguments of the model.
         target: the T targets of each image.
-        clean: ``(N, F)``, what ``read`` keeps of the images themselves.
-        hidden: what is seen where a mask is 0.
+        clean: ``(N, F)``, what ``read`` returns for the images themselves.
+        hidden: what is shown where a mask is 0.
         read: from the outputs of M passes and their targets to ``(M, F)``.
-        chunks: how many go at once.
+        chunks: how many go through the model at once.
         label: of the progress bar; empty for none.
     """
 
@@ -174,7 +174,7 @@ class Passes:
     label: str = ""
 
     def scores(self, rows: Tensor, masks: Tensor) -> Tensor:
-        """One pass: what is kept, ``(M, F)``, of the images ``rows`` (M,) under the masks ``(M, 1, H, W)``."""
+        """One pass: what ``read`` returns, ``(M, F)``, for images ``rows`` (M,) under the masks ``(M, 1, H, W)``."""
         rows = rows.to(self.inputs.device)
         hidden = self.hidden
         if isinstance(hidden, Tensor) and hidden.ndim == 4 and len(hidden) == len(self.inputs) > 1:
@@ -185,7 +185,7 @@ class Passes:
         return self.read(outputs, self.target.rows(rows))
 
     def table(self, chosen: Tensor, masks: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What is kept of each image under each of its chosen masks.
+        """What ``read`` returns for each image under each of its chosen masks.
 
         Args:
             chosen: ``(N, D)``, which masks of which images.
@@ -220,7 +220,7 @@ def read_scores(outputs: Tensor, target: Target, score: str) -> Tensor:
 
 
 def refuse_transformers(explainer: Attribution, why: str) -> None:
-    """Raise for a transformer whose layers are left to the method; where they are named, only warn."""
+    """Raise for a transformer unless its layers are named; then only warn."""
     if not is_transformer(explainer.model):
         return
     who, instead = explainer.get_name(), "use ScoreCAM, LayerCAM or TTAME"
@@ -244,7 +244,7 @@ def check_baseline(value: Any) -> Baseline:
 
 
 def resolve_baseline(baseline: Baseline, model: nn.Module, inputs: Tensor) -> Tensor | float:
-    """What is seen where a mask is 0, in the space of the inputs."""
+    """What is shown where a mask is 0, in the space of the inputs."""
     if isinstance(baseline, Tensor):
         try:
             fits = torch.broadcast_shapes(baseline.shape, inputs.shape) == inputs.shape

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(total: int, label: str, unit: str = "pass") -> Iterator[Callable[[int], None]]:
-    """A bar on the standard error stream; the function that it gives takes how many steps have been done since.
+    """A bar on the standard error stream; yields a function that takes the number of steps done since its last call.
 
     Args:
         total: steps in all.
-        label: what the bar is called; without one there is no bar.
+        label: the bar's name; without one there is no bar.
         unit: what a step is.
     """
     if not label:

@@ -1,4 +1,4 @@
-"""Rules that hand relevance from the output of a layer back to its inputs (Chefer et al., CVPR 2021, Section 3.1).
+"""Rules that propagate relevance from the output of a layer back to its inputs (Chefer et al., CVPR 2021, Section 3.1).
 
 Relevance has a leading axis of M targets: ``(M, N, T, D)`` where values are ``(N, T, D)``.
 """
@@ -11,14 +11,14 @@ _LEAST = 1e-9
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
-    """``a / (b + 1e-9)``, as the method has it, and 0 where b is 0."""
+    """``a / (b + 1e-9)``, as in the authors' method, and 0 where b is 0."""
     away = b + _LEAST
     away.masked_fill_(away == 0, _LEAST)
     return (a / away).masked_fill_(b == 0, 0)
 
 
 def linear(relevance: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
-    """The share of each input in what a linear layer adds up, positive products only (alpha 1, beta 0; no bias)."""
+    """The share of each input in the sum of a linear layer, positive products only (alpha 1, beta 0; no bias)."""
     plus, minus = inputs.clamp(min=0), inputs.clamp(max=0)
     weight_plus, weight_minus = weight.clamp(min=0), weight.clamp(max=0)
     total = plus @ weight_plus.T + minus @ weight_minus.T
@@ -27,7 +27,7 @@ def linear(relevance: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 def add(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The shares of two summands; their totals are in proportion to their absolute totals, for each image."""
+    """The shares of two summands, in proportion to their absolute sums, for each image."""
     share = divide(relevance, a + b)
     of_a, of_b = share * a, share.mul_(b)
     sum_a, sum_b, total = (part.sum((-2, -1), keepdim=True) for part in (of_a, of_b, relevance))
@@ -43,7 +43,7 @@ def matmul(relevance: Tensor, a: Tensor, b: Tensor, product: Tensor) -> tuple[Te
 
 
 def clone(values: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """What comes back to values that went two ways."""
+    """What flows back to values that were used twice."""
     return divide(one + other, values).mul_(values)
 
 

@@ -47,15 +47,15 @@ _SCHEDULES = ("auto", "paper", "short")
 class TrainableAttribution(OnePass):
     """Base of the methods with ``fit``: trained once for a model, then they explain in one forward pass.
 
-    A small network reads the frozen model's features and gives a map per class, scaled to [0, 1] over space.
-    Subclasses say what the network is (:meth:`build_network`), what it is trained for (:meth:`loss_terms`), with which
-    schedule (:meth:`choose_schedule`) and what is seen where a mask is 0 (:meth:`baseline_of`).
+    A small network reads the frozen model's features and returns a map per class, scaled to [0, 1] over space.
+    Subclasses define the network (:meth:`build_network`), its loss (:meth:`loss_terms`), its schedule
+    (:meth:`choose_schedule`) and what is shown where a mask is 0 (:meth:`baseline_of`).
 
     Attributes:
         network_: the trained network, in eval mode.
         history_: every step's loss, its parts and the learning rate; validations; warnings.
-        class_counts_: ``(K,)``, how many training images the model assigned to each class. A class with 0 has an
-            untrained row.
+        class_counts_: ``(K,)``, how many training images the model assigned to each class. The row of a class with 0 is
+            untrained.
         n_steps_: optimiser steps taken.
         schedule_: name of the schedule that was used.
     """
@@ -80,7 +80,7 @@ class TrainableAttribution(OnePass):
         raise NotImplementedError
 
     def finish_network(self, network: nn.Module) -> None:
-        """Bring a trained network into the form in which it explains."""
+        """Convert a trained network into the form used for explaining."""
 
     @abstractmethod
     def loss_terms(
@@ -91,18 +91,18 @@ class TrainableAttribution(OnePass):
 
     @abstractmethod
     def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
-        """The schedule that ``"auto"``, ``"paper"`` or ``"short"`` means for so many steps."""
+        """The schedule that ``"auto"``, ``"paper"`` or ``"short"`` stands for with this many steps."""
         raise NotImplementedError
 
     @abstractmethod
     def baseline_of(self, images: Tensor) -> Tensor | float:
-        """What is seen where a mask is 0, in standardised space."""
+        """What is shown where a mask is 0, in standardised space."""
         raise NotImplementedError
 
     def start_network(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
     ) -> tuple[dict[str, Any], list[str]]:
-        """Give a new network the weights that it starts from, out of what the model knows.
+        """Initialise a new network from what the model knows.
 
         Called where :attr:`start_images` asks for images, before the schedule is chosen; returns decisions, as
         :meth:`decide` does, and warnings.
@@ -114,16 +114,16 @@ class TrainableAttribution(OnePass):
 
     @property
     def start_images(self) -> int:
-        """How many images :meth:`start_network` wants; 0 where the network starts from its drawn weights."""
+        """How many images :meth:`start_network` needs; 0 where the network starts from random weights."""
         return 0
 
     @property
     def most_steps(self) -> int | None:
-        """The steps of a fit that is told neither epochs nor steps, at most; ``None`` for all of its epochs."""
+        """The largest number of steps of a fit without ``epochs`` and ``max_steps``; ``None`` for all of its epochs."""
         return None
 
     def unasked_steps(self, steps: int) -> int:
-        """The steps of a fit that is told neither epochs nor steps, once :meth:`settle` is through."""
+        """The steps of a fit without ``epochs`` and ``max_steps``, after :meth:`settle`."""
         return steps
 
     def decide(
@@ -155,14 +155,14 @@ class TrainableAttribution(OnePass):
     ) -> _Self:
         """Train the explainer for this model. The model stays frozen, in eval mode, and is given back as it was.
 
-        Labels are not used: the model's own decision on each image is what is explained. A second fit forgets the
-        first; a fit that fails leaves the explainer as it was.
+        Labels are not used: the model's own decision on each image is explained. A second fit discards the first; a fit
+        that fails leaves the explainer as it was.
 
         Args:
             loader: yields batches of standardised images ``(N, C, H, W)``, alone, first in a tuple, or in a dict
                 under ``"image"``, ``"pixel_values"`` or the like. All images have one size.
             epochs: passes over the loader; ``None`` for the paper's number.
-            max_steps: optimiser steps; beats ``epochs``, and is needed for a loader without a length.
+            max_steps: optimiser steps; overrides ``epochs``, and is needed for a loader without a length.
             optimizer: ``"sgd"``, ``"adam"``, ``"adamw"`` or a function from parameter groups to an optimiser;
                 ``None`` for the schedule's own.
             lr: maximal learning rate of the cycle; ``None`` for the schedule's own.
@@ -173,13 +173,13 @@ class TrainableAttribution(OnePass):
             precision: ``None`` (the model's own), ``"bf16-mixed"`` or ``"fp16-mixed"`` for the frozen model's passes.
             seed: fixes initial weights, drawn classes and the loader's order; the global generators stay untouched.
             resume_from: checkpoint of an interrupted fit with the same arguments and a loader of the same shape (the
-                file, or the folder given as ``checkpoint_dir``, which may still be empty); continues to the same bits
-                on CPU, and warns where the loader's images are others.
+                file, or the folder given as ``checkpoint_dir``, which may still be empty); the fit continues to bitwise
+                the same result on a CPU, and warns if the loader's images differ.
             checkpoint_dir: folder for ``checkpoint.safetensors``, written every ``checkpoint_every`` steps, at the
-                end, and when the fit is interrupted: by an error, Ctrl-C, SIGTERM or SIGHUP. It is held for one fit
-                at a time.
+                end, and when the fit is interrupted: by an error, Ctrl-C, SIGTERM or SIGHUP. It is locked to one fit at
+                a time.
             checkpoint_every: steps between checkpoints.
-            callbacks: functions that are called with a :class:`~attrib_zoo.training.callbacks.Progress` after each
+            callbacks: functions called with a :class:`~attrib_zoo.training.callbacks.Progress` after each
                 step and each validation, and may stop the fit.
             show_progress: a progress bar with the parts of the loss.
             additional_forward_args: passed to the model after the images, unchanged.
@@ -188,11 +188,11 @@ class TrainableAttribution(OnePass):
             The explainer itself.
 
         Raises:
-            DataError: the loader yields nothing, something else than images, or images of several sizes; another fit
-                writes to ``checkpoint_dir``.
+            DataError: the loader yields nothing, something other than images, or images of several sizes; or another
+                fit is writing to ``checkpoint_dir``.
             OptionError: an option outside its range.
-            TrainingError: the loss is not finite; of several processes, another one has stopped or hangs.
-            CheckpointError: ``resume_from`` is no checkpoint of such a fit.
+            TrainingError: the loss is not finite; or another of several processes has stopped or hangs.
+            CheckpointError: ``resume_from`` is not a checkpoint of such a fit.
         """
         named, custom = check_optimizer(optimizer)
         asked = _asked(schedule, lr)
@@ -206,7 +206,7 @@ class TrainableAttribution(OnePass):
         plan = session.plan_of(
             loader, steps=steps, seed=seed, schedule=asked, optimizer=named, lr=lr, precision=precision
         )
-        twin = copy.copy(self)  # the fit happens here; self changes only when it has gone well
+        twin = copy.copy(self)  # the fit works on this copy; self changes only once it has succeeded
         twin._fitted, twin._resolved, twin._warned, twin._strict = None, {}, False, True
         unasked = epochs is None and max_steps is None
         with session.reserved(folder), session.ground(self.model) as like, autocast(precision, like.device):
@@ -248,9 +248,9 @@ class TrainableAttribution(OnePass):
             return self.loss_terms(network, images, args, generator)
 
     def _explaining(self, network: nn.Module) -> Callable[[Tensor, Any], Tensor]:
-        """How to explain in the middle of a fit, for callbacks: nothing of it is changed by that."""
+        """A function for callbacks that explains in the middle of a fit, without changing it."""
         shown = copy.copy(self)
-        shown._warned = True  # that a class has not come up yet
+        shown._warned = True  # no warning that a class has not come up yet
 
         def explain(images: Tensor, target: Any = None) -> Tensor:
             training = network.training
@@ -278,7 +278,7 @@ class TrainableAttribution(OnePass):
         return self
 
     def _checkpoint(self, folder: Path, state: State, plan: dict[str, Any]) -> None:
-        """Everything that :meth:`save` writes, and what a resumed fit needs."""
+        """Write everything that :meth:`save` writes, and what a resumed fit needs."""
         if not distributed.is_first():
             return
         explainer, progress = session.to_checkpoint(self, self._so_far(state)._ready()), state.snapshot()
@@ -307,12 +307,12 @@ class TrainableAttribution(OnePass):
         return self._class_maps(self._network_for(features), features, target)
 
     def choose_targets(self, outputs: Tensor, query: TargetQuery) -> Target:
-        """What is explained, by default what the call asks for; a method may set other classes against it."""
+        """What is explained: by default the call's targets; a method may contrast them with other classes."""
         return query.resolve(outputs)
 
     @property
     def rivals(self) -> tuple[int, float]:
-        """How many other classes :meth:`choose_targets` sets against a plain target, and with which weight."""
+        """How many other classes :meth:`choose_targets` subtracts from a plain target, and with which weight."""
         return 0, 0.0
 
     @staticmethod
@@ -323,7 +323,7 @@ class TrainableAttribution(OnePass):
         return target.combine(found.unflatten(1, rows.shape[1:]))
 
     def all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
-        """The maps ``(N, K, h, w)`` of all classes out of the network's own."""
+        """The maps ``(N, K, h, w)`` of all classes, from the network's own."""
         return maps
 
     def program_head(
@@ -336,7 +336,7 @@ class TrainableAttribution(OnePass):
         return ClassMaps(own_modules(self._network_for(features)), places, *self.rivals)
 
     def some_maps(self, outputs: Tensor, network: nn.Module, features: Sequence[Tensor], classes: Tensor) -> Tensor:
-        """The same for the classes ``(M,)`` alone, as ``(N, M, h, w)``; who fills :meth:`all_maps` fills this too."""
+        """The same for the classes ``(M,)`` alone, as ``(N, M, h, w)``; override it together with :meth:`all_maps`."""
         return session.head_maps(network, features, classes.expand(len(outputs), -1))
 
     def maps(
@@ -344,20 +344,20 @@ class TrainableAttribution(OnePass):
     ) -> Tensor:
         """The maps of all classes, or of some, from one forward pass, at the resolution of the layers.
 
-        Many maps are computed a part at a time, so that little more memory is held than they take themselves.
+        Many maps are computed in parts, so that they take little more memory than they occupy themselves.
 
         Args:
             inputs: as in :meth:`attribute`.
             additional_forward_args: as in :meth:`attribute`.
-            classes: which ones, in the order in which they are wanted; ``None`` for all K.
+            classes: which ones, in this order; ``None`` for all K.
 
         Returns:
             ``(N, K, h, w)``, or ``(N, len(classes), h, w)``, in [0, 1], scaled as ``scale`` says; untrained where
             ``class_counts_ == 0``.
 
         Raises:
-            TargetError: a class that the model does not have.
-            InputError: the maps do not fit into the memory that is free.
+            TargetError: the model has no such class.
+            InputError: the maps do not fit into the free memory.
         """
         self.check_ready()
         images, _ = self._images(inputs)
@@ -378,17 +378,17 @@ class TrainableAttribution(OnePass):
             )
 
     def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
-        """Outputs and features of one pass, checked to be those that the network was trained on."""
+        """Outputs and features of one pass, checked to be those of the layers that the network was trained on."""
         self._ready()
         outputs, features = run(self.model, inputs, args, self.taps(inputs, args))
         session.check_same(type(self).__name__, self._ready(), outputs, features)
         return outputs, [at_least_float32(f) for f in features]
 
     def _check_model(self) -> None:
-        """Raise where the model has other weights than in the fit; what cannot be told from a call's features.
+        """Raise if the model's weights differ from those of the fit, which a call's features cannot show.
 
         Raises:
-            BackboneMismatchError: it has; only a warning where the explainer was loaded for other weights anyway.
+            BackboneMismatchError: they differ; only a warning where the explainer was loaded for other weights anyway.
         """
         model = original(self.model)  # a mirror's weights may be copies
         if self._watch is None or not self._watch.noticed(model):
@@ -409,7 +409,7 @@ class TrainableAttribution(OnePass):
         return self._ready().network.to(features[0])
 
     def has_map_of(self, target: int) -> bool:
-        """Whether the map of this class is worth reading: ``fit`` saw the class, or gave every class a map."""
+        """Whether the map of this class is trained: ``fit`` saw the class, or gave every class a map."""
         ready = self._ready()
         return "rows" in ready.decisions or bool(ready.counts[target])
 
@@ -428,7 +428,7 @@ class TrainableAttribution(OnePass):
         return self._tested(self.named_layers(), inputs, args)
 
     def named_layers(self) -> Any:
-        """Those of the fit, so that an explainer and what is loaded from its file are known as one."""
+        """The layers of the fit, so that an explainer and its reloaded copy show the same ones."""
         if self._fitted is None:
             return self.layers
         return [name if grid is None else (name, grid) for name, grid in self._fitted.layers]
@@ -467,10 +467,10 @@ class TrainableAttribution(OnePass):
 
     @property
     def masking_(self) -> str | Tensor:
-        """How the fit hid pixels, as ``masking`` of the measures: what it explains must be measured alike.
+        """How the fit hid pixels, as ``masking`` of the measures, which should hide them in the same way.
 
         ``"raw"`` or ``"standardized"``; black as a tensor ``(1, C, 1, 1)`` where the fit was given a standardisation
-        that is not the model's own; ``"auto"`` for a method that hides none.
+        other than the model's own; ``"auto"`` for a method that hides no pixels.
         """
         decided = self._ready().decisions
         rule: str = decided.get("masking", "auto")
@@ -496,10 +496,10 @@ class TrainableAttribution(OnePass):
         )
 
     def untrained(self: _Self, seed: int = 0) -> _Self:
-        """The same explainer with weights that nobody has trained: what it gains by its fit is the difference.
+        """The same explainer with untrained weights: the difference is what the fit contributes.
 
         Args:
-            seed: of the weights.
+            seed: for the weights.
 
         Returns:
             A copy; the explainer itself stays as it is.
@@ -515,7 +515,7 @@ class TrainableAttribution(OnePass):
     # ------------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the fitted explainer to one safetensors file, whole or not at all.
+        """Write the fitted explainer to one safetensors file, completely or not at all.
 
         Args:
             path: the file; its folder must exist.
