@@ -1,4 +1,4 @@
-"""What every measure does with the maps it is given: read them, bring them to the images' size, rank their pixels."""
+"""What every measure does with its maps: read them, resize them to the images, rank their pixels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIES = ("threshold", "random", "stable")
 Seed = int | Sequence[int] | Tensor
 """Of random orders and noise: one int per image, or an int, to which image i of the batch adds i."""
 
-_OTHER = 0x2545F491  # a generator reads the low 32 bits of its seed
+_OTHER = 0x2545F491  # within the low 32 bits, all that a generator reads of its seed
 
 
 def read_maps(attributions: Tensor, batch: int) -> Tensor:
@@ -38,25 +38,25 @@ def read_maps(attributions: Tensor, batch: int) -> Tensor:
 def scale_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Maps ``(N, 1, h, w)`` in [0, 1] at the images' size: min-max first, upsampling second, as the papers do.
 
-    The one place where measures scale. Enlarging takes a map's extremes away, so a second scaling afterwards would give
-    other values: pass maps as the layer has them (``upsample=False``).
+    The only place where measures scale. Upsampling removes a map's extremes, so a second scaling afterwards would give
+    other values: pass maps at the layer's resolution (``upsample=False``).
     """
     return upsample(min_max(maps), size)
 
 
 def finite_rows(maps: Tensor) -> Tensor:
-    """Which maps hold finite numbers only, ``(N,)`` bool; no measure of the others means anything."""
+    """Which maps hold finite numbers only, ``(N,)`` bool; for the others every measure is meaningless."""
     return maps.isfinite().flatten(1).all(1)
 
 
 def check_ties(ties: str) -> None:
-    """An error for a rule that does not exist."""
+    """Raise for a rule that does not exist."""
     if ties not in TIES:
         raise OptionError(f"ties: must be one of {', '.join(TIES)}, got {ties!r}")
 
 
 def seeds_of(seed: Seed, batch: int) -> list[int]:
-    """One seed per image: those that are given, or ``seed``, ``seed + 1``, ..."""
+    """One seed per image: the given ones, or ``seed``, ``seed + 1``, ..."""
     if isinstance(seed, int) and not isinstance(seed, bool):
         return [seed + row for row in range(batch)]
     found = [int(value) for value in seed] if isinstance(seed, (list, tuple, range, Tensor)) else []
@@ -74,7 +74,7 @@ def uniform(seed: Seed, shape: Sequence[int]) -> Tensor:
 def normal(seed: Seed, shape: Sequence[int]) -> Tensor:
     """Standard normal random numbers ``(N, ...)`` on the CPU, each image from its own seed.
 
-    They are independent of :func:`uniform` of the same seed: noise must not know the order of equal values.
+    They are independent of :func:`uniform` of the same seed: the noise must not correlate with the order of ties.
     """
     makers = [torch.Generator().manual_seed(value ^ _OTHER) for value in seeds_of(seed, shape[0])]
     return torch.stack([torch.randn(*shape[1:], generator=maker) for maker in makers])
@@ -85,10 +85,9 @@ def ranks(maps: Tensor, ties: str, seed: Seed) -> Tensor:
 
     Args:
         maps: ``(N, 1, H, W)``.
-        ties: ``"random"`` and ``"stable"`` give each pixel a rank of its own and take equal values in a random order
-            of each image or in raster order; ``"threshold"`` gives equal values the rank of their first, so that
-            they stay together.
-        seed: Of the random orders: one int per image, or an int, to which image i adds i.
+        ties: ``"random"`` and ``"stable"`` give each pixel a rank of its own and break ties in a random order per image
+            or in raster order; ``"threshold"`` gives ties the rank of their first, so that they stay together.
+        seed: For the random orders: one int per image, or an int, to which image i adds i.
     """
     check_ties(ties)
     values = maps.flatten(1)
@@ -110,16 +109,16 @@ def top_pixels(maps: Tensor, keep: float, ties: str, seed: Seed) -> Tensor:
     Args:
         maps: ``(N, 1, H, W)``.
         keep: Fraction of the pixels, above 0 and at most 1.
-        ties: ``"threshold"`` keeps all that reach the linearly interpolated quantile, so equal values stay together
-            and more than ``keep`` may remain; ``"random"`` and ``"stable"`` keep exactly ``ceil(keep * H * W)``
-            pixels, see :func:`ranks`.
-        seed: Of the random orders, see :func:`ranks`.
+        ties: ``"threshold"`` keeps all pixels that reach the linearly interpolated quantile, so ties stay together and
+            more than ``keep`` may remain; ``"random"`` and ``"stable"`` keep exactly ``ceil(keep * H * W)`` pixels, see
+            :func:`ranks`.
+        seed: For the random orders, see :func:`ranks`.
     """
     if not 0 < keep <= 1:
         raise OptionError(f"keep: must be a fraction above 0 and at most 1 (0.15 keeps 15 % of the pixels), got {keep}")
     check_ties(ties)
     values = maps.flatten(1)
     if ties == "threshold":
-        limits = torch.stack([torch.quantile(row, 1 - keep) for row in values])  # row by row: its input is limited
+        limits = torch.stack([torch.quantile(row, 1 - keep) for row in values])  # row by row: its input size is limited
         return (values >= limits[:, None]).view_as(maps)
     return ranks(maps, ties, seed) < math.ceil(keep * values.shape[1] - 1e-9)

@@ -9,7 +9,7 @@ both axes. ``A`` is symmetric and positive definite if any pixel is kept.
 The preconditioner is one V-cycle: Jacobi (which damps every short wave to a third on this stencil, undamped) before
 and after, bilinear prolongation, its transpose as restriction, and the same stencil on each coarser grid, where a
 cell is free if all that it covers is. In two dimensions that stencil needs no scaling between grids. So the cost is
-linear in the number of pixels, and all images, channels and fractions are solved side by side.
+linear in the number of pixels, and all images, channels and fractions are solved together.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _COARSEST = 64
 
 
 class Stencil:
-    """``-A x`` on one grid, into buffers that are made once.
+    """``-A x`` on one grid, into preallocated buffers.
 
     Args:
         free: ``(B, 1, h, w)``, 1 where a pixel is unknown and 0 where it is known.
-        total: ``(h, w)``, the d of this module's description.
+        total: ``(h, w)``, the d of the module docstring.
         channels: C of the vectors ``x``: ``(B, C, h, w)``.
     """
 
@@ -82,7 +82,7 @@ class VCycle:
 
 
 def totals(size: list[int] | tuple[int, ...], like: Tensor) -> Tensor:
-    """The d of this module's description, ``(h, w)``."""
+    """The d of the module docstring, ``(h, w)``."""
     sides = []
     for length in size:
         side = like.new_full((length,), 4.0)
@@ -110,14 +110,14 @@ def solve(guess: Tensor, free: Tensor, total: Tensor, tolerance: Tensor, most: i
     """Fill the free pixels of ``guess`` so that each is the mean of its neighbours.
 
     Args:
-        guess: ``(B, C, h, w)``; right on the known pixels, near on the free ones.
+        guess: ``(B, C, h, w)``; exact on the known pixels, approximate on the free ones.
         free: ``(B, 1, h, w)``, 0 or 1; where an image has free pixels it has known ones too.
-        total: From :func:`totals` of the whole image; this may be a part of it with known pixels all round.
+        total: From :func:`totals` of the whole image; this may be a part of it surrounded by known pixels.
         tolerance: ``(B, 1, 1, 1)``; the iteration stops when no estimated error, ``V-cycle(residual)``, is above it.
-        most: Iterations at most.
+        most: The largest number of iterations.
 
     Returns:
-        The images, and how many iterations were done.
+        The images and the number of iterations.
     """
     channels = guess.shape[1]
     inverse, stencil = VCycle(free, total, channels), Stencil(free, total, channels)

@@ -17,14 +17,14 @@ def box_masks(boxes: Boxes, size: Sequence[int]) -> Tensor:
     """The pixels whose centres lie in any of an image's boxes, ``(N, 1, H, W)`` bool.
 
     A box is ``(x1, y1, x2, y2)`` in pixels of the image: the whole image is ``(0, 0, W, H)``. What reaches beyond the
-    image is cut off; a box without a pixel centre (all zeros, say) adds nothing.
+    image is cut off; a box without a pixel centre (such as all zeros) adds nothing.
 
     Args:
         boxes: ``(N, 4)``, ``(N, M, 4)``, or a list of N tensors ``(M, 4)`` or ``(4,)``, M of any length.
         size: ``(H, W)``.
 
     Raises:
-        InputError: Boxes of another form, with a corner that is no number, or with ``x2 < x1`` or ``y2 < y1``.
+        InputError: Boxes of another shape, with a corner that is not a number, or with ``x2 < x1`` or ``y2 < y1``.
     """
     rows = torch.arange(size[0]) + 0.5
     columns = torch.arange(size[1]) + 0.5
@@ -51,7 +51,7 @@ def _paint(boxes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def read_case(
     inputs: Tensor | None, attributions: Tensor, masks: Tensor | None, boxes: Boxes | None, name: str = "masks"
 ) -> tuple[Tensor, Tensor]:
-    """The maps ``(N, 1, h, w)`` and the true region ``(N, 1, H, W)`` on their device; boxes are painted.
+    """The maps ``(N, 1, h, w)`` and the true region ``(N, 1, H, W)`` on their device; boxes are rasterised.
 
     Boxes are in pixels of the inputs, or of the maps where there are no inputs.
     """

@@ -1,4 +1,4 @@
-"""What every measure that asks the model does: check the images, run altered copies in chunks, read the target."""
+"""What every measure that runs the model does: check the images, run altered copies in chunks, read the target."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ REDUCE = ("confidence", "accuracy")
 
 
 def check_inputs(inputs: object) -> None:
-    """An error for what are no images."""
+    """Raise for anything but images."""
     if not isinstance(inputs, Tensor) or inputs.ndim != 4 or len(inputs) == 0 or not inputs.is_floating_point():
         got = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
         raise InputError(f"inputs: must be floating-point images (N, C, H, W), N at least 1, got {got}")
 
 
 def check_masking(masking: Masking, name: str = "masking", more: tuple[str, ...] = ()) -> None:
-    """An error for a rule that does not exist; ``name`` is the option's, ``more`` are rules that only it has."""
+    """Raise for a rule that does not exist; ``name`` is the option, ``more`` are rules that only it has."""
     if not isinstance(masking, Tensor) and masking not in MASKINGS + more:
         rules = ", ".join(map(repr, MASKINGS + more))
         raise OptionError(f"{name}: must be one of {rules} or a tensor that broadcasts to the inputs, got {masking!r}")
 
 
 def check_score(score: Score) -> None:
-    """An error for a score that does not exist."""
+    """Raise for a score that does not exist."""
     if not callable(score) and score not in ("softmax", "sigmoid"):
         raise OptionError(f"score: must be 'softmax', 'sigmoid' or a function of the outputs, got {score!r}")
 
 
 def hidden(model: nn.Module, masking: Masking, inputs: Tensor) -> Tensor | float:
-    """What stands where a pixel is not seen, in the inputs' space; broadcasts to them."""
+    """What hidden pixels become, in the inputs' space; broadcasts to them."""
     if isinstance(masking, Tensor):
         return masking.to(inputs)
     if masking == "blur":
@@ -53,7 +53,7 @@ def hidden(model: nn.Module, masking: Masking, inputs: Tensor) -> Tensor | float
 
 
 def blur(images: Tensor, kernel: int = 11, sigma: float = 5.0) -> Tensor:
-    """Images ``(N, C, H, W)`` under a Gaussian of ``kernel`` pixels; at the border over the pixels that there are."""
+    """Images ``(N, C, H, W)`` under a Gaussian of ``kernel`` pixels; at the border over the pixels that exist."""
     offsets = torch.arange(kernel, device=images.device, dtype=torch.float64) - kernel // 2
     weights = (-(offsets**2) / (2 * sigma**2)).exp().to(images)
     out = images
@@ -120,13 +120,14 @@ def score_copies(
     Args:
         model: A classifier. It runs in eval mode and is left as it was.
         inputs: ``(N, C, H, W)``; run only if there is no target.
-        copies: How many of each image.
-        make: The images ``(B, C, H, W)`` of B copies: whose they are and which of its copies, both ``(B,)`` int64.
+        copies: Number of copies of each image.
+        make: The images ``(B, C, H, W)`` of B copies: the arguments are their images and the numbers of the copies,
+            both ``(B,)`` int64.
         target: In any of Captum's forms; ``None`` is the decision on the inputs.
         score: See :func:`select_scores`.
         reduce: ``"confidence"`` for the score itself, ``"accuracy"`` for :func:`agreement`.
         chunk_size: Copies per pass.
-        additional_forward_args: Of each image.
+        additional_forward_args: For each image.
     """
     check_score(score)
     if reduce not in REDUCE:
@@ -141,7 +142,7 @@ def score_copies(
         index = torch.arange(part.start, part.stop, device=inputs.device)
         rows = torch.div(index, copies, rounding_mode="floor")
         outputs = forward(bare, make(rows, index % copies), select_args(args, rows, batch))
-        if resolved is None:  # only the shape of the outputs counts: the target is given
+        if resolved is None:  # only the shape of the outputs matters here: the target is given
             resolved = TargetQuery(target).resolve(outputs[:1].expand(batch, *outputs.shape[1:]))
         found.append(read(resolved.rows(rows), outputs, score))
 

@@ -1,4 +1,4 @@
-"""How simple a map is: concentrated on few pixels, smooth. Neither says whether it is right."""
+"""How simple a map is: concentrated on few pixels, smooth. Neither says whether it is correct."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def sparseness(
     ``sum_k (2k - n - 1) |E|_k / (n sum_k |E|_k)``.
 
     Args:
-        model: Not used; there so that all measures are called alike.
+        model: Not used; there for a uniform signature.
         inputs: The images, to whose size smaller maps are enlarged bilinearly; ``None`` takes maps as they are.
         attributions: The maps: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)``.
-        target: Not used; the maps are of it already.
-        normalize: Scale each map to [0, 1] first, so that a constant under it does not count.
+        target: Not used; the maps belong to it already.
+        normalize: Scale each map to [0, 1] first, so that a constant offset does not count.
 
     Returns:
         ``(N,)``, from 0 to 1 - 1/n; 0 for a map of zeros, NaN for one that is not finite.

@@ -1,7 +1,7 @@
-"""How sure the model stays when it sees only what a map points at: average drop and increase in confidence.
+"""How confident the model stays when it sees only what a map highlights: average drop and increase in confidence.
 
 The image is multiplied by its map (all of it, or its highest values), the rest becomes black or the mean colour, and
-the model is asked again. ``p`` is the score of the target on the whole image, ``p'`` on the masked one.
+the model is run again. ``p`` is the score of the target on the whole image, ``p'`` on the masked one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from attrib_zoo.metrics._scores import (
 )
 from attrib_zoo.targets import TargetQuery
 
-_SISE: dict[str, Any] = {"keep": 0.15, "mask": "binary", "ties": "random"}  # what its Drop % and Increase % show
+_SISE: dict[str, Any] = {"keep": 0.15, "mask": "binary", "ties": "random"}  # the options of its Drop % and Increase %
 
 
 def average_drop(
@@ -49,7 +49,7 @@ def average_drop(
     """Loss of confidence ``max(0, p - p') / p`` of each image; lower is better. The papers print 100 times the mean.
 
     Eq. 18 of T-TAME, Eq. 10 of L-CAM. Where ``p`` is 0 nothing can be lost, and the value is 0. All arguments are
-    those of :func:`masked_confidence`, and ``clean`` is the ``p`` of the whole images if it is known already.
+    those of :func:`masked_confidence`, and ``clean`` is the ``p`` of the whole images if already known.
 
     Returns:
         ``(N,)``, in 0...1; NaN for an image whose map holds NaN or infinity.
@@ -95,10 +95,10 @@ def increase_in_confidence(
     chunk_size: int | None = None,
     additional_forward_args: Any = None,
 ) -> Tensor:
-    """Whether the model is surer of the masked image, ``p' > p``: 1 or 0 for each image; higher is better.
+    """Whether the model is more confident on the masked image, ``p' > p``: 1 or 0 for each image; higher is better.
 
     Eq. 19 of T-TAME, Eq. 11 of L-CAM, which print 100 times the mean. Equal scores are no increase. All arguments
-    are those of :func:`masked_confidence`, and ``clean`` is the ``p`` of the whole images if it is known already.
+    are those of :func:`masked_confidence`, and ``clean`` is the ``p`` of the whole images if already known.
 
     Returns:
         ``(N,)``; NaN for an image whose map holds NaN or infinity.
@@ -127,7 +127,7 @@ def drop_rate(model: nn.Module, inputs: Tensor, attributions: Tensor, target: An
 
     ``max(0, p - p') / p`` with ``p'`` the score of the image times a binary mask. The options are those of
     :func:`masked_confidence`, with ``keep=0.15``, ``mask="binary"`` and ``ties="random"`` instead of its defaults:
-    of a map that is zero almost everywhere, exactly 15 % of the pixels are shown too.
+    even for a map that is zero almost everywhere, exactly 15 % of the pixels are shown.
 
     Returns:
         ``(N,)``, in 0...1; the paper prints 100 times the mean, lower is better. NaN where the map is not finite.
@@ -169,27 +169,27 @@ def masked_confidence(
 
     Args:
         model: A classifier. It runs in eval mode and is left as it was.
-        inputs: ``(N, C, H, W)``, standardised as the model wants them.
-        attributions: The maps: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)``. At the
-            layer's resolution (``GradCAM(model, upsample=False)``) they are scaled before they are enlarged, as in the
-            papers; maps of the images' size are scaled as they are.
+        inputs: ``(N, C, H, W)``, standardised as the model expects.
+        attributions: The maps: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)``. Maps at the
+            layer's resolution (``GradCAM(model, upsample=False)``) are scaled before they are enlarged, as in the
+            papers; maps of the images' size are scaled directly.
         target: In any of Captum's forms; ``None`` is the model's own decision on the whole image. It is the same for
             the whole and the masked image.
         keep: Fraction of the pixels kept, above 0 and at most 1.
         mask: ``"soft"`` multiplies by the map's values; ``"binary"`` shows the pixels kept unchanged.
         masking: What replaces hidden pixels: ``"raw"`` black, ``"standardized"`` the mean colour (0), ``"auto"`` the
-            latter for transformers and black for all other models, as the papers do (see
+            latter for transformers and black for all other models, as in the papers (see
             ``backbone.kind.is_transformer``); ``"blur"`` the image itself under a Gaussian (11 px, sigma 5, as in
-            RISE's insertion): fine detail goes, large shapes stay. Or a tensor in the inputs' space that broadcasts to
-            them, e.g. ``masking.blur(inputs, 20)``, or ``masking.black(mean, std)`` where the model does not carry its
-            mean and standard deviation.
+            RISE's insertion): fine detail is removed, large shapes stay. Or a tensor in the inputs' space that
+            broadcasts to them, e.g. ``masking.blur(inputs, 20)``, or ``masking.black(mean, std)`` where the model does
+            not carry its mean and standard deviation.
         score: ``"softmax"``, ``"sigmoid"``, or a function from the outputs ``(N, K)`` to scores of the same shape.
-        ties: What happens to equal values at the limit: ``"threshold"`` keeps them all, ``"random"`` and
-            ``"stable"`` keep exactly the fraction, in a random order of each image or in raster order.
-        seed: Of the random orders: one int per image (its number in the data set makes the result independent of
+        ties: What happens to equal values at the threshold: ``"threshold"`` keeps them all, ``"random"`` and
+            ``"stable"`` keep exactly the fraction, in a random order per image or in raster order.
+        seed: For the random orders: one int per image (its number in the data set makes the result independent of
             batching), or an int, to which image i of the batch adds i.
-        clean: ``p``, ``(N,)``, if it is known; the whole images are then not run, and ``target`` must be given.
-        chunk_size: Images per forward pass; what is fast and fits when ``None``.
+        clean: ``p``, ``(N,)``, if known; the whole images are then not run, and ``target`` must be given.
+        chunk_size: Images per forward pass; ``None`` chooses what is fast and fits.
         additional_forward_args: As in :meth:`Attribution.attribute`.
 
     Returns:
@@ -229,7 +229,7 @@ def _check(mask: str, masking: Masking, score: Score, clean: Tensor | None, targ
 
 
 def _shown(maps: Tensor, inputs: Tensor, keep: float, mask: str, ties: str, seed: Seed) -> Tensor:
-    """What is seen of each pixel, ``(N, 1, H, W)`` in 0...1 in the dtype of the inputs."""
+    """How much of each pixel is shown, ``(N, 1, H, W)`` in 0...1 in the dtype of the inputs."""
     scaled = scale_maps(maps, inputs.shape[-2:])
     kept = top_pixels(scaled, keep, ties, seed)
     return (kept if mask == "binary" else scaled * kept).to(inputs.dtype)

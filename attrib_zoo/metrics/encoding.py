@@ -1,8 +1,8 @@
-"""Does a map carry the answer by its shape alone? A classifier that sees nothing but binary masks tries to guess it.
+"""Does a map's shape alone encode the class? A classifier that sees nothing but binary masks tries to guess it.
 
-An explainer that is trained to keep a decision could learn to write the class into the shape of its map instead of
+An explainer that is trained to preserve a decision could learn to encode the class in the shape of its map instead of
 showing where the evidence is. Then the masks of its highest pixels predict the class without the image. Objects have
-shapes and places of their own, so masks of honest maps predict a little too: compare with those of a method that
+typical shapes and positions, so masks of honest maps are somewhat predictive too: compare with those of a method that
 cannot encode anything, such as RISE.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from attrib_zoo.errors import InputError, check_number
 from attrib_zoo.metrics._maps import Seed, finite_rows, read_maps, top_pixels
 
-_CELLS = 14  # masks are seen by the classifier in at most so many rows and columns
+_CELLS = 14  # the largest number of rows and columns of the masks that the classifier sees
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 _RESAMPLES = 2000
 
@@ -27,11 +27,11 @@ class EncodingCheck:
     """How well a classifier guesses classes from masks that it was not trained on.
 
     Attributes:
-        accuracy: share of the masks whose class it guessed.
-        chance: the same for classes that are dealt out at random, the mean over all deals.
-        limit: what 95 % of these deals stay below: above it, the masks carry something of the class.
-        correct: ``(N,)`` bool: which masks were guessed; those that were left out are False.
-        used: ``(N,)`` bool: which took part: maps that are finite, of classes that have ``folds`` images or more.
+        accuracy: share of the masks whose class it guessed correctly.
+        chance: the same for randomly permuted classes, the mean over all permutations.
+        limit: the 95th percentile of these permutations: above it, the masks carry information about the class.
+        correct: ``(N,)`` bool: which masks were guessed correctly; those left out are False.
+        used: ``(N,)`` bool: which took part: finite maps of classes with ``folds`` images or more.
         groups: ``(N,)``, which image each mask belongs to.
     """
 
@@ -43,14 +43,14 @@ class EncodingCheck:
     groups: Tensor
 
     def minus(self, other: EncodingCheck, *, seed: int = 0) -> tuple[float, float, float]:
-        """How much more is guessed than from the masks of another explainer, for the same images and classes.
+        """How much higher the accuracy is than for the masks of another explainer, on the same images and classes.
 
         Args:
-            other: of maps of the same images and classes, in the same order.
-            seed: of the resampling.
+            other: the check of maps of the same images and classes, in the same order.
+            seed: for the resampling.
 
         Returns:
-            The difference of the accuracies over what both used, and the limits of its 95 % interval: a bootstrap over
+            The difference of the accuracies over the maps that both used, and its 95 % interval: a bootstrap over
             images.
         """
         if self.correct.shape != other.correct.shape or not torch.equal(self.groups, other.groups):
@@ -92,21 +92,21 @@ def encoding_check(
     Args:
         attributions: The maps: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)``.
         classes: ``(N,)`` integers: the class that each map explains. Several maps of one image, each of another class,
-            are the sharpest test, since all classes then share the same objects and places.
+            are the strictest test, since all classes then share the same objects and positions.
         groups: ``(N,)`` integers: which image a map belongs to; maps of one image fall into one fold. ``None``: each
             map has an image of its own.
         keep: Fraction of the pixels in a mask, above 0 and at most 1.
-        folds: How many parts are guessed one after the other by a classifier trained on the rest. Classes with fewer
-            images are left out.
-        deals: Random deals of the classes from which chance is found.
+        folds: Number of cross-validation folds. Classes with fewer images are left out.
+        deals: Random permutations of the classes from which chance is estimated.
         ties: Which of equal values belong to a mask; see :func:`~attrib_zoo.metrics.miou`.
-        seed: Of folds, ties and deals.
+        seed: For folds, ties and permutations.
 
     Returns:
         An :class:`EncodingCheck`.
 
     Raises:
-        InputError: Classes or groups that do not belong to the maps, or fewer than two classes with ``folds`` images.
+        InputError: The classes or groups do not match the maps, or there are fewer than two classes with ``folds``
+            images.
         OptionError: An option is outside its range.
 
     Example:
@@ -158,14 +158,14 @@ def _used(labels: Tensor, images: Tensor, finite: Tensor, folds: int) -> Tensor:
 
 
 def _seen(maps: Tensor, keep: float, ties: str, seeds: Seed) -> Tensor:
-    """What the classifier sees of each map, ``(N, D)`` float64."""
+    """The classifier's input for each map, ``(N, D)`` float64."""
     masks = top_pixels(maps, keep, ties, seeds).double()
     height, width = (min(_CELLS, side) for side in masks.shape[-2:])
     return F.adaptive_avg_pool2d(masks, (height, width)).flatten(1)
 
 
 def _folds(labels: Tensor, images: Tensor, folds: int, generator: torch.Generator) -> Tensor:
-    """The fold of each map: images in a random order of each class (the first that an image has), dealt out in turn."""
+    """The fold of each map: images in random order within each class (an image's first), assigned in turn."""
     names, image = images.unique(return_inverse=True)
     first = torch.full((len(names),), len(labels)).scatter_reduce(0, image, torch.arange(len(labels)), "amin")
     order = torch.randperm(len(names), generator=generator)
@@ -176,10 +176,10 @@ def _folds(labels: Tensor, images: Tensor, folds: int, generator: torch.Generato
 
 
 def _dealt(labels: Tensor, fold: Tensor, deals: int, generator: torch.Generator) -> Tensor:
-    """The labels dealt out anew within each fold, ``(deals, N)``.
+    """The labels permuted within each fold, ``(deals, N)``.
 
-    Across folds the share of a class in the training part would fall where it rises in the rest, and the guesses below
-    chance.
+    Across folds, a class would be rarer in the training part exactly where it is more frequent in the rest, and
+    accuracy would fall below chance.
     """
     keys = fold + torch.rand(deals, len(fold), generator=generator, dtype=torch.float64)
     places = fold.argsort(stable=True).expand(deals, -1)
@@ -187,7 +187,7 @@ def _dealt(labels: Tensor, fold: Tensor, deals: int, generator: torch.Generator)
 
 
 def _guessed(seen: Tensor, dealt: Tensor, fold: Tensor, kinds: int) -> Tensor:
-    """The guessed class of each map, for each deal of the classes, ``(R, N)``; a fold is solved once for all deals."""
+    """The guessed class of each map, for each permutation of the classes, ``(R, N)``; a fold is solved once for all."""
     squares = torch.cdist(seen, seen).square()
     median = squares[squares > 0].median() if bool((squares > 0).any()) else squares.new_tensor(1.0)
     kernel = (-squares / median).exp()

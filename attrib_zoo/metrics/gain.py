@@ -1,4 +1,4 @@
-"""Symmetric relevance gain: how far the two orders of removal lie apart, in one number."""
+"""Symmetric relevance gain: the gap between the two orders of removal, in one number."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def symmetric_relevance_gain(
     form: str = "removal",
     **options: Any,
 ) -> Tensor:
-    """What is left when the least relevant pixels go, less what is left when the most relevant go; higher is better.
+    """The score left when the least relevant pixels go, minus that when the most relevant go; higher is better.
 
     ``"removal"`` is ``LeRF - MoRF``, both by :func:`~attrib_zoo.metrics.road`; ``"insertion"`` is ``insertion -
-    deletion``. A map that orders pixels at random has 0 on average, one that orders them backwards the negative value
-    of the right one. As both curves bear the harm that is done by hiding pixels at all, most of it cancels, so that the
-    gain depends less on how they are hidden than either curve does.
+    deletion``. A map that orders pixels at random has 0 on average, and a reversed order has the negative value. As
+    both curves suffer from hiding pixels at all, most of that effect cancels, so that the gain depends less on how
+    pixels are hidden than either curve does.
 
     Args:
         model: A classifier. It runs in eval mode and is left as it was.
-        inputs: ``(N, C, H, W)``, standardised as the model wants them.
+        inputs: ``(N, C, H, W)``, standardised as the model expects.
         attributions: The maps: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)``.
         target: In any of Captum's forms; ``None`` is the model's own decision on the whole image.
         form: ``"removal"`` or ``"insertion"``.
-        **options: Of both curves, those of :func:`~attrib_zoo.metrics.road_curve` except ``order`` (``hiding="raw"``
-            hides plainly instead of ROAD's imputation), or of :func:`~attrib_zoo.metrics.insertion_curve`;
-            ``baseline`` then is that of both, otherwise each has its own.
+        **options: For both curves, those of :func:`~attrib_zoo.metrics.road_curve` except ``order`` (``hiding="raw"``
+            replaces ROAD's imputation by black), or of :func:`~attrib_zoo.metrics.insertion_curve`; a given
+            ``baseline`` applies to both, otherwise each has its own.
 
     Returns:
         ``(N,)``, in -1...1 for scores in 0...1; NaN where the map is not finite.

@@ -1,4 +1,4 @@
-"""Noisy linear imputation: what ROAD puts where pixels are removed, so that the hole itself tells nothing."""
+"""Noisy linear imputation: what ROAD fills removed pixels with, so that the hole itself reveals nothing."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def linear_imputation(images: Tensor, removed: Tensor, *, tolerance: float = 1e-
     Args:
         images: ``(N, C, H, W)``, floating point. Half precision is computed in float32.
         removed: ``(N, H, W)`` or ``(N, 1, H, W)`` bool.
-        tolerance: Largest error of a pixel, as a share of the image's standard deviation (an estimate; it is what
-            the iteration stops at).
+        tolerance: Largest error of a pixel, as a share of the image's standard deviation (estimated; the iteration's
+            stopping rule).
 
     Returns:
-        ``(N, C, H, W)`` in the dtype of the images, whose kept pixels are unchanged to the bit. An image that is
-        removed as a whole becomes the mean of each channel.
+        ``(N, C, H, W)`` in the dtype of the images, whose kept pixels are bitwise unchanged. A completely removed image
+        becomes the mean of each channel.
 
     Raises:
         InputError: The mask does not belong to the images.
-        OptionError: A tolerance that is not above 0.
+        OptionError: The tolerance is not above 0.
 
     References:
         Rong et al., A consistent and efficient evaluation strategy for attribution methods, ICML 2022.
@@ -57,7 +57,7 @@ def linear_imputation(images: Tensor, removed: Tensor, *, tolerance: float = 1e-
         raise OptionError(f"tolerance: must be above 0, got {tolerance}")
     work = at_least_float32(images.detach())
     mask = mask.to(work.device)
-    rounding = 16 * torch.finfo(work.dtype).eps * work.abs().flatten(1).amax(1)  # all there is in a flat image
+    rounding = 16 * torch.finfo(work.dtype).eps * work.abs().flatten(1).amax(1)  # the only scale in a flat image
     limit = torch.maximum(tolerance * work.flatten(1).std(1, correction=0), rounding).view(-1, 1, 1, 1)
     average = work.mean((2, 3), keepdim=True)
     nothing_kept = mask.flatten(1).all(1).view(-1, 1, 1, 1)
@@ -68,7 +68,7 @@ def linear_imputation(images: Tensor, removed: Tensor, *, tolerance: float = 1e-
 
 
 def _fill_apart(images: Tensor, free: Tensor, limit: Tensor) -> Tensor:
-    """One image after the other, and only the part with holes: what stays in the cache of a CPU is fast."""
+    """One image after the other, and only the part with holes: this stays in the CPU's cache."""
     out = images.clone()
     total = totals(images.shape[-2:], images)
     for row in range(len(images)):
@@ -102,7 +102,7 @@ def _solve(guess: Tensor, free: Tensor, total: Tensor, limit: Tensor) -> Tensor:
 
 
 def _guess(images: Tensor, free: Tensor) -> Tensor:
-    """Holes filled from means over larger and larger blocks, interpolated: near the solution, in a few passes."""
+    """Holes filled from means over larger and larger blocks, interpolated: close to the solution, in a few passes."""
     known = 1 - free
     values = torch.where(known > 0, images, 0.0)
     finer: list[tuple[Tensor, Tensor]] = []

@@ -15,9 +15,9 @@ from attrib_zoo.metrics._scores import Masking, Score, check_inputs, check_maski
 
 
 def insertion(model: nn.Module, inputs: Tensor, attributions: Tensor, target: Any = None, **options: Any) -> Tensor:
-    """Area under the score while pixels are put into a blurred image, the most relevant first; higher is better.
+    """Area under the score as pixels are inserted into a blurred image, the most relevant first; higher is better.
 
-    The trapezoidal area under :func:`insertion_curve`, whose fractions run from 0 to 1; all options are that one's.
+    The trapezoidal area under :func:`insertion_curve`, whose fractions run from 0 to 1, with all of its options.
 
     Returns:
         ``(N,)``, in 0...1 for scores in 0...1; NaN where the map is not finite.
@@ -29,9 +29,9 @@ def insertion(model: nn.Module, inputs: Tensor, attributions: Tensor, target: An
 
 
 def deletion(model: nn.Module, inputs: Tensor, attributions: Tensor, target: Any = None, **options: Any) -> Tensor:
-    """Area under the score while pixels are removed from the image, the most relevant first; lower is better.
+    """Area under the score as pixels are removed from the image, the most relevant first; lower is better.
 
-    The trapezoidal area under :func:`deletion_curve`, whose fractions run from 0 to 1; all options are that one's.
+    The trapezoidal area under :func:`deletion_curve`, whose fractions run from 0 to 1, with all of its options.
 
     Returns:
         ``(N,)``, in 0...1 for scores in 0...1; NaN where the map is not finite.
@@ -60,19 +60,19 @@ def insertion_curve(
 
     Args:
         model: A classifier. It runs in eval mode and is left as it was.
-        inputs: ``(N, C, H, W)``, standardised as the model wants them.
+        inputs: ``(N, C, H, W)``, standardised as the model expects.
         attributions: The maps: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)``; smaller
             ones are enlarged bilinearly.
         target: In any of Captum's forms; ``None`` is the model's own decision on the whole image.
         steps: Number of equal steps. ``None`` is the height of the image: RISE's 224 steps of 224 pixels at 224 px.
-        baseline: What stands where the image is not shown: ``"blur"`` the image under a Gaussian (11 px, sigma 5),
+        baseline: What replaces hidden pixels: ``"blur"`` the image under a Gaussian (11 px, sigma 5),
             ``"standardized"`` the mean colour (0), ``"raw"`` black, ``"auto"``, or a tensor that broadcasts to the
             inputs; the words are those of ``masking`` in :func:`~attrib_zoo.metrics.masked_confidence`.
         score: ``"softmax"``, ``"sigmoid"``, or a function from the outputs ``(N, K)`` to scores of the same shape.
-        ties: Which of equal values goes first: ``"random"`` and ``"stable"`` change exactly ``k/steps`` of the
-            pixels, in a random order of each image or in raster order; with ``"threshold"`` they go together.
-        seed: Of the random orders: one int per image, or an int, to which image i adds i.
-        chunk_size: Images per forward pass; what is fast and fits when ``None``.
+        ties: The order of equal values: ``"random"`` and ``"stable"`` change exactly ``k/steps`` of the pixels, in a
+            random order per image or in raster order; with ``"threshold"`` they change together.
+        seed: For the random orders: one int per image, or an int, to which image i adds i.
+        chunk_size: Images per forward pass; ``None`` chooses what is fast and fits.
         additional_forward_args: As in :meth:`Attribution.attribute`.
 
     Returns:
@@ -110,7 +110,7 @@ def deletion_curve(
 ) -> Tensor:
     """The score with the ``k/steps`` most relevant pixels of the image replaced; ``k = 0...steps``.
 
-    All arguments are those of :func:`insertion_curve`; what replaces pixels is the mean colour, as in RISE.
+    All arguments are those of :func:`insertion_curve`; pixels are replaced by the mean colour, as in RISE.
 
     Returns:
         ``(N, steps + 1)``; NaN where the map is not finite.

@@ -1,7 +1,7 @@
-"""How much of a map lies where the evidence is known to be: against masks or boxes.
+"""How much of a map lies where the evidence is known to be, by masks or boxes.
 
 All take ``(model, inputs, attributions, target)`` as every measure does, though only the maps and the true region
-count. An image without a true region, or whose map is not finite, gets NaN: leave it out of the mean, and say so.
+count. An image without a true region, or whose map is not finite, gets NaN: exclude it from the mean, and report that.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def energy_pointing_game(
     """Share of each map's energy that falls on the true region: ``sum |E * G| / sum |E|``; higher is better.
 
     Chance is the region's share of the image; a constant map gets it with ``normalize=False``, and 0 otherwise, since
-    scaled to [0, 1] it has no energy. Where the region fills the image every map with energy has 1. Compare it on
-    images with several objects: a map of *any* object also scores above chance.
+    scaled to [0, 1] it has no energy. Where the region fills the image, every map with energy gets 1. Use images with
+    several objects: a map of *any* object also scores above chance.
 
     Args:
-        model: Not used; there so that all measures are called alike.
-        inputs: Not used, but for the size of the image that ``boxes`` refer to.
+        model: Not used; there for a uniform signature.
+        inputs: Not used, except for the size of the image that ``boxes`` refer to.
         attributions: The maps: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)``; smaller
             ones are enlarged bilinearly to the size of the masks.
-        target: Not used; the maps are of it already.
+        target: Not used; the maps belong to it already.
         masks: The true region, ``(N, H, W)`` or ``(N, 1, H, W)``, bool or weights in 0...1.
         boxes: Instead of masks, boxes ``(x1, y1, x2, y2)`` in pixels of the inputs (of the maps, if there are no
             inputs): ``(N, 4)``, ``(N, M, 4)`` or N tensors ``(M, 4)``. What lies outside the image is cut off.
-        normalize: Scale each map to [0, 1] first, so that a constant under it does not count, which makes methods
-            comparable. ``False`` takes the values as they are, as the paper that defines the measure does.
+        normalize: Scale each map to [0, 1] first, so that a constant offset does not count, which makes methods
+            comparable. ``False`` takes the values as they are, as in the paper that defines the measure.
 
     Returns:
         ``(N,)``: 0 for a map without energy, NaN where the region is empty or the map is not finite.
@@ -68,25 +68,24 @@ def class_discrimination(
     other_boxes: Boxes | None = None,
     normalize: bool = True,
 ) -> Tensor:
-    """Energy on the asked object as a share of that on it and on the others: ``e / (e + o)``; higher is better.
+    """Energy on the target object as a share of that on all objects: ``e / (e + o)``; higher is better.
 
-    ``e`` and ``o`` are the :func:`energy_pointing_game` of the asked object and of all other objects in the image.
-    A map that sees objects but not classes has 0.5 on average (over images where each object is asked for once).
+    ``e`` and ``o`` are the :func:`energy_pointing_game` of the target object and of all other objects in the image. A
+    map that detects objects but not classes has 0.5 on average (over images where each object is the target once).
 
     Args:
         model: Not used.
-        inputs: As in :func:`energy_pointing_game`, as ``attributions``, ``target`` and ``normalize``.
-        attributions: The maps of the asked object's class.
+        inputs: As in :func:`energy_pointing_game`, like ``attributions``, ``target`` and ``normalize``.
+        attributions: The maps of the target object's class.
         target: Not used.
-        masks: The asked object.
+        masks: The target object.
         boxes: Instead of masks.
         other_masks: All other objects, in the form of ``masks``.
         other_boxes: Instead of other masks.
         normalize: Scale each map to [0, 1] first.
 
     Returns:
-        ``(N,)``: 0.5 for a map without energy on either, NaN where the asked or the other region is empty or the
-        map is not finite.
+        ``(N,)``: 0.5 for a map without energy on either, NaN where either region is empty or the map is not finite.
     """
     maps, region = read_case(inputs, attributions, masks, boxes)
     _, rest = read_case(inputs, attributions, other_masks, other_boxes, "other_masks")
@@ -114,15 +113,15 @@ def miou(
 
     Args:
         model: Not used.
-        inputs: As in :func:`energy_pointing_game`, as ``attributions``, ``target`` and ``boxes``.
+        inputs: As in :func:`energy_pointing_game`, like ``attributions``, ``target`` and ``boxes``.
         attributions: The maps.
         target: Not used.
         masks: The true region; weights count from 0.5 up.
         boxes: Instead of masks.
         keep: Fraction of the pixels in ``S``, above 0 and at most 1.
-        ties: What happens to equal values at the limit: ``"random"`` and ``"stable"`` take exactly the fraction, in
-            a random order of each image or in raster order; ``"threshold"`` takes them all.
-        seed: Of the random orders: one int per image, or an int, to which image i adds i.
+        ties: What happens to equal values at the threshold: ``"random"`` and ``"stable"`` take exactly the fraction, in
+            a random order per image or in raster order; ``"threshold"`` takes them all.
+        seed: For the random orders: one int per image, or an int, to which image i adds i.
 
     Returns:
         ``(N,)``; NaN where the region is empty or the map is not finite.
@@ -147,7 +146,7 @@ def bbox_score(
 ) -> Tensor:
     """Share of the map's N highest pixels that lie in the true region of N pixels; higher is better.
 
-    Schulz et al.'s measure for boxes, in the SISE paper for masks; chance is the region's share of the image.
+    Schulz et al.'s measure for boxes, applied to masks in the SISE paper; chance is the region's share of the image.
 
     Args:
         model: Not used.
@@ -157,7 +156,7 @@ def bbox_score(
         masks: The true region; weights count from 0.5 up.
         boxes: Instead of masks.
         ties: As in :func:`miou`; with ``"threshold"`` the share is that of all pixels taken.
-        seed: Of the random orders.
+        seed: For the random orders.
 
     Returns:
         ``(N,)``; NaN where the region is empty or the map is not finite.
@@ -184,8 +183,8 @@ def pointing_game(
 ) -> Tensor:
     """Whether the highest point of the map lies on the true region or near it: 1 or 0; higher is better.
 
-    The field averages over the images of each class first and over the classes afterwards, and asks for each class
-    in the image once.
+    The usual protocol averages over the images of each class first and then over the classes, and takes each class in
+    an image as target once.
 
     Args:
         model: Not used.
@@ -194,14 +193,14 @@ def pointing_game(
         target: Not used.
         masks: The true region; weights count from 0.5 up.
         boxes: Instead of masks.
-        tolerance: Distance in pixels that still counts as a hit, 15 in the field, 0 for a strict game. It is a lot
-            for images below 224 px.
-        ties: Which of several highest pixels points: ``"random"`` and ``"stable"`` take one, drawn or the first;
+        tolerance: Distance in pixels that still counts as a hit: usually 15, which is large for images below 224 px; 0
+            for a strict game.
+        ties: Which of several highest pixels counts: ``"random"`` and ``"stable"`` take one, drawn or the first;
             ``"threshold"`` takes all, and the value is the share of them that hit.
-        seed: Of the draws: one int per image, or an int, to which image i adds i.
+        seed: For the draws: one int per image, or an int, to which image i adds i.
 
     Returns:
-        ``(N,)``; NaN where the region is empty (never a hit) or the map is not finite.
+        ``(N,)``; NaN where the region is empty or the map is not finite.
 
     References:
         Zhang et al., Top-down neural attention by excitation backprop, IJCV 2018.
@@ -224,7 +223,7 @@ def _energy_share(maps: Tensor, region: Tensor, normalize: bool) -> Tensor:
 
 
 def _meaningful(maps: Tensor, region: Tensor) -> Tensor:
-    """Images with a region and a map that can be judged, ``(N,)`` bool."""
+    """Images with a region and a finite map, ``(N,)`` bool."""
     return finite_rows(maps) & (region.flatten(1) > 0).any(1)
 
 
@@ -233,7 +232,7 @@ def _count(pixels: Tensor, like: Tensor) -> Tensor:
 
 
 def _widen(region: Tensor, reach: float) -> Tensor:
-    """All pixels at most ``reach`` away from the region, between centres."""
+    """All pixels at most ``reach`` away from the region, centre to centre."""
     radius = min(int(reach), max(region.shape[-2:]))
     if radius == 0:
         return region

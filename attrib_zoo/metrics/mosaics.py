@@ -1,4 +1,4 @@
-"""The grid pointing game: mosaics of images of different classes, and the share of a map that lies in the asked one."""
+"""The grid pointing game: mosaics of images of different classes, and the share of a map inside the target cell."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from attrib_zoo.metrics._scores import check_inputs
 
 @dataclass(frozen=True)
 class Mosaics:
-    """Mosaics of ``side`` x ``side`` images, each asked for the class of one of them.
+    """Mosaics of ``side`` x ``side`` images, each with the class of one of them as target.
 
     Attributes:
         inputs: ``(M, C, H, W)``, the mosaics.
-        target: ``(M,)``, the class that is asked for.
-        cell: ``(M,)``, where it lies, counted row by row from 0.
-        image: ``(M,)``, which of the given images that is.
-        members: ``(M, side**2)``, which images lie in the cells.
-        classes: ``(M, side**2)``, and their classes, all different.
+        target: ``(M,)``, the target class.
+        cell: ``(M,)``, its cell, counted row by row from 0.
+        image: ``(M,)``, the index of its image.
+        members: ``(M, side**2)``, the indices of the images in the cells.
+        classes: ``(M, side**2)``, their classes, all different.
         side: images along each side.
     """
 
@@ -50,26 +50,26 @@ def grid_mosaics(
     shrink: bool = True,
     seed: Seed = 0,
 ) -> Mosaics:
-    """A mosaic for each image of which the model is sure: beside it, images of other classes, all different.
+    """A mosaic for each image on which the model is confident, filled with images of other, distinct classes.
 
     Args:
-        inputs: ``(N, C, H, W)``, standardised as the model wants them.
+        inputs: ``(N, C, H, W)``, standardised as the model expects.
         classes: ``(N,)``, what each image shows; the model's decision where there is no label.
         confidence: ``(N,)``, the probability of that class. Images below ``least`` take no part; ``None`` takes all.
         least: see ``confidence``.
         side: images along each side, 2 in the usual game.
-        shrink: ``True`` brings mosaics to the size of the images, each member to a ``side``-th of it, so that they fit
-            any model; ``False`` leaves members as they are, so that a mosaic is ``side`` times as large, as in the
-            paper, for models that take images of any size.
-        seed: of places and partners: one int per image (its number in the data set), or an int, to which image i adds
-            i.
+        shrink: ``True`` resizes mosaics to the size of the images, so that they fit any model; ``False`` keeps the
+            images' size, so that a mosaic is ``side`` times as large, as in the paper, for models that take images of
+            any size.
+        seed: for positions and partners: one int per image (its number in the data set), or an int, to which image i
+            adds i.
 
     Returns:
-        :class:`Mosaics` of M <= N: an image finds no mosaic where fewer than ``side**2 - 1`` other classes take part.
+        :class:`Mosaics` of M <= N: an image gets no mosaic where fewer than ``side**2 - 1`` other classes take part.
 
     Raises:
-        InputError: classes or confidences that do not belong to the images.
-        OptionError: an option outside its range, or images that do not divide into cells.
+        InputError: classes or confidences do not match the images.
+        OptionError: an option is outside its range, or the images do not divide into cells.
 
     Example:
         >>> mosaics = grid_mosaics(torch.randn(5, 3, 32, 32), torch.arange(5))
@@ -122,28 +122,28 @@ def grid_pointing_game(
     side: int = 2,
     normalize: bool = True,
 ) -> Tensor:
-    """Share of a mosaic's positive evidence that lies in the asked cell: ``sum_cell E+ / sum E+``; higher is better.
+    """Share of a mosaic's positive evidence that lies in the target cell: ``sum_cell E+ / sum E+``; higher is better.
 
-    Chance, and the value of a map that sees objects but not classes, is ``1 / side**2``. Make the mosaics by
-    :func:`grid_mosaics`, and the maps of their targets.
+    Chance, and the value of a map that detects objects but not classes, is ``1 / side**2``. Make the mosaics with
+    :func:`grid_mosaics`, and explain their targets.
 
     Args:
-        model: Not used; there so that all measures are called alike.
+        model: Not used; there for a uniform signature.
         inputs: Not used.
         attributions: The maps of the mosaics: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or
-            ``(N, h, w)``; smaller ones are taken as they are, a cell of a map that lies in two members shared out
-            among them by area.
-        target: Not used; the maps are of it already.
-        cell: ``(N,)``, the asked cell of each mosaic, counted row by row from 0.
-        side: Members along each side.
-        normalize: Take away the minimum of a map that is positive everywhere, so that a constant under it (RISE has a
-            large one) does not count. ``False`` takes values as they are, as the paper does.
+            ``(N, h, w)``; smaller ones are used at their size, with a map cell that overlaps two members divided
+            between them by area.
+        target: Not used; the maps belong to it already.
+        cell: ``(N,)``, the target cell of each mosaic, counted row by row from 0.
+        side: Images along each side.
+        normalize: Subtract the minimum of a map that is positive everywhere, so that a constant offset (RISE has a
+            large one) does not count. ``False`` takes values as they are, as in the paper.
 
     Returns:
         ``(N,)``: 0 for a map without positive values, NaN where the map is not finite.
 
     Raises:
-        InputError: The maps or cells do not belong to the mosaics.
+        InputError: The maps or cells do not match the mosaics.
 
     References:
         Böhle et al., Convolutional dynamic alignment networks for interpretable classifications, CVPR 2021.
@@ -172,7 +172,7 @@ def _finer(maps: Tensor, side: int) -> Tensor:
 
 
 def _members(asked: int, labels: Tensor, sure: Tensor, draw: Tensor, cells: int) -> tuple[int, int, list[int]]:
-    """The asked image, its cell, and the images of all cells; none where there are too few other classes."""
+    """The target image, its cell, and the images of all cells; no images where there are too few other classes."""
     cell = int(draw[-1] * cells)
     seen = {int(labels[asked])}
     others: list[int] = []

@@ -1,4 +1,4 @@
-"""ROAD: the score after the most, or the least, relevant pixels were removed and filled in from their surroundings."""
+"""ROAD: the score after the most, or the least, relevant pixels are removed and filled in from their surroundings."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SPACES = ("raw", "standardized")
 def road(model: nn.Module, inputs: Tensor, attributions: Tensor, target: Any = None, **options: Any) -> Tensor:
     """Mean score over the fractions removed, most relevant first (MoRF, lower is better) or last (LeRF, higher).
 
-    The mean of :func:`road_curve` over its fractions, Eq. 22 (``order="morf"``) and Eq. 23 (``order="lerf"``) of
-    T-TAME for one image; all options are that one's. ``reduce="accuracy"`` gives the share of the fractions at which
-    the model's decision is still the target.
+    The mean of :func:`road_curve` over its fractions, Eq. 22 (``order="morf"``) and Eq. 23 (``order="lerf"``) of T-TAME
+    for one image, with all of its options. ``reduce="accuracy"`` gives the share of the fractions at which the model's
+    decision is still the target.
 
     Returns:
         ``(N,)``; NaN where the map is not finite.
@@ -65,29 +65,29 @@ def road_curve(
 
     Args:
         model: A classifier. It runs in eval mode and is left as it was.
-        inputs: ``(N, C, H, W)``, standardised as the model wants them.
+        inputs: ``(N, C, H, W)``, standardised as the model expects.
         attributions: The maps: ``(N, C, H, W)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)``; smaller
             ones are enlarged bilinearly.
         target: In any of Captum's forms; ``None`` is the model's own decision on the whole image.
         order: ``"morf"`` removes the most relevant pixels first, ``"lerf"`` the least relevant.
         fractions: Shares of the pixels that are removed, each from 0 to 1.
-        hiding: ``"imputation"`` (ROAD), or what stands in the place of removed pixels, as ``masking`` in
+        hiding: ``"imputation"`` (ROAD), or what replaces removed pixels, as ``masking`` in
             :func:`~attrib_zoo.metrics.masked_confidence`: ``"raw"`` black, ``"standardized"`` the mean colour,
-            ``"auto"`` one of the two, ``"blur"``, or a tensor. ``noise``, ``noise_space`` and ``tolerance`` then do not
-            count.
+            ``"auto"`` one of the two, ``"blur"``, or a tensor. ``noise``, ``noise_space`` and ``tolerance`` then have
+            no effect.
         noise: Standard deviation of the noise, 0.01 in the paper.
-        noise_space: What that is measured in: ``"raw"`` images in [0, 1], so that it is divided by the standard
+        noise_space: The scale of ``noise``: ``"raw"`` images in [0, 1], so that it is divided by the standard
             deviations the inputs were standardised with, or ``"standardized"`` inputs as they are.
         tolerance: Largest error of the imputation, as a share of the image's standard deviation.
         reduce: ``"confidence"`` for the score, as in the papers; ``"accuracy"`` for whether the model's decision is
             the target (1 or 0), as in released code.
         score: ``"softmax"``, ``"sigmoid"``, or a function from the outputs ``(N, K)`` to scores of the same shape.
-        ties: Which of equal values goes first: ``"random"`` and ``"stable"`` remove exactly the fraction (to a
-            pixel), in a random order of each image or in raster order; with ``"threshold"`` all equal values at the
-            limit are removed, so that of a map that is 60 % zeros LeRF removes 60 % or more at once.
-        seed: Of the random orders and the noise: one int per image (its number in the data set makes the result
+        ties: The order of equal values: ``"random"`` and ``"stable"`` remove exactly the fraction (to a pixel), in a
+            random order per image or in raster order; with ``"threshold"`` all equal values at the limit are removed,
+            so that LeRF removes 60 % or more of a map that is 60 % zeros at once.
+        seed: For the random orders and the noise: one int per image (its number in the data set makes the result
             independent of batching), or an int, to which image i adds i.
-        chunk_size: Images per forward pass and per solution; what is fast and fits when ``None``.
+        chunk_size: Images per forward pass and per solution; ``None`` chooses what is fast and fits.
         additional_forward_args: As in :meth:`Attribution.attribute`.
 
     Returns:

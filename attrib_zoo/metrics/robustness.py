@@ -1,4 +1,4 @@
-"""Captum's two measures, called as all others here: with a perturbation, seeds for each image, and a fixed target."""
+"""Captum's two measures, with the signature of all others here: a perturbation, seeds per image, and a fixed target."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def infidelity(
     chunk_size: int | None = None,
     additional_forward_args: Any = None,
 ) -> Tensor:
-    """How badly a map foretells what a perturbation does to the score; lower is better.
+    """How badly a map predicts the effect of a perturbation on the score; lower is better.
 
-    ``E_I[(beta I . E - (f(x) - f(x - I)))^2]``, computed by ``captum.metrics.infidelity``. The map is taken as it
-    is, channel by channel; one channel stands for all.
+    ``E_I[(beta I . E - (f(x) - f(x - I)))^2]``, computed by ``captum.metrics.infidelity``. The map is used as it is,
+    channel by channel; a single channel is repeated.
 
     Args:
         model: A classifier. It runs in eval mode and is left as it was.
-        inputs: ``(N, C, H, W)``, standardised as the model wants them.
+        inputs: ``(N, C, H, W)``, standardised as the model expects.
         attributions: The maps: ``(N, C, H, W)``, ``(N, 1, h, w)`` or ``(N, h, w)``; smaller ones are enlarged
             bilinearly.
         target: In any of Captum's forms; ``None`` is the model's own decision on the whole image.
-        perturbation: ``"noise"``: I is Gaussian noise; ``"square"``: I takes a random square of the image away (to
-            the mean colour).
+        perturbation: ``"noise"``: I is Gaussian noise; ``"square"``: I replaces a random square of the image by the
+            mean colour.
         noise: Standard deviation of the noise; 0.003 in Captum's example.
         square: Side of the square in pixels; a quarter of the image's shorter side when ``None``.
         samples: Perturbations per image.
-        normalize: ``beta`` is the factor that fits an image's map best, so that the scale of a map (which means
-            nothing in most methods) does not count. ``False`` is ``beta = 1``, Captum's default.
+        normalize: ``beta`` is the factor that fits an image's map best, so that the scale of a map (which is
+            meaningless in most methods) does not count. ``False`` is ``beta = 1``, Captum's default.
         score: f: ``"logit"``, ``"softmax"`` or ``"sigmoid"``.
-        seed: Of the perturbations: one int per image, or an int, to which image i adds i.
-        chunk_size: Images per forward pass; as many as fit 32, one per image at least, when ``None``.
+        seed: For the perturbations: one int per image, or an int, to which image i adds i.
+        chunk_size: Images per forward pass; ``None``: whole batches of copies up to 32 images, at least one.
         additional_forward_args: As in :meth:`Attribution.attribute`.
 
     Returns:
@@ -90,7 +90,7 @@ def infidelity(
             max_examples_per_batch=_at_once(len(inputs), samples, chunk_size),
             normalize=normalize,
         )
-    found = found.clamp(min=0)  # a sum of squares but for rounding
+    found = found.clamp(min=0)  # a sum of squares, up to rounding
     return found.masked_fill(~finite_rows(maps).to(found.device), torch.nan)
 
 
@@ -107,23 +107,23 @@ def sensitivity_max(
     chunk_size: int | None = None,
     additional_forward_args: Any = None,
 ) -> Tensor:
-    """How much a map may change when the image hardly does; lower is better.
+    """How much a map can change when the image hardly does; lower is better.
 
     ``max |E(x + d) - E(x)| / |E(x)|`` over ``samples`` draws of d, uniform in ``-radius...radius`` in each value,
     computed by ``captum.metrics.sensitivity_max``. A map of zeros is not divided by its norm.
 
     Args:
         model: A classifier, to decide on the target where none is given.
-        inputs: ``(N, C, H, W)``, standardised as the model wants them.
-        attributions: Not used, and may be None: the maps of the images as they are come from ``explain`` too.
-        target: In any of Captum's forms; ``None`` is the model's own decision on the image as it is. It is the same
-            for the changed images.
+        inputs: ``(N, C, H, W)``, standardised as the model expects.
+        attributions: Not used, and may be None: the maps of the original images come from ``explain`` too.
+        target: In any of Captum's forms; ``None`` is the model's own decision on the original image. It is the same for
+            the changed images.
         explain: The method, from ``(inputs, target)`` to maps, e.g. ``GradCAM(model).attribute``.
         radius: Largest change of a value, in standardised space.
-        samples: Changed images per image.
-        seed: Of the changes: one int per image, or an int, to which image i adds i.
-        chunk_size: Images per call of ``explain``; as many as fit 32, one per image at least, when ``None``.
-        additional_forward_args: Of the model, where there is no target.
+        samples: Perturbed copies per image.
+        seed: For the perturbations: one int per image, or an int, to which image i adds i.
+        chunk_size: Images per call of ``explain``; ``None``: whole batches of copies up to 32 images, at least one.
+        additional_forward_args: For the model, where there is no target.
 
     Returns:
         ``(N,)``.
@@ -159,7 +159,7 @@ def sensitivity_max(
 
 
 class _Draws:
-    """Random tensors of one image's shape for copies that stand image by image; each image from its own seed."""
+    """Random tensors of one image's shape for copies ordered by image; each image from its own seed."""
 
     def __init__(self, seed: Seed, batch: int) -> None:
         self._makers = [torch.Generator().manual_seed(value) for value in seeds_of(seed, batch)]
@@ -178,7 +178,7 @@ def _check(samples: int, score: str) -> None:
 
 
 def _at_once(batch: int, samples: int, chunk_size: int | None) -> int:
-    """What Captum takes: one copy of each image at least, all copies at most."""
+    """The limit that Captum expects: at least one copy of each image, at most all copies."""
     return min(max(batch, ChunkSize(chunk_size).value), batch * samples)
 
 

@@ -1,6 +1,6 @@
 """Does a map depend on the model and on the training at all? Cascading randomisation, and repeatability over seeds.
 
-Both take a function that makes an explainer for a model, since they need maps of other models than the one at hand:
+Both take a function that makes an explainer for a model, since they need maps of models other than the given one:
 ``explain(model, seed)`` returns a function from ``(inputs, target)`` to maps. For a method without training that is
 ``lambda model, seed: GradCAM(model).attribute``. A trained explainer is fitted in it, with that seed:
 ``lambda model, seed: TTAME(model).fit(loader, seed=seed).attribute``.
@@ -31,17 +31,17 @@ ExplainerFactory = Callable[[nn.Module, int], Explain]
 
 @dataclass(frozen=True)
 class Randomization:
-    """How alike the maps of a model and of its randomised copies are.
+    """How similar the maps of a model and of its randomised copies are.
 
     Attributes:
         layers: The L layers in the order of the cascade: copy i has layers 0 to i randomised.
-        similarity: Name of a similarity -> ``(L, N)``; its mean over the images is the curve to draw. The model as
-            it was (similarity 1) is not in it.
+        similarity: Name of a similarity -> ``(L, N)``; its mean over the images is the curve to draw. The original
+            model (similarity 1) is not included.
         floor: Name -> ``(N,)``, the similarity of two explainers that were fitted for the *same* model with two
-            seeds: above it, a change cannot be told from the noise of fitting. None if it was not asked for.
-        unseen: Layers at which no map changed by a bit though their weights did. The explainer does not read them:
+            seeds: above it, a change is indistinguishable from the noise of fitting. None if not requested.
+        unseen: Layers at which no map changed at all though their weights did. The explainer does not use them:
             an edge detector reads none, and a trained explainer whose weights are kept never reads the head, so that
-            the test says nothing about those; fit it afresh (``refit``).
+            the test says nothing about those; refit it (``refit``).
     """
 
     layers: tuple[str, ...]
@@ -62,26 +62,26 @@ def model_randomization(
     seed: int = 0,
     additional_forward_args: Any = None,
 ) -> Randomization:
-    """Randomise the model layer by layer from the head down to the input, and compare its maps with the first ones.
+    """Randomise the model layer by layer from the head down to the input, and compare its maps with the original ones.
 
-    A map that stays the same does not show what the model has learned. The target stays the same too: the class of
-    the model as it was. Weights are drawn as at the beginning of training; normalisation layers are kept.
+    A map that stays the same does not show what the model has learned. The target stays the same too: the decision of
+    the original model. Weights are drawn as at initialisation; normalisation layers are kept.
 
     Args:
         model: A classifier; it is not changed, a copy is.
         inputs: ``(N, C, H, W)``.
-        explain: Makes the explainer for a model, see this module's description; called with ``seed`` each time.
+        explain: Makes the explainer for a model, see the module docstring; called with ``seed`` each time.
         target: In any of Captum's forms; ``None`` is the model's own decision.
-        refit: ``explain`` fits afresh: measure also the floor, with another seed on the same model. A randomised
-            model decides for few classes, and an explainer that is trained on decisions learns no others.
-        layers: Names of layers (or of blocks, whose layers are randomised together), the head first. ``None`` is
-            every layer with weights, against the order in which they run.
+        refit: ``explain`` fits a new explainer: also measure the floor, with another seed on the same model. A
+            randomised model predicts few classes, and an explainer that is trained on its decisions learns no others.
+        layers: Names of layers (or of blocks, whose layers are randomised together), the head first. ``None`` is every
+            layer with weights, in reverse execution order.
         similarities: Name -> function of two batches of maps; all of ``metrics.similarity`` when ``None``.
-        seed: Of the random weights, another for each layer, and of the explainers.
-        additional_forward_args: Of the model, where ``layers`` or ``target`` is ``None``.
+        seed: For the random weights, different for each layer, and for the explainers.
+        additional_forward_args: For the model, where ``layers`` or ``target`` is ``None``.
 
     Returns:
-        Similarities for each layer and image, the floor, and what the explainer does not see.
+        Similarities for each layer and image, the floor, and the layers that the explainer does not use.
 
     Raises:
         LayerNotFoundError: No layer of that name.
@@ -122,19 +122,19 @@ def repeatability(
     similarities: Mapping[str, Similarity] | None = None,
     additional_forward_args: Any = None,
 ) -> dict[str, Tensor]:
-    """How alike the maps of explainers are that differ in their seed only: the mean over all pairs of seeds.
+    """How similar the maps of explainers that differ only in their seed are: the mean over all pairs of seeds.
 
     Args:
         model: A classifier.
         inputs: ``(N, C, H, W)``.
-        explain: Makes (and fits) the explainer for the model with a seed, see this module's description.
+        explain: Makes (and fits) the explainer for the model with a seed, see the module docstring.
         target: In any of Captum's forms; ``None`` is the model's own decision.
         seeds: Two or more.
         similarities: Name -> function of two batches of maps; all of ``metrics.similarity`` when ``None``.
-        additional_forward_args: Of the model, where ``target`` is ``None``.
+        additional_forward_args: For the model, where ``target`` is ``None``.
 
     Returns:
-        Name -> ``(N,)``; 1 for a method without chance.
+        Name -> ``(N,)``; 1 for a deterministic method.
     """
     check_inputs(inputs)
     if len(set(seeds)) < 2 or len(set(seeds)) != len(seeds):
@@ -157,7 +157,7 @@ def randomization_order(model: nn.Module, inputs: Tensor, *, additional_forward_
 
 
 def _order_and_target(model: nn.Module, inputs: Tensor, target: Any, args: tuple[Any, ...]) -> tuple[list[str], Any]:
-    """The cascade, and the target as it will stay; one pass of the model."""
+    """The cascade, and the fixed target; one pass of the model."""
     started: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, _: Any) -> None:
@@ -179,7 +179,7 @@ def _order_and_target(model: nn.Module, inputs: Tensor, target: Any, args: tuple
 
 
 def _start(model: nn.Module, name: str, started: Mapping[nn.Module, int]) -> int:
-    """When a layer, or else the innermost module around it that runs, ran last."""
+    """When a layer last ran, or, if it never runs by itself, the innermost enclosing module that does."""
     while name and find(model, name) not in started:
         name = name.rpartition(".")[0]
     return started[find(model, name)]
@@ -220,12 +220,12 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _reset_of(module: nn.Module) -> str | None:
-    """The method that draws a module's weights afresh."""
+    """The method that redraws a module's weights."""
     return next((name for name in ("reset_parameters", "_reset_parameters") if hasattr(module, name)), None)
 
 
 def _is_table(value: Tensor) -> bool:
-    """Tokens, position embeddings and the like; not the scales of channels, which are kept as normalisation is."""
+    """Tokens, position embeddings and the like; not channel scales, which are kept, like normalisation layers."""
     return value.ndim >= 2 and value.shape[-1] > 1
 
 

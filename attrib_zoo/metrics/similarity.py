@@ -1,7 +1,7 @@
-"""How alike two maps of the same image are: by rank, by structure, by the directions of their edges.
+"""How similar two maps of the same image are: by rank, by structure, by the directions of their edges.
 
 All take two batches of maps ``(N, C, h, w)`` (channels are averaged), ``(N, 1, h, w)`` or ``(N, h, w)`` of one size,
-and give ``(N,)``: 1 for equal maps, constant ones included; about 0 for unrelated ones, and exactly 0 in the two
+and return ``(N,)``: 1 for equal maps, constant ones included; about 0 for unrelated ones, and exactly 0 in the two
 correlations if one map is constant and the other is not; NaN where a map is not finite.
 """
 
@@ -22,12 +22,12 @@ Similarity = Callable[[Tensor, Tensor], Tensor]
 
 
 def spearman(maps: Tensor, others: Tensor, *, absolute: bool = False) -> Tensor:
-    """Rank correlation: Pearson's of the ranks, equal values sharing the mean of theirs; from -1 to 1.
+    """Rank correlation: Pearson's of the ranks, with mean ranks for ties; from -1 to 1.
 
     Args:
         maps: The maps.
-        others: Those to compare them with.
-        absolute: Rank magnitudes: what counts is where the evidence is, not its sign.
+        others: The maps to compare them with.
+        absolute: Rank magnitudes, which ignores the sign of the evidence.
     """
     one, two = _read(maps, others)
     if absolute:
@@ -44,9 +44,9 @@ def spearman_absolute(maps: Tensor, others: Tensor) -> Tensor:
 def ssim(maps: Tensor, others: Tensor) -> Tensor:
     """Mean structural similarity of the maps scaled to [0, 1]: 7x7 windows, unbiased variances; from -1 to 1.
 
-    Of each window, with ``c1 = 0.01^2`` and ``c2 = 0.03^2``:
-    ``(2 ma mb + c1) (2 cov + c2) / ((ma^2 + mb^2 + c1) (va + vb + c2))``. Windows are whole; on smaller maps they
-    are the largest odd size that fits.
+    For each window, with ``c1 = 0.01^2`` and ``c2 = 0.03^2``:
+    ``(2 ma mb + c1) (2 cov + c2) / ((ma^2 + mb^2 + c1) (va + vb + c2))``. Windows lie completely inside; on smaller
+    maps they have the largest odd size that fits.
 
     References:
         Wang et al., Image quality assessment: from error visibility to structural similarity, 2004.
@@ -76,8 +76,9 @@ def hog_similarity(maps: Tensor, others: Tensor, *, cell: int = 8, bins: int = 9
 
     Args:
         maps: The maps.
-        others: Those to compare them with.
-        cell: Side of a cell in pixels; a rest at the right and lower border is left out. A smaller map is one cell.
+        others: The maps to compare them with.
+        cell: Side of a cell in pixels; a remainder at the right and lower border is left out. A smaller map is one
+            cell.
         bins: Ranges of direction over half a turn.
 
     References:
@@ -109,7 +110,7 @@ def _read(maps: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _judged(found: Tensor, one: Tensor, two: Tensor) -> Tensor:
-    """1 for equal maps, NaN for those that are not finite, else what was found."""
+    """1 for equal maps, NaN for those that are not finite, else the given value."""
     found = found.masked_fill((one == two).flatten(1).all(1), 1.0)
     return found.masked_fill(~(finite_rows(one) & finite_rows(two)), torch.nan)
 
