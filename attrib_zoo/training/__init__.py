@@ -1,1 +1,1 @@
-"""Knows a network, a loss and a loader; never a method."""
+"""Training with a network, a loss and a loader; nothing here knows of a method."""

@@ -1,4 +1,4 @@
-"""Watching a fit: functions that are told of every step and every validation, and may end it."""
+"""Watching a fit: functions called after every step and every validation, which may end it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ STEP, VALIDATION = "step", "validation"
 
 @dataclass
 class Progress:
-    """What a callback is told, once after each step and once after each validation.
+    """The state that a callback receives, once after each step and once after each validation.
 
     Attributes:
         event: ``"step"`` or ``"validation"``.
         step: how many steps have been taken.
-        steps: how many there will be, unless somebody stops.
-        numbers: of a step ``loss``, its parts and ``lr``; of a validation ``loss``, ``AD(100)``, ``IC(100)`` and so on.
+        steps: how many there will be, unless a callback stops the fit.
+        numbers: for a step ``loss``, its parts and ``lr``; for a validation ``loss``, ``AD(100)``, ``IC(100)`` and so
+            on.
     """
 
     event: str
@@ -34,11 +35,11 @@ class Progress:
     _stopped: str | None = field(default=None, repr=False)
 
     def stop(self, why: str = "a callback asked for it") -> None:
-        """End the fit after this step; what follows the last step still happens: validation, checkpoint, warnings."""
+        """End the fit after this step; the final validation, checkpoint and warnings still happen."""
         self._stopped = str(why)
 
     def explain(self, images: Tensor, target: Any = None) -> Tensor:
-        """Maps of the explainer as it is now, as its ``attribute`` gives them."""
+        """Maps of the explainer in its current state, as from its ``attribute``."""
         return self._explain(images, target)
 
 
@@ -47,13 +48,13 @@ Callback: TypeAlias = Callable[[Progress], object]
 
 
 class EarlyStopping:
-    """A callback that ends a fit whose validations get no better.
+    """A callback that ends a fit whose validations stop improving.
 
     Args:
         measure: a number of the validations: ``"loss"``, ``"AD(15)"``, ``"IC(15)"`` and so on.
-        patience: how many validations in a row may fail to be better than the best.
-        least: by how much better is better.
-        rising: larger is better; ``None`` for what the measure says: so it is of ``"IC(...)"``.
+        patience: how many validations in a row may fail to improve on the best.
+        least: the smallest improvement that counts.
+        rising: whether larger is better; ``None``: true for ``"IC(...)"`` only.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class EarlyStopping:
         self.best, self.failed = -math.inf, 0
 
     def __call__(self, progress: Progress) -> None:
-        """Look at a validation."""
+        """Evaluate a validation."""
         if progress.event != VALIDATION:
             return
         if self.measure not in progress.numbers:
@@ -80,7 +81,7 @@ class EarlyStopping:
 
 
 class Watchers:
-    """The callbacks of one fit; in several processes the first one calls them, and all hear whether to stop."""
+    """The callbacks of one fit; of several processes the first one calls them, and all learn whether to stop."""
 
     def __init__(
         self, callbacks: Iterable[Callback] = (), explain: Callable[[Tensor, Any], Tensor] | None = None
@@ -89,7 +90,7 @@ class Watchers:
         self._explain = explain or _nobody
 
     def tell(self, event: str, step: int, steps: int, numbers: dict[str, float]) -> str | None:
-        """Call all of them; why to stop, or ``None``."""
+        """Call all of them; returns the reason to stop, or ``None``."""
         if not self._callbacks:
             return None
         reasons: list[str] = []

@@ -29,13 +29,13 @@ FORMAT = 2
 
 @dataclass
 class Checkpoint:
-    """What is written and read: named tensors and JSON-ready facts.
+    """The contents of a file: named tensors and JSON-ready facts.
 
     Attributes:
         tensors: by name.
         facts: by name.
         source: the file that it was read from.
-        sealed: whether a checksum says that it is what was written; files of version 0.1 have none.
+        sealed: whether a checksum confirmed the contents; files of version 0.1 have none.
     """
 
     tensors: dict[str, Tensor]
@@ -44,12 +44,12 @@ class Checkpoint:
     sealed: bool = True
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose name starts with ``prefix/``, without it."""
+        """The tensors whose names start with ``prefix/``, with the prefix removed."""
         return {k.removeprefix(prefix + "/"): v for k, v in self.tensors.items() if k.startswith(prefix + "/")}
 
 
 def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
-    """Write the file whole or not at all; Ctrl-C waits for it.
+    """Write the file completely or not at all; Ctrl-C is delayed until then.
 
     Raises:
         DataError: the folder does not exist or cannot be written, or the disk is full.
@@ -67,7 +67,7 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
 
 
 def packed(checkpoint: Checkpoint) -> bytes:
-    """What :func:`write` puts into the file."""
+    """The bytes that :func:`write` writes."""
     file = io.BytesIO()
     write_sealed(file, checkpoint.tensors, _text(checkpoint))
     return file.getvalue()
@@ -81,7 +81,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a file that :func:`write` made.
 
     Raises:
-        CheckpointError: no such file, damaged, not ours, or of a newer format.
+        CheckpointError: the file is missing, damaged, not ours, or of a newer format.
     """
     source = Path(path)
     with _readable(source):
@@ -91,7 +91,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file says of itself; its tensors are not read, and its checksum is not compared.
+    """The facts in a file; its tensors are not read, and its checksum is not compared.
 
     Raises:
         CheckpointError: as :func:`read`.
@@ -103,7 +103,7 @@ def read_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextmanager
 def _readable(source: Path) -> Iterator[None]:
-    """Inside, whatever the file's bytes lead to is one error."""
+    """Inside, any failure caused by the file's bytes becomes one error."""
     from safetensors import SafetensorError
 
     if not source.is_file():
@@ -137,7 +137,7 @@ def _facts(source: Path, text: str | None, seal: str | None) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of the model's parameters and buffers."""
+    """SHA-256 over names, dtypes, shapes and bytes of the model's parameters and buffers."""
     digest = hashlib.sha256()
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}  # compiled or not
     for name, tensor in sorted(state.items()):
@@ -151,9 +151,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The ordinary tensors that hold the values: of a sharded one all of it, of a quantised one what is inside."""
+    """The ordinary tensors that hold the values: of a sharded tensor the whole, of a quantised one its contents."""
     gather, flatten = (getattr(tensor, name, None) for name in ("full_tensor", "__tensor_flatten__"))
-    if callable(gather):  # every process takes part
+    if callable(gather):  # a collective operation: every process takes part
         yield gather()
     elif callable(flatten):
         for name in flatten()[0]:
@@ -182,7 +182,7 @@ def restore_optimizer(
     """Inverse of :func:`flatten_optimizer`.
 
     Raises:
-        ValueError: the state is that of other parameters, or of another optimiser.
+        ValueError: the state belongs to other parameters, or to another optimiser.
     """
     _check_groups(optimizer, facts["groups"])
     state: dict[int, dict[str, Any]] = {}
@@ -193,7 +193,7 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
 
 
-_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # what PyTorch itself does not compare
+_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # whose shapes PyTorch itself does not check
 
 
 def _check_groups(optimizer: torch.optim.Optimizer, groups: Any) -> None:
@@ -218,7 +218,7 @@ def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[s
 
 
 def alike(saved: Any, own: Any, most: float = 1e9, least: float = 0.0) -> bool:
-    """Whether a saved value is of the kind of one's own: a number within limits, a list of as many such, ..."""
+    """Whether a saved value has the form of our own: a number within limits, a list of as many such, ..."""
     if isinstance(own, bool) or isinstance(saved, bool):
         return isinstance(own, bool) and isinstance(saved, bool)
     if isinstance(own, (int, float)):
@@ -236,16 +236,16 @@ def finite(tensors: Mapping[str, Tensor]) -> bool:
 
 @dataclass
 class Fitted:
-    """A trained network and all that must be known to use it.
+    """A trained network and everything needed to use it.
 
     Attributes:
-        network: maps features and wanted classes to attention maps.
-        layers: names of the layers that it reads, each with the layout that the user gave, if any.
-        channels: of each layer.
+        network: maps features and requested classes to attention maps.
+        layers: names of the layers that it reads, each with its user-given layout, if any.
+        channels: the channels of each layer.
         counts: ``(K,)`` training images that the model assigned to each class.
         schedule: how it was optimised.
         steps: optimiser steps taken.
-        history: what happened.
+        history: the record of the fit.
         backbone: fingerprint of the model's weights.
         decisions: what the method decided from the model, e.g. the masking rule.
     """

@@ -1,4 +1,4 @@
-"""Batches of images out of whatever a loader yields, in an order that a resumed fit can repeat."""
+"""Batches of images from whatever a loader yields, in an order that a resumed fit can repeat."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def images_of(batch: Any) -> Tensor:
 def total_steps(
     loader: Iterable[Any], epochs: int, max_steps: int | None, *, least: int = 1, most: int | None = None
 ) -> int:
-    """``max_steps``, of which there must be ``least``; else epochs times the loader's length, but ``most`` at most."""
+    """``max_steps``, at least ``least``; else epochs times the loader's length, but at most ``most``."""
     check_number("epochs", epochs, least=1)
     if max_steps is not None:
         check_number("max_steps", max_steps, least=least)
@@ -60,7 +60,7 @@ def total_steps(
 
 
 def check_repeatable(val_loader: Iterable[Any] | None) -> None:
-    """Raise where validation, which iterates once after each epoch, would find nothing."""
+    """Raise if the loader cannot be iterated again after each epoch, as validation does."""
     if isinstance(val_loader, Iterator):
         raise DataError(
             "val_loader: must be iterable more than once, since it is read after each epoch, got "
@@ -85,7 +85,7 @@ def checksum(images: Tensor | None) -> dict[str, int] | None:
 
 
 def shape_of(loader: Iterable[Any]) -> dict[str, int | None]:
-    """What must be the same where a fit is continued: batches and images of an epoch, images of a batch."""
+    """What must match when a fit is continued: batches and images per epoch, images per batch."""
     size, images = getattr(loader, "batch_size", None), _length(getattr(loader, "dataset", None))
     return {"batches": _length(loader), "batch_size": size if isinstance(size, int) else None, "images": images}
 
@@ -93,13 +93,13 @@ def shape_of(loader: Iterable[Any]) -> dict[str, int | None]:
 class Batches(Iterator[Tensor]):
     """The loader's images, epoch after epoch, in an order fixed by a seed; can start in the middle of an epoch.
 
-    Ends only where a loader that cannot start again runs dry.
+    Ends only where a loader that cannot restart is exhausted.
 
     Args:
         loader: any iterable of batches.
         seed: the loader's sampling and transforms draw from the global CPU generator, which is set from this seed
             and the epoch; the caller restores it.
-        like: images are moved to this tensor's device and type.
+        like: images are moved to this tensor's device and dtype.
     """
 
     def __init__(self, loader: Iterable[Any], seed: int, like: Tensor) -> None:
@@ -107,13 +107,13 @@ class Batches(Iterator[Tensor]):
         self.seed = seed
         self.like = like
         self.epoch = 0
-        self.position = 0  # batches of this epoch that were taken
+        self.position = 0  # number of batches taken in this epoch
         self.per_epoch = _length(loader)
         self._pending: list[Tensor] = []
         self._size: torch.Size | None = None
         self._epoch_start = [g.get_state() for g in self._generators()]
-        self.last: Tensor | None = None  # the batch that was taken last
-        self._expected: Mapping[str, Any] | None = None  # what that was in the fit that is continued
+        self.last: Tensor | None = None  # the batch taken last
+        self._expected: Mapping[str, Any] | None = None  # the checksum of that batch in the fit that is continued
         self.news: list[str] = []
         self._stream = self._endless()
 
@@ -122,9 +122,9 @@ class Batches(Iterator[Tensor]):
         return self.last
 
     def peek(self, images: int = 1) -> Tensor:
-        """The next batch, which stays the next one; with ``images``, so many of the next batches of this epoch.
+        """The next batch without consuming it, or the next so many ``images`` of this epoch.
 
-        Of a loader whose length nobody knows it is never more than one batch.
+        With a loader of unknown length these come from no more than one batch.
         """
         while sum(map(len, self._pending)) < images and (not self._pending or self._within_epoch):
             batch = next(self._stream, None)
@@ -169,7 +169,7 @@ class Batches(Iterator[Tensor]):
         yield from map(images_of, self.loader)
 
     def _compare(self, images: Tensor) -> None:
-        """Note where the batch before the interruption is not the one of the fit that is continued."""
+        """Record if the batch before the interruption differs from the one in the fit that is continued."""
         self.last = images.to(device=self.like.device, dtype=self.like.dtype)
         found = checksum(self.last)
         if found is not None and self._expected is not None and self._expected != found:
@@ -188,7 +188,7 @@ class Batches(Iterator[Tensor]):
                 f"loader: all images must have one size; the first batch had {tuple(self._size)} and this one has "
                 f"{tuple(images.shape[1:])}: resize and crop in the dataset's transform"
             )
-        return images.clone() if images.is_inference() else images  # an inference tensor can be part of no graph
+        return images.clone() if images.is_inference() else images  # an inference tensor cannot be part of a graph
 
     def _generators(self) -> list[torch.Generator]:
         """The generators that the loader itself draws from."""
@@ -198,16 +198,16 @@ class Batches(Iterator[Tensor]):
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The place before the next batch, as tensors and JSON-ready facts."""
+        """The position before the next batch, as tensors and JSON-ready facts."""
         tensors = {f"loader/{i}": state for i, state in enumerate(self._epoch_start)}
         return tensors, {"epoch": self.epoch, "position": self.position - len(self._pending)}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, compare: bool = True) -> None:
-        """Continue at the place that :meth:`state` gave; to be called before the first batch is taken.
+        """Continue at the position from :meth:`state`; call it before the first batch is taken.
 
         Args:
-            tensors: as :meth:`state` gave them.
-            facts: likewise; with ``"last"``, the :func:`checksum` of the batch before, that one is compared.
+            tensors: from :meth:`state`.
+            facts: likewise; with ``"last"``, the :func:`checksum` of the batch before, that batch is compared.
             compare: whether this process saw that batch.
         """
         self.epoch, self.position = facts["epoch"], facts["position"]

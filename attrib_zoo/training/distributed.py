@@ -1,7 +1,7 @@
 """Several processes: joins a ``torch.distributed`` group where there is one; otherwise everything is local.
 
-What a fit asks of the other processes goes through a group of its own with a short patience, so that one of them that
-raises, hangs or dies ends the others with a sentence instead of an abort or a wait of half an hour.
+A fit communicates through a group of its own with a short timeout, so that a process that raises, hangs or dies ends
+the others with a readable error instead of an abort or a wait of half an hour.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PATIENCE = 50.0
 VARIABLE = "ATTRIB_ZOO_PATIENCE"
 """The variable of the environment that changes it."""
 
-_groups: list[tuple[Any, Any]] = []  # the default group, and the one with the short patience made beside it
+_groups: list[tuple[Any, Any]] = []  # the default group, and the one with the short timeout made for it
 
 
 def world_size() -> int:
@@ -45,10 +45,10 @@ def rank() -> int:
 
 
 def patience() -> float:
-    """Seconds in which the others must answer.
+    """Seconds within which the other processes must answer.
 
     Raises:
-        OptionError: the environment says something else than a positive number.
+        OptionError: the environment variable is not a positive number.
     """
     said = os.environ.get(VARIABLE, str(PATIENCE))
     try:
@@ -78,11 +78,11 @@ def mean(values: Tensor) -> Tensor:
 
 
 def everyone(value: _Value, *, patient: bool = True) -> list[_Value]:
-    """What each process holds, in the order of their numbers, on all of them.
+    """The values of all processes, in the order of their ranks, on each of them.
 
     Args:
         value: anything that can be pickled.
-        patient: wait as long as the default group does; else as a fit does.
+        patient: wait as long as the default group; otherwise with the timeout of a fit.
     """
     if world_size() == 1:
         return [value]
@@ -129,15 +129,15 @@ def average_gradients(network: nn.Module) -> None:
             _add_up(parameter.grad)
 
 
-# ---------------------------------------------------------------------- one for all
+# ---------------------------------------------------------------------- agreement
 
 
 class Meeting:
-    """What the processes agree on before they go on together.
+    """What the processes agree on before they continue together.
 
     Attributes:
-        ready: whether this process has something to go on with.
-        all_ready: whether all of them have; known when the block has ended.
+        ready: whether this process can continue.
+        all_ready: whether all of them can; known once the block has ended.
     """
 
     def __init__(self) -> None:
@@ -147,10 +147,10 @@ class Meeting:
 
 @contextmanager
 def meeting() -> Iterator[Meeting]:
-    """A part of the work after which the processes wait for each other; where one raises, all raise.
+    """A block after which the processes wait for each other; if one raises, all raise.
 
     Raises:
-        TrainingError: another process raised in its block, or did not come within :func:`patience`.
+        TrainingError: another process raised in its block, or did not arrive within :func:`patience`.
     """
     here = Meeting()
     try:
@@ -189,12 +189,12 @@ def _add_up(values: Tensor) -> None:
 
 
 def _group_of(tensor: Tensor) -> Any:
-    """The short-tempered group for what lies in a CPU's memory; a GPU's tensors go where its own backend is."""
+    """The group with the short timeout for CPU tensors; GPU tensors use the group with their own backend."""
     return _side() if tensor.device.type == "cpu" else None
 
 
 def _side() -> Any:
-    """The group beside the default one; all processes make it, at the same point of a fit."""
+    """The group with the short timeout; all processes create it, at the same point of a fit."""
     world = dist.group.WORLD
     if not _groups or _groups[0][0] is not world:
         made = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience()))
@@ -204,7 +204,7 @@ def _side() -> Any:
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """Inside, a process that is gone or hangs is an error of one sentence."""
+    """Inside, a process that is gone or hangs gives a one-sentence error."""
     try:
         yield
     except RuntimeError as error:

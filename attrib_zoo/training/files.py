@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ except ImportError:  # Windows
     _fcntl = None
 
 _PART = re.compile(r"\.[0-9a-f]{12}\.(part|new)")
-_FRESH = 60.0  # seconds in which a new file has got its mark
+_FRESH = 60.0  # seconds within which a new file gets its lock
 _swept: set[Path] = set()
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file so that whoever opens it finds the old content or all of the new one, even after a crash.
+    """Write a file so that a reader finds either the old content or all of the new one, even after a crash.
 
-    The content goes to a temporary file in the same folder, which then takes the path's place. A link stays a link,
-    and a file that is replaced keeps its permissions.
+    The content goes to a temporary file in the same folder, which then replaces the path. A link stays a link, and a
+    replaced file keeps its permissions.
 
     Args:
         path: the file; its folder must exist.
         content: bytes, text (as UTF-8), or a function that writes to the open file.
 
     Raises:
-        OSError: it cannot be written; what stood at the path before is still there.
+        OSError: it cannot be written; the previous file is still there.
     """
     target = Path(os.path.realpath(path))
     _sweep(target.parent)
-    # not named after the target, whose name may be as long as the file system allows
+    # not named after the target, whose name may already have the maximal length
     temporary = target.with_name(f".{secrets.token_hex(6)}.part")
-    # until it is marked, so that nobody takes it for one that was left behind
+    # until it is locked, so that it is not taken for an abandoned one
     fresh = temporary if _fcntl is None else temporary.with_suffix(".new")
     try:
         with fresh.open("xb") as file:
             _mark(file)
             if fresh != temporary:
-                os.rename(fresh, temporary)  # noqa: PTH104  # the one that counts is the replacement
+                os.rename(fresh, temporary)  # noqa: PTH104  # the rename that matters comes later
             if callable(content):
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a crash can leave the new name with no content
-            if _fcntl is not None:  # while it is open, so that the mark stays on it; Windows wants it closed
+            if _fcntl is not None:  # while it is open, so that it stays locked; Windows requires it closed
                 _take_place(temporary, target)
         if _fcntl is None:
             _take_place(temporary, target)
@@ -71,7 +71,7 @@ def _take_place(temporary: Path, target: Path) -> None:
 
 
 def _mark(file: BinaryIO) -> None:
-    """Show that somebody is writing this file, for as long as it is open and the process lives."""
+    """Lock this file as being written, for as long as it is open and the process lives."""
     if _fcntl is not None:
         with suppress(OSError):  # a file system without locks
             _fcntl.flock(file.fileno(), _fcntl.LOCK_EX | _fcntl.LOCK_NB)
@@ -85,6 +85,6 @@ def _sweep(folder: Path) -> None:
     with suppress(OSError):
         for left in [Path(entry.path) for entry in os.scandir(folder) if _PART.fullmatch(entry.name)]:
             with suppress(OSError), left.open("rb") as file:
-                _fcntl.flock(file.fileno(), _fcntl.LOCK_EX | _fcntl.LOCK_NB)  # fails where its writer lives
+                _fcntl.flock(file.fileno(), _fcntl.LOCK_EX | _fcntl.LOCK_NB)  # fails while its writer is alive
                 if left.suffix == ".part" or time.time() - left.stat().st_mtime > _FRESH:
                     left.unlink()

@@ -21,7 +21,7 @@ from attrib_zoo.training.history import History
 from attrib_zoo.training.schedule import Falling
 from attrib_zoo.training.signals import held, stoppable
 
-_VALIDATIONS = 5  # in a fit that keeps its best state, before the last
+_VALIDATIONS = 5  # in a fit that keeps its best state, apart from the last one
 PRECISIONS = (None, "bf16-mixed", "fp16-mixed")
 
 
@@ -50,7 +50,7 @@ class State:
     scaler: torch.amp.GradScaler | None = None
     step: int = 0
     history: History = field(default_factory=History)
-    whole: bool = True  # false while the weights change
+    whole: bool = True  # false while the weights are being changed
     keep_best: bool = False  # end with the state whose validation loss was the lowest
     best: dict[str, Tensor] = field(default_factory=dict)
     best_loss: float = math.inf
@@ -59,19 +59,19 @@ class State:
     _statistics: list[Tensor] = field(default_factory=list)
 
     def mark(self) -> None:
-        """Remember the generators, the place in the data and the running statistics as they are between two steps."""
+        """Remember the generators, the position in the data and the running statistics between two steps."""
         self._boundary = (self.generator.get_state(), *self.batches.state())
         self._last = self.batches.last
         self._statistics = [buffer.clone() for buffer in self.network.buffers()]
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Undo what the forward pass of an unfinished step did to the running statistics."""
+        """Undo the effect of an unfinished step's forward pass on the running statistics."""
         for buffer, before in zip(self.network.buffers(), self._statistics, strict=True):
             buffer.copy_(before)
 
     def snapshot(self) -> Checkpoint:
-        """The state between two steps, to be written."""
+        """The state between two steps, ready to be written."""
         tensors, optimizer = flatten_optimizer(self.optimizer)
         if self._boundary is None:
             self.mark()
@@ -108,11 +108,11 @@ class State:
             raise ValueError(f"a history of {len(self.history)} steps, at step {self.step}")
 
 
-_MOVES = ("last_epoch", "_step_count", "_last_lr")  # of a learning rate's state; all else follows from the schedule
+_MOVES = ("last_epoch", "_step_count", "_last_lr")  # of a scheduler's state; everything else follows from the schedule
 
 
 def _check_cycle(saved: dict[str, Any], own: dict[str, Any], step: int) -> None:
-    """Raise where a saved learning rate is not one of this schedule at this step."""
+    """Raise if a saved learning rate is not that of this schedule at this step."""
     plain = json.loads(json.dumps({name: own[name] for name in own if name in saved}))
     for name, value in saved.items():
         moves = name in _MOVES and alike(value, own.get(name)) and (name == "_last_lr" or value <= step + 1)
@@ -121,7 +121,7 @@ def _check_cycle(saved: dict[str, Any], own: dict[str, Any], step: int) -> None:
 
 
 def autocast(precision: str | None, device: torch.device) -> AbstractContextManager[Any]:
-    """Where the frozen model's passes run in lower precision; the head and the loss never do."""
+    """The context in which the frozen model runs in lower precision; the head and the loss never do."""
     if precision not in PRECISIONS:
         raise OptionError(f"precision: must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
     if precision is None:
@@ -140,17 +140,17 @@ def train(
     save_every: int = 500,
     watchers: Watchers | None = None,
 ) -> None:
-    """Run the loop from ``state.step`` to ``steps``; on any error the last whole step is saved first.
+    """Run the loop from ``state.step`` to ``steps``; on any error the last complete step is saved first.
 
     Args:
         state: where to start; changed in place.
         objective: the loss of a batch.
         steps: where to stop.
         show_progress: draw a progress bar.
-        validate: measures of the network as it is, called after each epoch and at the end.
+        validate: measures the current network, called after each epoch and at the end.
         save: writes :meth:`State.snapshot`.
         save_every: steps between two checkpoints.
-        watchers: who is told of steps and validations, and may end the loop.
+        watchers: the callbacks for steps and validations, which may end the loop.
     """
     watchers = watchers or Watchers()
     stop: str | None = None
@@ -168,7 +168,7 @@ def train(
                     break
                 terms = _next_loss(state, objective)
                 if terms is None:
-                    state.rewind()  # another process had a batch
+                    state.rewind()  # another process ran out of batches, after this one's forward pass
                     tell(state.history, _ended_early(state, steps))
                     break
                 numbers = _one_step(state, terms)
@@ -192,7 +192,7 @@ def train(
 
 
 def _start_together(state: State) -> None:
-    """Raise in every process where they stand at different steps; in the middle of a fit they would hang."""
+    """Raise in every process if they are at different steps; later in the fit they would hang."""
     found = distributed.everyone(state.step, patient=False)
     if len(set(found)) > 1:
         raise TrainingError(
@@ -202,7 +202,7 @@ def _start_together(state: State) -> None:
 
 
 def _next_loss(state: State, objective: Objective) -> Terms | None:
-    """The loss of the next batch; ``None`` where the loader has ended, here or in another process."""
+    """The loss of the next batch; ``None`` if the loader is exhausted, here or in another process."""
     with distributed.meeting() as together:
         images = next(state.batches, None)
         terms = None if images is None else objective(state.network, images, state.generator)
@@ -238,7 +238,7 @@ def _one_step(state: State, terms: Terms) -> dict[str, float]:
 
 
 def _update(state: State) -> bool:
-    """Change the weights; ``False`` where the scaler left the step out, since a gradient had overflowed."""
+    """Update the weights; ``False`` if the scaler skipped the step because a gradient overflowed."""
     if state.scaler is None:
         state.optimizer.step()
         return True
@@ -249,7 +249,7 @@ def _update(state: State) -> bool:
 
 
 def _validate(state: State, validate: Callable[[], dict[str, float]], watchers: Watchers, steps: int) -> str | None:
-    """Measure the network, unless that was done at this step (before an interruption); why to stop, if anyone says."""
+    """Measure the network, unless this was done at this step (before an interruption); the reason to stop, if any."""
     done = state.history.validation
     if done and done[-1]["step"] == state.step:
         return None
@@ -268,20 +268,20 @@ def _validate(state: State, validate: Callable[[], dict[str, float]], watchers: 
 
 
 def _is_due(state: State, steps: int) -> bool:
-    """Whether the network is validated before this step: at epochs, and where the best is kept, often enough."""
+    """Whether the network is validated before this step: at epochs and, where the best state is kept, often enough."""
     if state.keep_best:
         return state.step % max(1, steps // _VALIDATIONS) == 0
     return state.step > 0 and state.batches.between_epochs
 
 
 def _return_to_best(state: State) -> None:
-    """Where the best is kept and was not the last, go back to it and say so."""
+    """If the best state is kept and was not the last, return to it with a warning."""
     losses = {int(entry["step"]): entry["loss"] for entry in state.history.validation}
     if not state.best or losses[max(losses)] <= state.best_loss:
         return
     state.network.load_state_dict(state.best)
     step = min(losses, key=lambda step: losses[step])
-    if step and losses[max(losses)] < 1.01 * state.best_loss:  # as good: no news
+    if step and losses[max(losses)] < 1.01 * state.best_loss:  # practically as good: nothing to report
         return
     kept = "nothing that was trained is kept" if step == 0 else f"the explainer is that of step {step}"
     tell(

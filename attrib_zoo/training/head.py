@@ -1,4 +1,4 @@
-"""The attention mechanism of T-TAME: feature branches and a fusing convolution, for the wanted classes only."""
+"""The attention mechanism of T-TAME: feature branches and a fusing convolution, for the requested classes only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FeatureBranch(nn.Module):
         return self._activate(features, branch if self.norm is None else self.norm(branch))
 
     def batch_view(self, features: Tensor) -> Tensor:
-        """What :meth:`forward` gives in training mode, without moving the running statistics."""
+        """The result of :meth:`forward` in training mode, without updating the running statistics."""
         branch: Tensor = self.conv(features)
         if self.norm is not None:
             weight, bias = self.norm.weight, self.norm.bias
@@ -58,8 +58,8 @@ class AttentionHead(nn.Module):
     """Feature branches, bilinear upsampling, concatenation and a 1x1 convolution to K class maps (Eq. 8-10).
 
     The fusing convolution acts on channels and the upsampling on space, so they commute: each layer's part is
-    computed at its own resolution, for the wanted classes only, and the upsampled parts are added. The result is that
-    of upsampling and concatenating first.
+    computed at its own resolution, for the requested classes only, and the upsampled parts are added. The result is the
+    same as with upsampling and concatenation first.
 
     Args:
         channels: C_i of each layer.
@@ -101,7 +101,7 @@ class AttentionHead(nn.Module):
 
         Args:
             features: ``(N, C_i, h_i, w_i)`` for each layer.
-            rows: ``(N, M)`` classes wanted for each image; ``None`` for all K.
+            rows: ``(N, M)`` classes requested for each image; ``None`` for all K.
 
         Returns:
             ``(N, M, h, w)``, with h and w the largest h_i and w_i.
@@ -131,7 +131,7 @@ class AttentionHead(nn.Module):
         return torch.cat(parts)
 
     def _all(self, attended: list[Tensor], size: tuple[int, ...], rows: Tensor, enlarge: Enlarge) -> Tensor:
-        """The maps of the classes ``(M,)``, of each image."""
+        """The maps of the classes ``(M,)`` for each image."""
         weight, bias = self._rows(rows)
         weights = weight[:, :, None, None].split([x.shape[1] for x in attended], dim=1)
         logits = sum(enlarge(F.conv2d(x, w), size) for x, w in zip(attended, weights, strict=True))
@@ -148,7 +148,7 @@ class AttentionHead(nn.Module):
 
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Weights ``(*rows.shape, ΣC)`` and biases ``rows.shape`` of the fusing convolution."""
-        weight, bias = self.fuser.weight.flatten(1)[rows], self._bias[rows]  # a view: no gradient of it is copied
+        weight, bias = self.fuser.weight.flatten(1)[rows], self._bias[rows]  # a view: its gradient is not copied
         if self.common is None or self.scale is None:
             return weight, bias
         if len(self.mixing):
@@ -161,12 +161,12 @@ class AttentionHead(nn.Module):
         return self.fuser.bias  # type: ignore[return-value]  # made with a bias
 
     def share_rows(self, reach: Sequence[float]) -> None:
-        """Write each class's row of the fusing convolution as a common row plus its own, in units of equal effect.
+        """Rewrite each class's row of the fusing convolution as a common row plus its own, in units of equal effect.
 
-        Both start at zero. The maps that can be expressed are the same; but every image trains the common row, so
-        that few images per class suffice, and a class that never comes up still has the common map. A change of all
-        of a layer's weights by δ moves a logit by about δ, whatever the size of its features, so that no layer
-        drowns another. :meth:`fold` undoes it.
+        Both start at zero. The same maps can be expressed; but every image trains the common row, so that few images
+        per class suffice, and a class that never occurs still has the common map. A change of all of a layer's weights
+        by δ moves a logit by about δ, whatever the scale of its features, so that no layer dominates another.
+        :meth:`fold` undoes it.
 
         Args:
             reach: for each layer, the sum over channels of its branch's absolute activations at a location.
@@ -177,13 +177,13 @@ class AttentionHead(nn.Module):
 
     @torch.no_grad()
     def start_from(self, rows: Sequence[Tensor], reach: Sequence[float]) -> None:
-        r"""Begin with these rows of the fusing convolution, and train what all classes share.
+        r"""Start from these rows of the fusing convolution, and train what all classes share.
 
         .. math:: w_c \leftarrow w_c + w_c M + g
 
         for each layer, with one matrix M and one vector g for all classes, both zero at the start: the maps are then
-        exactly those of the rows, and what an image of one class teaches moves the maps of all others too, also of
-        those that never come up. :meth:`fold` makes it one ordinary convolution.
+        exactly those of the rows, and what is learnt from an image of one class changes the maps of all others too,
+        including those that never occur. :meth:`fold` turns it into one ordinary convolution.
 
         Args:
             rows: ``(K, C_i)`` for each layer.
@@ -198,14 +198,14 @@ class AttentionHead(nn.Module):
 
     @torch.no_grad()
     def add_row(self, common: Tensor) -> None:
-        """Add one row ``(ΣC,)`` to that of every class."""
+        """Add one row ``(ΣC,)`` to the rows of all classes."""
         self.fuser.weight.add_(common.to(self.fuser.weight)[None, :, None, None])
 
     @torch.no_grad()
     def forget_places(self, means: Sequence[Tensor]) -> None:
-        """Take from the features what a place has in every image, such as a transformer's position embedding.
+        """Subtract from the features what a position has in every image, such as a transformer's position embedding.
 
-        Where it stays, the map of a class has a shape of its own before the image is seen.
+        Otherwise the map of a class has a shape of its own regardless of the image.
 
         Args:
             means: ``(C_i, h_i, w_i)`` for each layer, the mean features of some images.
@@ -216,7 +216,7 @@ class AttentionHead(nn.Module):
             self.register_buffer(name, own - own.mean((-2, -1), keepdim=True))
 
     def without_places(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The features less what was measured at their places; of another size, less its bilinear interpolation."""
+        """The features minus the means of their positions; at another size, minus their bilinear interpolation."""
         if not self.places:
             return list(features)
         means = [getattr(self, name).unsqueeze(0) for name in self.places]
@@ -239,7 +239,7 @@ class AttentionHead(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Add what all classes share to every class's own row."""
+        """Merge what all classes share into every class's own row."""
         if self.common is not None:
             weight, bias = self._rows(torch.arange(len(self._bias), device=self._bias.device))
             self.fuser.weight.copy_(weight[:, :, None, None])

@@ -1,4 +1,4 @@
-"""What is seen where a trained mask is 0: black or the mean colour, by the kind of model."""
+"""What is shown where a trained mask is 0: black or the mean colour, by the kind of model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Statistics = Sequence[float] | None
 
 
 def check_statistics(mean: Statistics, std: Statistics) -> tuple[list[float] | None, list[float] | None]:
-    """The options ``mean`` and ``std``, given both or neither, one value per channel."""
+    """The options ``mean`` and ``std``, both given or neither, one value per channel."""
     found = _per_channel("mean", mean), _per_channel("std", std)
     if (found[0] is None) != (found[1] is None):
         raise OptionError("mean, std: must be given both or neither; the other would be guessed")
@@ -27,7 +27,7 @@ def check_statistics(mean: Statistics, std: Statistics) -> tuple[list[float] | N
 
 
 def decide_masking(model: nn.Module, images: Tensor, masking: str, mean: Statistics, std: Statistics) -> dict[str, Any]:
-    """The rule, ``"raw"`` or ``"standardized"``, and the statistics that it needs; JSON-ready."""
+    """The rule, ``"raw"`` or ``"standardized"``, and the statistics it needs; JSON-ready."""
     rule = masking
     if rule == "auto":
         rule = "standardized" if is_transformer(model) else "raw"

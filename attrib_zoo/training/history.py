@@ -1,4 +1,4 @@
-"""What a fit did: every step, every validation, every message."""
+"""The record of a fit: every step, every validation, every message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class History:
     Attributes:
         steps: for each quantity (``loss``, its parts, ``lr``) one number per step.
         validation: one dict per validation: ``step`` and the measures.
-        messages: the warnings that the fit gave.
+        messages: the warnings of the fit.
     """
 
     steps: dict[str, list[float]] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class History:
         return {f"history/{k}": torch.tensor(v, dtype=torch.float64) for k, v in self.steps.items()}
 
     def facts(self) -> dict[str, Any]:
-        """The JSON-ready rest; the file does not keep the order of its tensors, so their names stand here in order."""
+        """The JSON-ready rest, with the tensors' names in order, since the file does not keep it."""
         return {"quantities": list(self.steps), "validation": self.validation, "messages": self.messages}
 
     @classmethod

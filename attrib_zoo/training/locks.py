@@ -1,4 +1,4 @@
-"""One run at a time in a folder or on a file: the second one is told who holds it."""
+"""One run at a time in a folder or on a file: the second one learns who holds the lock."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from attrib_zoo.errors import DataError, reason
 fcntl: Any
 try:
     import fcntl
-except ImportError:  # Windows has no such locks; there nothing is held
+except ImportError:  # Windows has no such locks; nothing is locked there
     fcntl = None
 
 NAME = ".attrib-zoo.lock"
 """The file that holds a folder; it is there for as long as a run is, or was when it was killed."""
 
-_PATIENCE = 2.0  # seconds in which a lock whose owner is dead or leaving must become free
-_held: set[Path] = set()  # by this process, whose own locks do not shut it out
+_PATIENCE = 2.0  # seconds within which the lock of a dead or leaving owner must become free
+_held: set[Path] = set()  # by this process, which its own locks do not shut out
 _gate = threading.Lock()
 
 
 @contextmanager
 def hold(place: str | os.PathLike[str], doing: str, option: str = "output") -> Iterator[None]:
-    """Keep a folder, or a file that will be written, for this process until the block ends.
+    """Lock a folder, or a file that will be written, for this process until the block ends.
 
-    What holds it is a lock of the operating system on an open file, ``.attrib-zoo.lock`` in the folder or
-    ``.NAME.lock`` beside the file. The system frees it when the process ends, however it ends; so a file that a killed
-    run has left behind keeps nobody out, and the next run takes it over. The processes that a loader has started do
-    not keep it alive. A file system without locks holds nothing.
+    It is an operating-system lock on an open file, ``.attrib-zoo.lock`` in the folder or ``.NAME.lock`` next to the
+    file. The system releases it when the process ends, however it ends; so a file that a killed run left behind locks
+    nobody out, and the next run takes it over. A loader's worker processes do not keep it alive. On a file system
+    without locks nothing is locked.
 
-    A command that writes into a folder wraps its work, from before it looks at what is there to the last file::
+    A command that writes into a folder wraps all of its work, from the first look at the folder to the last file::
 
         folder = writable_folder(options.output)
         with hold(folder, "explain"):
@@ -45,11 +45,11 @@ def hold(place: str | os.PathLike[str], doing: str, option: str = "output") -> I
 
     Args:
         place: a folder that exists, or a file in one.
-        doing: what the holder does, in one word, told to whoever comes second.
-        option: the option that named the place, for the error.
+        doing: what the holder does, in one word, for the second run's error.
+        option: the option that named the path, for the error.
 
     Raises:
-        DataError: another run has it; the message says which process on which machine, since when.
+        DataError: another run holds the lock; the message says which process on which machine, since when.
     """
     target = Path(os.path.realpath(place))
     path = target / NAME if target.is_dir() else target.with_name(f".{target.name[:200]}.lock")
@@ -110,7 +110,7 @@ def _lock(path: Path, place: str | os.PathLike[str], doing: str, option: str) ->
 def _free(path: Path, handle: int | None) -> None:
     if handle is not None:
         with suppress(OSError):
-            path.unlink()  # before the lock goes, so that whoever comes next makes a new one
+            path.unlink()  # before the lock is released, so that the next run creates a new file
         os.close(handle)
     _held.discard(path)
 
@@ -125,7 +125,7 @@ def _is_still(path: Path, handle: int) -> bool:
 
 
 def _owner(handle: int) -> dict[str, Any]:
-    """What the holder wrote about itself; nothing where it has not come to that yet."""
+    """What the holder wrote about itself; empty if it has not done so yet."""
     try:
         found = json.loads(os.pread(handle, 4096, 0))
     except (OSError, ValueError, RecursionError):
@@ -134,7 +134,7 @@ def _owner(handle: int) -> dict[str, Any]:
 
 
 def _lives(owner: dict[str, Any]) -> bool:
-    """Whether waiting for the lock is of no use: its holder is known, and is not seen to be dead."""
+    """Whether waiting for the lock is pointless: its holder is known and not known to be dead."""
     pid = owner.get("pid")
     if not isinstance(pid, int) or pid <= 0:
         return False

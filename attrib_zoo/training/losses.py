@@ -14,9 +14,9 @@ FIT_SCORES = ("softmax", "sigmoid")
 
 
 def area(logits: Tensor, power: float, offset: float = 0.0) -> Tensor:
-    """Mean of the masks' values to a power, ``E`` of Eq. 16 for each image.
+    """Mean of the masks' values raised to a power, ``E`` of Eq. 16 for each image.
 
-    Computed from the logits: ``sigmoid(c)**p = exp(p * logsigmoid(c))`` has a finite derivative everywhere, where the
+    Computed from the logits: ``sigmoid(c)**p = exp(p * logsigmoid(c))`` has a finite derivative everywhere, whereas the
     direct power gives NaN gradients once the sigmoid underflows.
 
     Args:
@@ -104,15 +104,15 @@ def order_mask(maps: Tensor, share: Tensor, softness: float = 0.5) -> Tensor:
 
 
 def gone(outputs: Tensor, classes: Tensor, score: str = "softmax") -> Tensor:
-    """``-log(1 - p)`` of each image's class, ``(N,)``: 0 where the model does not see the class any more.
+    """``-log(1 - p)`` of each image's class, ``(N,)``: 0 where the model no longer sees the class.
 
-    Computed from the logits, ``log(1 - p) = logsumexp of the others - logsumexp of all``, or, of a sigmoid z,
+    Computed from the logits, ``log(1 - p) = logsumexp of the others - logsumexp of all``, or, for a sigmoid of z,
     ``logsigmoid(-z)``, which are finite where p rounds to 1.
 
     Args:
         outputs: ``(N, K)`` logits, or one value per image.
         classes: ``(N,)``.
-        score: which probability p is: ``"softmax"``, or ``"sigmoid"`` of the class's own logit.
+        score: the kind of probability p: ``"softmax"``, or ``"sigmoid"`` of the class's own logit.
     """
     if score == "sigmoid":
         own = class_scores(at_least_float32(outputs))

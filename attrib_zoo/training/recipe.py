@@ -1,4 +1,4 @@
-"""Recipes: how T-TAME starts, what it is trained for, and how its maps are read."""
+"""Recipes: how T-TAME is initialised, what it is trained for, and how its maps are read."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ _WEIGHTS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about T-TAME that is a choice; immutable, printable, and written to the explainer's file.
+    """All design choices of T-TAME; immutable, printable, and written to the explainer's file.
 
     ``RECIPES`` holds the named ones; :meth:`but` changes fields: ``RECIPES["rows"].but(contrast=0)``.
 
     Attributes:
-        name: what it is called.
+        name: its name.
         start: ``"random"``: PyTorch's initial weights; ``"rows"``: what the classifier itself reads from the layers,
             see :func:`~attrib_zoo.training.rows.class_rows`.
-        teacher: with ``start="rows"``, the class name of a method whose maps of the decisions a common row is learnt
-            from before the first step, see :func:`~attrib_zoo.training.teacher.learn_common_row`; empty for none.
-        evidence: how many times more the class's own row counts beside the common one than fits the teacher best.
-        forget_places: take from the features their mean over images at each place, such as position embeddings, which
-            else give every class a map of a shape of its own; with ``start="rows"``.
-        loss: ``"mask"``: Eq. 11 of the T-TAME paper; ``"order"``: the first pixels of the map must be enough for the
-            decision, and without them the decision must fall, at a share drawn for each image.
+        teacher: with ``start="rows"``, the class name of a method from whose maps of the decisions a common row is
+            learnt before the first step, see :func:`~attrib_zoo.training.teacher.learn_common_row`; empty for none.
+        evidence: the weight of the class's own row relative to the common one, as a multiple of what fits the teacher
+            best.
+        forget_places: subtract from the features their mean over images at each position, such as position embeddings,
+            which otherwise give every class's map a shape of its own; with ``start="rows"``.
+        loss: ``"mask"``: Eq. 11 of the T-TAME paper; ``"order"``: the highest pixels of the map must suffice for the
+            decision, and without them the decision must change, at a share drawn for each image.
         branches: the feature branches of Eq. 8; ``False`` reads the features as they are.
         skip: the skip connection of the branches (Table 6).
         batch_norm: the batch normalisation of the branches (Table 6).
@@ -47,20 +48,20 @@ class Recipe:
         layer_rule: which layers are read where none are named: ``"outputs"``, ``"norms"`` or ``"live"``; see
             ``docs/how-to/choose-layers.md``.
         num_layers: 1, 2 or 3 of them, the last ones (Table 6).
-        contrast: from each map, take away the mean map of so many other classes, those with the largest logits; 0 is
-            the paper's.
-        contrast_weight: how much of that mean.
-        smooth: width of the mean filter on the map at the layers' resolution; 1 is the paper's.
+        contrast: from each map, subtract the mean map of this many other classes, those with the largest logits; 0 in
+            the paper.
+        contrast_weight: the weight of that mean.
+        smooth: width of the mean filter on the map at the layers' resolution; 1 in the paper.
         scale: ``"min-max"`` (the paper's), ``"rank"`` or ``"positive"``.
         lambda_ce: λ1, weight of the cross-entropy in Eq. 11.
         lambda_tv: λ2, weight of area and variation.
-        lambda_variation: λ3, weight of the variation V inside.
+        lambda_variation: λ3, weight of the variation V within that term.
         area_power: λ4.
         variation: ``"mean"`` (Eq. 17) or ``"sum"`` (the sum over twice the batch size).
         border_penalty: weight of squared values on the map's border.
         area_offset: added to the mask before the power.
         psi: the other classes of Eq. 12: ``"random"``, ``"batch"`` (decisions of the batch), ``"own"`` (none), or
-            ``"auto"``: random, but none in a short fit that shows fewer than 100 images per class.
+            ``"auto"``: random, but none in a short fit with fewer than 100 images per class.
     """
 
     name: str
@@ -109,7 +110,7 @@ class Recipe:
             raise OptionError(f"smooth: must be an odd number of cells, got {self.smooth!r}; 1 leaves the map as it is")
 
     def but(self, **changes: Any) -> Recipe:
-        """The same recipe with some fields changed; ``None`` leaves a field as it is."""
+        """The same recipe with some fields changed; ``None`` keeps a field."""
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def facts(self) -> str | dict[str, Any]:
@@ -117,7 +118,7 @@ class Recipe:
         return self.name if RECIPES.get(self.name) == self else asdict(self)
 
     def __str__(self) -> str:
-        """One field a line, those that differ from the paper's marked."""
+        """One field per line, with those that differ from the paper's marked."""
         lines = [f"recipe {self.name!r}"]
         for entry in fields(self)[1:]:
             value, usual = getattr(self, entry.name), entry.default

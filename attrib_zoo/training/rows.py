@@ -1,4 +1,4 @@
-"""Rows of a class map that nobody has to train: what the classifier itself reads from a layer, for every class."""
+"""Rows of class maps that need no training: what the classifier itself reads from a layer, for every class."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from attrib_zoo.masking import at_least_float32
 from attrib_zoo.training.losses import two_logits
 from attrib_zoo.training.schedule import Schedule
 
-ROW_IMAGES = 32  # of which class_rows takes as many as its budget allows
-_RATE = 0.012  # over the root of the channels, so that a step turns a row of any length equally far
+ROW_IMAGES = 32  # the most that class_rows takes, as far as its budget allows
+_RATE = 0.012  # divided by the square root of the channels, so that a step turns rows of any length equally far
 _BUDGET = 1e12  # floating-point operations of all backward passes together: about half a minute of one core
-_CHUNK_BYTES = 64 * 2**20  # of the gradients that one call returns
+_CHUNK_BYTES = 64 * 2**20  # size of the gradients that one call returns
 _MOST_AT_ONCE = 64
 _EXACT = 1e-4  # rows of two images that differ by less, relative to the largest weight, come from a linear tail
 
@@ -33,9 +33,9 @@ class Rows:
 
     Attributes:
         weights: for each layer ``(K, C_i)``, or ``None`` where the outputs have no gradient to its map.
-        images: how many images each weight is the mean over.
-        exact: the gradient does not depend on the image, so that one was enough.
-        through: ``"classifier"``: by way of the last linear layer's inputs; ``"outputs"``: class by class.
+        images: the number of images that each weight is averaged over.
+        exact: whether the gradient is independent of the image, so that one sufficed.
+        through: ``"classifier"``: via the last linear layer's inputs; ``"outputs"``: class by class.
     """
 
     weights: tuple[Tensor | None, ...]
@@ -44,7 +44,7 @@ class Rows:
     through: str
 
     def described(self) -> str:
-        """In a few words, for a report."""
+        """A short description for a report."""
         if self.exact:
             return "exact: behind the layer, the model is linear"
         return f"mean gradients of {self.images} image{'' if self.images == 1 else 's'}, through its {self.through}"
@@ -59,11 +59,11 @@ def class_rows(
     budget: float = _BUDGET,
     show_progress: bool = False,
 ) -> Rows:
-    r"""The gradient of each class's score with respect to a layer's map, averaged over places and images.
+    r"""The gradient of each class's score with respect to a layer's map, averaged over positions and images.
 
     .. math:: w_c = \mathbb{E}_x \frac{1}{hw} \sum_{i,j} \frac{\partial S_c}{\partial A_{\cdot,i,j}}
 
-    up to a factor that all classes share. Where the model ends in a linear layer (or a 1x1 convolution to class maps),
+    up to a factor common to all classes. Where the model ends in a linear layer (or a 1x1 convolution to class maps),
     :math:`S = W z + b`, only the D gradients of z are taken if D < K, and :math:`w_c = W_c\, \mathbb{E}[\partial z]`:
     the same by the chain rule, at a cost that does not grow with the number of classes.
 
@@ -72,8 +72,8 @@ def class_rows(
         images: ``(N, C, H, W)``; as many are used as the budget allows, and one where the tail is linear.
         args: the model's further arguments.
         taps: the layers, in the order of execution.
-        budget: floating-point operations to spend. Beyond it each image gives the gradients of a part of the outputs
-            only, in turn, so that all classes have their share.
+        budget: floating-point operations to spend. Beyond it each image contributes the gradients of only a part of the
+            outputs, in turn, so that all classes are covered equally.
         show_progress: draw a progress bar.
 
     Raises:
@@ -122,13 +122,13 @@ def class_rows(
 
 
 def starting_rows(rows: Rows, features: Sequence[Tensor], classes: Tensor) -> tuple[list[Tensor], list[int]]:
-    """Rows that maps can start from: centred over the classes, each layer's maps of one spread.
+    """Initial rows for maps: centred over the classes, with equal spread for each layer's maps.
 
-    What all classes read alike says nothing about one of them, so their mean row is taken away. A layer's maps are
-    divided by their mean standard deviation over space, so that no layer drowns another.
+    What all classes read in common says nothing about any one of them, so their mean row is subtracted. A layer's maps
+    are divided by their mean standard deviation over space, so that no layer dominates another.
 
     Args:
-        rows: what :func:`class_rows` found.
+        rows: the result of :func:`class_rows`.
         features: ``(N, C_i, h_i, w_i)`` of some images, for each layer.
         classes: ``(N,)``, the decisions on them.
 
@@ -139,7 +139,7 @@ def starting_rows(rows: Rows, features: Sequence[Tensor], classes: Tensor) -> tu
     known = [weight for weight in rows.weights if weight is not None]
     count = len(known[0]) if known else 0
     silent = torch.zeros(count, dtype=torch.bool)
-    if count > 2:  # of two classes, one may be the other's negative
+    if count > 2:  # with two classes, one may be the other's negative
         silent = torch.stack([~weight.any(1) for weight in known]).all(0).cpu()
     started = []
     for weight, maps in zip(rows.weights, features, strict=True):
@@ -164,7 +164,7 @@ def start_from_rows(
     *,
     show_progress: bool,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Give an attention head without branches the rows of the model's classes; what was decided, and warnings."""
+    """Initialise an attention head without branches with the model's rows; returns decisions and warnings."""
     head: Any = network
     rows = class_rows(model, images, args, taps, show_progress=show_progress)
     outputs, features = run(model, images, args, taps)
@@ -186,12 +186,12 @@ def start_from_rows(
 
 
 def rows_schedule(channels: Sequence[int]) -> Schedule:
-    """How the shared correction of rows is trained."""
+    """The schedule for training the shared correction of the rows."""
     return Schedule("rows", "adam", _RATE / max(channels) ** 0.5)
 
 
 def _same(first: Sequence[Tensor | None], both: Sequence[Tensor | None]) -> bool:
-    """Whether the second image gave what the first did."""
+    """Whether the second image gave the same as the first."""
     for one, two in zip(first, both, strict=True):
         if one is None or two is None:
             continue
@@ -201,7 +201,7 @@ def _same(first: Sequence[Tensor | None], both: Sequence[Tensor | None]) -> bool
 
 
 def _turn(count: int, number: int, share: float, device: torch.device) -> Tensor:
-    """Which outputs this image stands for: all, or the next part of them in a fixed random order."""
+    """Which outputs this image covers: all, or the next part of them in a fixed random order."""
     if share >= 1:
         return torch.arange(count, device=device)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
@@ -211,8 +211,8 @@ def _turn(count: int, number: int, share: float, device: torch.device) -> Tensor
 
 
 def _affordable(values: Tensor, maps: Sequence[Tensor], budget: float) -> float:
-    """How many gradients the budget pays for; one is taken to see what it costs."""
-    from torch.utils.flop_counter import FlopCounterMode  # brings triton along
+    """How many gradients the budget allows; one is computed to measure its cost."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(values[0], maps, retain_graph=True, allow_unused=True)
@@ -250,7 +250,7 @@ _Readout = tuple[Tensor, Tensor | None, str]
 def _graph(
     model: nn.Module, image: Tensor, args: Sequence[Any], taps: Sequence[Tap]
 ) -> Iterator[tuple[_Readout, list[Tensor]]]:
-    """One pass on one image: what the scores are linear in, how, and the layers' maps in the graph."""
+    """One pass on one image: what the scores are linear in, the weights, and the layers' maps in the graph."""
     bare = unwrap(model)
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
     heads = [module for module in bare.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]

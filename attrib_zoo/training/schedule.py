@@ -1,4 +1,4 @@
-"""How the head is optimised: the papers' long schedule, and one for budgets that people have."""
+"""How the head is optimised: the papers' long schedule, and one for realistic budgets."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from attrib_zoo.errors import OptionError
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 LONG = 20_000  # steps from which "auto" takes a paper's own schedule
-LOGIT_STEP = 0.1  # how far one layer's part of a logit may move in one optimiser step of the short schedule
+LOGIT_STEP = 0.1  # how far one layer's part of a logit may move per optimiser step of the short schedule
 
 _NAMED = ("sgd", "adam", "adamw")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """An optimiser and a learning rate: one cycle (cosine, stepped after every batch), or falling by epochs.
+    """An optimiser and a learning rate: one cycle (cosine, stepped after every batch), or decaying by epochs.
 
     Attributes:
         name: ``"paper"``, ``"short"`` or ``"released"``.
         optimizer: ``"sgd"`` (Nesterov), ``"adam"``, ``"adamw"`` or ``"custom"``.
-        lr: the maximal learning rate of the cycle, or the one of the first epoch.
+        lr: the maximal learning rate of the cycle, or that of the first epoch.
         weight_decay: on weights, batch normalisation's included; never on biases unless ``decay_biases``.
-        branch_lr: the maximal learning rate of the feature branches, where it is another one.
-        epochs: in how many equal parts, the epochs of the paper, a fit is divided; 0 for the one cycle.
-        factor: by which the learning rate changes from one of these to the next.
-        drops: how many times it does.
+        branch_lr: the maximal learning rate of the feature branches, where it differs.
+        epochs: the number of equal parts (the paper's epochs) that a fit is divided into; 0 for one cycle.
+        factor: the factor of the learning rate from one part to the next.
+        drops: how many times it is applied.
         bias_scale: the learning rate of biases, as a multiple.
-        decay_biases: the weight decay is for biases too.
+        decay_biases: whether weight decay applies to biases too.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Schedule:
         """Inverse of :meth:`facts`.
 
         Raises:
-            ValueError: a field is missing, unknown, or of another kind.
+            ValueError: a field is missing, unknown, or of another type.
         """
         own = {entry.name: entry.type for entry in fields(cls)}
         if not set(facts) <= set(own) or not {"name", "optimizer", "lr"} <= set(facts):
@@ -68,7 +68,7 @@ class Schedule:
 
 
 def _is_a(value: Any, kind: str) -> bool:
-    """Whether a value is what a field's annotation says."""
+    """Whether a value has the type of a field's annotation."""
     if value is None or isinstance(value, bool) or kind == "bool":
         return (value is None and "None" in kind) or (isinstance(value, bool) and kind == "bool")
     if kind == "str":
@@ -77,7 +77,7 @@ def _is_a(value: Any, kind: str) -> bool:
 
 
 def is_long(asked: str, steps: int, recipe: str) -> bool:
-    """Whether ``"auto"``, ``"paper"`` or ``"short"`` is the schedule of a paper, or of its authors' code, here."""
+    """Whether ``"auto"``, ``"paper"`` or ``"short"`` means the schedule of the paper, or of its authors' code, here."""
     return asked == "paper" or (asked == "auto" and (recipe == "released" or steps >= LONG))
 
 
@@ -129,7 +129,7 @@ def build(
 
 
 class Falling(torch.optim.lr_scheduler.LRScheduler):
-    """A learning rate that changes by a factor every ``period`` steps, ``drops`` times at most."""
+    """A learning rate that changes by a factor every ``period`` steps, at most ``drops`` times."""
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, factor: float, period: int, drops: int, total_steps: int

@@ -1,4 +1,4 @@
-"""safetensors files with a checksum of all that is in them, written tensor by tensor, without a copy of the whole."""
+"""safetensors files with a checksum of their whole content, written tensor by tensor, without a full copy."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _EMPTY = "0" * 64
 
 
 class SealError(ValueError):
-    """The file is not what was written."""
+    """The content does not match its checksum."""
 
 
 class _Digest:
-    """SHA-256 over the facts, and over name, type, shape and bytes of each tensor in the order of the file."""
+    """SHA-256 over the facts, and over name, dtype, shape and bytes of each tensor in file order."""
 
     def __init__(self, facts: str) -> None:
         self._sum = hashlib.sha256(facts.encode())
@@ -53,12 +53,12 @@ def write_sealed(file: BinaryIO, tensors: Mapping[str, Tensor], facts: str) -> N
     """Write a safetensors file of these tensors, with the facts and a checksum of both in its metadata.
 
     Args:
-        file: open for writing, and one that can go back.
+        file: open for writing, and seekable.
         tensors: any of the common types, on any device.
         facts: JSON.
 
     Raises:
-        TypeError: a tensor of a type that such files do not have.
+        TypeError: a tensor has a dtype that the format does not support.
     """
     order = _in_order(tensors)
     entries: dict[str, object] = {"__metadata__": {SEAL: _EMPTY, KEY: facts}}
@@ -84,7 +84,7 @@ def write_sealed(file: BinaryIO, tensors: Mapping[str, Tensor], facts: str) -> N
 
 
 def read_metadata(path: Path) -> tuple[str | None, str | None]:
-    """The facts and the checksum of a safetensors file, as far as it has them; nothing of its tensors is read."""
+    """The facts and the checksum of a safetensors file, if present; no tensor is read."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt", device="cpu") as file:
@@ -93,12 +93,12 @@ def read_metadata(path: Path) -> tuple[str | None, str | None]:
 
 
 def read_tensors(path: Path, facts: str, seal: str | None) -> dict[str, Tensor]:
-    """The tensors of a file, in memory of their own, after a look at the checksum.
+    """The tensors of a file, in memory of their own, after a check of the checksum.
 
     Args:
         path: the file.
-        facts: what :func:`read_metadata` found.
-        seal: likewise; ``None`` for a file without a checksum, which is believed.
+        facts: from :func:`read_metadata`.
+        seal: likewise; ``None`` for a file without a checksum, which is trusted.
 
     Raises:
         SealError: the checksum is not that of the content.
@@ -121,11 +121,11 @@ def read_tensors(path: Path, facts: str, seal: str | None) -> dict[str, Tensor]:
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Wide types first, so that each tensor begins where its type may."""
+    """Wide dtypes first, so that each tensor is aligned for its dtype."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The values as they lie in memory: of a tensor on the CPU, without a copy."""
+    """The raw bytes of the values; for a CPU tensor without a copy."""
     whole = tensor.detach().cpu().contiguous()
     return whole.reshape(-1).view(torch.uint8).numpy().data if whole.numel() else memoryview(b"")

@@ -1,4 +1,4 @@
-"""A fit from its first step to its file: what it begins with, validates, resumes, and leaves in the explainer."""
+"""A fit from its first step to its file: how it begins, validates, resumes, and what it leaves in the explainer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _FEW_STEPS = {
 
 
 class Explainer(Protocol):
-    """What a fit needs of an explainer: what ``TrainableAttribution`` of ``methods.bases.trainable`` fills."""
+    """What a fit needs from an explainer; implemented by ``TrainableAttribution`` of ``methods.bases.trainable``."""
 
     @property
     def model(self) -> nn.Module:
@@ -62,7 +62,7 @@ class Explainer(Protocol):
         """The layers, resolved."""
 
     def placed(self, inputs: Tensor, args: Sequence[Any] = ()) -> AbstractContextManager[None]:
-        """Inside, maps are enlarged to where their grids lie."""
+        """Inside, maps are enlarged to the part of the image that their grids cover."""
 
     def options(self) -> dict[str, Any]:
         """The options of its constructor."""
@@ -114,10 +114,10 @@ class Explainer(Protocol):
 
 @contextmanager
 def ground(model: nn.Module) -> Iterator[Tensor]:
-    """Where an explainer is trained: the model frozen, gradients on, the global generators restored afterwards.
+    """The context of a fit: the model frozen, gradients on, the global generators restored afterwards.
 
     Yields:
-        An empty tensor of the model's device and floating-point type.
+        An empty tensor with the model's device and floating-point dtype.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with (
@@ -127,7 +127,7 @@ def ground(model: nn.Module) -> Iterator[Tensor]:
         torch.enable_grad(),
     ):
         first = next((p for p in own.parameters() if p.is_floating_point()), torch.zeros(0))
-        trainable = [parameter for parameter in own.parameters() if parameter.requires_grad]  # of unusual types
+        trainable = [parameter for parameter in own.parameters() if parameter.requires_grad]  # of unusual classes
         try:
             for parameter in trainable:
                 parameter.requires_grad = False
@@ -147,7 +147,7 @@ def begin(
     saved: Checkpoint | None,
     show_progress: bool = False,
 ) -> tuple[State, Fitted]:
-    """The network, its optimiser and its counters before the first step, or where the checkpoint left them."""
+    """The network, its optimiser and its counters before the first step, or as the checkpoint left them."""
     images = check_images(batches.peek(), type(explainer).__name__)
     started: dict[str, Any] = {}
     told: list[str] = []
@@ -177,7 +177,7 @@ def begin(
     if saved is not None:
         _check_layers(layers, saved)
         with believing(saved, "resume_from"):
-            network.load_state_dict(saved.part("network"))  # after the schedule, which may set rows to zero
+            network.load_state_dict(saved.part("network"))  # after the schedule is chosen, which may set rows to zero
             schedule, counts = Schedule.read(saved.facts["schedule"]), saved.tensors["class_counts"]
             decisions = _decided(saved.facts["decisions"], decisions)
     with nullcontext() if saved is None else believing(saved, "resume_from"):
@@ -209,7 +209,7 @@ def begin(
 
 
 def _tell_few(history: History, schedule: str, steps: int) -> None:
-    """Warn where there are too few steps for a schedule."""
+    """Warn if there are too few steps for a schedule."""
     least, advice = _FEW_STEPS.get(schedule, (0, ""))
     if steps < least:
         tell(
@@ -219,7 +219,7 @@ def _tell_few(history: History, schedule: str, steps: int) -> None:
 
 
 def _decided(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The decisions of the fit that is continued, each of the kind that this one would make."""
+    """The decisions of the fit that is continued, checked to have the form of this fit's own."""
     wrong = [name for name, value in own.items() if not alike(saved[name], value, math.inf, -math.inf)]
     if wrong:
         raise ValueError(f"{wrong[0]} cannot be {saved[wrong[0]]!r}")
@@ -227,7 +227,7 @@ def _decided(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _channels(taps: Sequence[Tap], features: Sequence[Tensor]) -> tuple[int, ...]:
-    """C of each layer, where there is something to learn."""
+    """C of each layer; raises where there is nothing to learn."""
     for tap, feature in zip(taps, features, strict=True):
         if feature.shape[-2:].numel() == 1:
             raise LayerError(
@@ -238,7 +238,7 @@ def _channels(taps: Sequence[Tap], features: Sequence[Tensor]) -> tuple[int, ...
 
 
 def _has_hints(layers: Any) -> bool:
-    """Whether the user said how a layer is laid out."""
+    """Whether the user gave the layout of a layer."""
     items = layers if isinstance(layers, (list, tuple)) else [layers]
     return any(isinstance(item, (tuple, Grid, Tap)) for item in items)
 
@@ -247,7 +247,7 @@ def class_count(outputs: Tensor) -> int:
     """K of ``(N, K)`` logits; 2 for one value per image.
 
     Raises:
-        UnsupportedModelError: outputs of any other shape.
+        UnsupportedModelError: the outputs have any other shape.
     """
     if outputs.ndim > 2:
         raise UnsupportedModelError(
@@ -258,7 +258,7 @@ def class_count(outputs: Tensor) -> int:
 
 
 def check_same(name: str, fitted: Fitted, outputs: Tensor, features: Sequence[Tensor]) -> None:
-    """Raise where the model has other classes or channels than in the fit."""
+    """Raise if the model's classes or channels differ from those in the fit."""
     if class_count(outputs) != fitted.num_classes:
         raise UnsupportedModelError(
             f"model: must have the {fitted.num_classes} classes that {name} was fitted for, "
@@ -279,20 +279,20 @@ def head_maps(network: nn.Module, features: Sequence[Tensor], rows: Tensor | Non
 
 
 _SMALL = 64 * 2**20  # bytes of maps that are computed at once
-_PARTS = 40  # of the maps of all classes; what the computation of one part holds is a few times its size
+_PARTS = 40  # that the maps of all classes are split into; computing a part takes a few times its size
 
 
 def is_small(network: nn.Module, features: Sequence[Tensor], classes: int) -> bool:
-    """Whether the maps of all classes are so small that they may be there several times."""
+    """Whether the maps of all classes are small enough to exist several times."""
     one = head_maps(network, features, torch.zeros(len(features[0]), 1, dtype=torch.long, device=features[0].device))
     return one.numel() * one.element_size() * classes <= _SMALL
 
 
 def in_parts(compute: Callable[[Tensor], Tensor], classes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Maps ``(N, M, h, w)`` of the classes ``(M,)``, computed a part at a time.
+    """Maps ``(N, M, h, w)`` of the classes ``(M,)``, computed in parts.
 
     Raises:
-        InputError: they do not fit into the memory that is free.
+        InputError: they do not fit into the free memory.
     """
     first = compute(classes[:1])
     count, _, height, width = first.shape
@@ -317,7 +317,7 @@ def in_parts(compute: Callable[[Tensor], Tensor], classes: Tensor, dtype: torch.
 def validate(
     explainer: Explainer, loader: Iterable[Any], seed: int, like: Tensor, args: tuple[Any, ...]
 ) -> dict[str, float]:
-    """Loss and AD/IC of the network as it is, averaged over the images of one pass over the loader."""
+    """Loss and AD/IC of the current network, averaged over the images of one pass over the loader."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng([]):
         return averages(
@@ -371,8 +371,8 @@ def averages(found: Iterable[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def judge(history: History) -> None:
-    """Warn where the maps are no better than showing the whole image."""
-    compared = "everything" in history.steps  # losses that only need an order have no such bound
+    """Warn if the maps are no better than showing the whole image."""
+    compared = "everything" in history.steps  # losses that depend on the order alone have no such bound
     if compared and len(history) >= 30 and history.last("loss") >= history.last("everything"):
         tell(
             history,
@@ -408,7 +408,7 @@ def report(explainer: Explainer, fitted: Fitted) -> str:
 
 
 def to_checkpoint(explainer: Explainer, fitted: Fitted) -> Checkpoint:
-    """All that a fitted explainer is made of, ready to be written."""
+    """Everything that makes up a fitted explainer, ready to be written."""
     from attrib_zoo import __version__
 
     return Checkpoint(
@@ -430,10 +430,10 @@ CHECKPOINT = "checkpoint.safetensors"
 def read_resume(
     explainer: Explainer, path: str | os.PathLike[str], plan: dict[str, Any], folder: Path | None, any_steps: bool
 ) -> Checkpoint | None:
-    """A checkpoint of a fit with this class, these options and this plan (its steps apart), for this model.
+    """A checkpoint of a fit with this class, these options and this plan (except its steps), for this model.
 
-    ``None``, with a warning, for a folder in which no fit has come to its first checkpoint: an empty one, or the one
-    in which this fit writes its own.
+    ``None``, with a warning, for a folder in which no fit has written a checkpoint yet: an empty one, or the one where
+    this fit writes its own.
     """
     source = Path(path)
     if source.is_dir() and not (source / CHECKPOINT).exists():
@@ -455,12 +455,12 @@ def read_resume(
             f"resume_from: {source} belongs to a {facts['model']} with other weights; load those weights first"
         )
     plan = {name: value for name, value in plan.items() if name != "steps" or not any_steps}
-    if not saved.sealed:  # version 0.1 did not write what the loader was
+    if not saved.sealed:  # version 0.1 did not record the loader
         plan = {name: value for name, value in plan.items() if name in facts["plan"]}
     mine = {**plan, **_spelt_out(explainer.options())}
     with believing(saved, "resume_from"):
         theirs = {**facts["plan"], **_spelt_out(facts["options"])}
-    if mine.get("recipe") == "auto":  # what it came to in the fit that is continued, but for what was asked for
+    if mine.get("recipe") == "auto":  # what it became in the fit that is continued, except for options given explicitly
         mine = {name: value for name, value in mine.items() if value is not None and name != "recipe"} | plan
     differ = [f"{k}={mine[k]!r} (was {theirs.get(k)!r})" for k in mine if mine[k] != theirs.get(k)]
     if differ:
@@ -470,7 +470,7 @@ def read_resume(
 
 
 def _spelt_out(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with the fields of T-TAME's recipe in its place, so that each can be compared and named."""
+    """Options with T-TAME's recipe replaced by its fields, so that each can be compared and named."""
     recipe = options.get("recipe")
     if recipe == "auto" or "masking" not in options or "ce_only" in options:
         return options
@@ -486,10 +486,10 @@ def _check_layers(layers: tuple[tuple[str, Grid | None], ...], saved: Checkpoint
 
 @contextmanager
 def reserved(folder: Path | None) -> Iterator[None]:
-    """The folder of the checkpoints for this fit alone; where the first process cannot have it, none goes on.
+    """Locks the checkpoint folder for this fit; if the first process cannot, none continues.
 
     Raises:
-        DataError: another fit writes there.
+        DataError: another fit is writing there.
     """
     problem: DataError | None = None
     with ExitStack() as stack:
@@ -516,12 +516,12 @@ def agreed_steps(steps: int) -> int:
 
 
 def plan_of(loader: Iterable[Any], **asked: Any) -> dict[str, Any]:
-    """What a fit must have in common with one that it continues, beside the explainer's options."""
+    """What a fit must have in common with one that it continues, besides the explainer's options."""
     return {**asked, **shape_of(loader), "processes": distributed.world_size()}
 
 
 def batches_of(loader: Iterable[Any], seed: int, like: Tensor, saved: Checkpoint | None) -> Batches:
-    """The loader's batches from their begin, or from where a checkpoint stands."""
+    """The loader's batches from the beginning, or from the position of a checkpoint."""
     batches = Batches(loader, seed, like)
     if saved is not None:
         with believing(saved, "resume_from"):
@@ -530,7 +530,7 @@ def batches_of(loader: Iterable[Any], seed: int, like: Tensor, saved: Checkpoint
 
 
 def try_out(explainer: Any) -> None:
-    """Read what a loaded explainer says of itself: an impossible value raises here, and not at some later call."""
+    """Access the attributes of a loaded explainer, so that an impossible value raises here and not at a later call."""
     known = {name.replace("_orig_mod.", "") for name, _ in explainer.model.named_modules()} - {""}
     missing = [name for name, _ in explainer._ready().layers if re.sub(r"\[[^[]*\]$", "", name) not in known]
     if missing:
@@ -543,7 +543,7 @@ def try_out(explainer: Any) -> None:
 
 
 def writable(path: str | os.PathLike[str]) -> Path:
-    """An existing folder that can be written."""
+    """An existing folder that can be written to."""
     folder = Path(path)
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise DataError(

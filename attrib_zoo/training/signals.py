@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: they wait while something is saved, and SIGTERM and SIGHUP count as Ctrl-C."""
+"""Signals that ask a run to stop: they wait while something is saved, and SIGTERM and SIGHUP act like Ctrl-C."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Guard:
-    """What has become of the signals of one process."""
+    """The state of signal handling in one process."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.held = 0  # blocks that are not to be interrupted, one within the other
+        self.held = 0  # depth of nested blocks that must not be interrupted
         self.waiting: int | None = None
-        self.stopping = False  # after the first signal the others are of no use
+        self.stopping = False  # after the first signal, further ones are ignored
         self.before: dict[int, Any] = {}
 
     def __call__(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.process:  # a loader's worker, which has inherited this
+        if os.getpid() != self.process:  # a loader's worker, which inherited this handler
             raise KeyboardInterrupt
         if self.stopping:
             return
@@ -45,7 +45,7 @@ class _Guard:
 
     def stop(self, number: int) -> None:
         before = self.before.get(number)
-        if callable(before) and before is not signal.default_int_handler:  # the user's own, which may go on
+        if callable(before) and before is not signal.default_int_handler:  # the user's own handler, which may continue
             self.waiting = None
             before(number, None)
             return
@@ -64,11 +64,11 @@ _guard: _Guard | None = None
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise :class:`KeyboardInterrupt` as Ctrl-C does, once: those that follow are dropped.
+    """Inside, SIGTERM and SIGHUP raise :class:`KeyboardInterrupt` like Ctrl-C, once: further ones are dropped.
 
-    So whatever is saved on the way out is saved, however often somebody presses Ctrl-C. The caller's own handlers
-    stay in charge where there are any, and what is ignored stays ignored (``nohup``). Threads other than the main one
-    get no signals, and nothing changes for them. May be nested; the outermost block puts the handlers back.
+    So whatever is saved on the way out is saved, however often Ctrl-C is pressed. The caller's own handlers stay in
+    charge if there are any, and ignored signals stay ignored (``nohup``). Threads other than the main one get no
+    signals, and nothing changes for them. May be nested; the outermost block restores the handlers.
     """
     global _guard
     if _guard is not None or threading.current_thread() is not threading.main_thread():
@@ -79,7 +79,7 @@ def stoppable() -> Iterator[None]:
         _guard = guard
         for number in STOPPING:
             before = signal.getsignal(number)
-            if before in (None, signal.SIG_IGN):  # set by another language, or not wanted
+            if before in (None, signal.SIG_IGN):  # set outside Python, or ignored
                 continue
             guard.before[number] = before
             signal.signal(number, guard)
@@ -126,7 +126,7 @@ def _held_alone() -> Iterator[None]:
 
 
 def stay_deaf() -> None:
-    """Ignore what asks to stop from here on; for a command that has been stopped and is on its last lines."""
+    """Ignore stop signals from here on; for a command that has been stopped and is finishing."""
     if threading.current_thread() is threading.main_thread():
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What a checkpoint says is looked at before it is believed, and before anything of its size is made."""
+"""The content of a checkpoint is checked before it is trusted, and before memory is allocated for it."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ _STATE: dict[str, type | tuple[type, ...]] = {
     "messages": list,
 }
 _WEIGHTS = (torch.float32, torch.float64)
-_FREE = 2**26  # elements that a network may always have, where its shapes cannot be known before it is made
+_FREE = 2**26  # elements that a network may always have if its shapes are unknown before it is built
 
 Build = Callable[[Sequence[int], int, "torch.Generator | None"], nn.Module]
 
 
 @contextmanager
 def believing(saved: Checkpoint, option: str = "path") -> Iterator[None]:
-    """Inside, whatever fails on what a checkpoint says is a :class:`CheckpointError` that says what to do."""
+    """Inside, any failure caused by a checkpoint's content becomes a :class:`CheckpointError` that says what to do."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # what a wrong value does is of any kind
+    except Exception as error:  # a wrong value can cause any error
         raise _damaged(saved, option, f"{type(error).__name__}: {reason(error)}") from error
 
 
 def vet(saved: Checkpoint, option: str = "path") -> None:
-    """Look at the facts and tensors of an explainer's file.
+    """Check the facts and tensors of an explainer's file.
 
     Raises:
-        CheckpointError: a fact is missing or of another kind than was written; weights that are not finite or of
-            another type; counts and variances below zero.
+        CheckpointError: a fact is missing or has another form than was written; weights are not finite or have another
+            dtype; counts or variances are negative.
     """
     facts = saved.facts
     _vet_facts(saved, facts, _FACTS, option)
@@ -81,11 +81,11 @@ def vet(saved: Checkpoint, option: str = "path") -> None:
 
 
 def vet_state(saved: Checkpoint, option: str = "resume_from") -> None:
-    """Look at what a fit needs to go on: its counters, its optimiser, its place in the data.
+    """Check what a fit needs to continue: its counters, its optimiser, its position in the data.
 
     Args:
         saved: a checkpoint that :func:`vet` has passed.
-        option: that named the file.
+        option: the option that named the file.
 
     Raises:
         CheckpointError: as :func:`vet`.
@@ -117,12 +117,13 @@ def vet_state(saved: Checkpoint, option: str = "resume_from") -> None:
 
 
 def vet_network(saved: Checkpoint, build: Build, option: str = "path") -> None:
-    """Compare the shapes that the header asks for with the tensors that are there, before any memory is taken.
+    """Compare the shapes that the header implies with the tensors present, before any memory is allocated.
 
-    The network is built without storage. One that cannot be is only bounded: by what the file itself holds.
+    The network is built without storage. Where that is impossible, its size is only bounded, by what the file itself
+    holds.
 
     Raises:
-        CheckpointError: the file's tensors are not those of such a network.
+        CheckpointError: the file's tensors do not match such a network.
     """
     channels, classes = saved.facts["channels"], saved.facts["num_classes"]
     weights = saved.part("network")
@@ -131,7 +132,7 @@ def vet_network(saved: Checkpoint, build: Build, option: str = "path") -> None:
         with torch.device("meta"), torch.random.fork_rng([]):
             probe = build(channels, classes, None)
         hollow = all(tensor.is_meta for tensor in probe.state_dict().values())
-    except Exception:  # it computes with values; what fails for another reason fails again below
+    except Exception:  # building it needs values; any other failure recurs below
         hollow = False
     if not hollow:
         if classes * sum(channels) > max(_FREE, 4 * held):
@@ -150,7 +151,7 @@ def vet_network(saved: Checkpoint, build: Build, option: str = "path") -> None:
 
 
 def told_unsealed(saved: Checkpoint, option: str = "path") -> None:
-    """Warn where a file of version 0.1 has no checksum, once it has proved to be usable."""
+    """Warn if a file of version 0.1 has no checksum, once it has proved usable."""
     if not saved.sealed:
         warn(
             f"{option}: {saved.source} was written by version 0.1, which kept no checksum: if a bit of it has changed, "
@@ -218,6 +219,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _told(error: BaseException) -> str:
-    """What PyTorch says of the first tensor that does not fit."""
+    """PyTorch's message about the first tensor that does not fit."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__)[:200]

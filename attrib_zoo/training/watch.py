@@ -1,4 +1,4 @@
-"""Is a model still the one that an explainer was fitted for? Asked at every call, so it must cost next to nothing."""
+"""Is a model still the one that an explainer was fitted for? Checked at every call, so it must cost next to nothing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from attrib_zoo.training.checkpoint import fingerprint
 class Watch:
     """Notices that a model's weights have changed since the watch began.
 
-    A call compares where the weights lie, how often torch saw them written, and one value of each weight matrix, since
-    what is written through ``.data`` is not counted. Only where these differ are all weights read: they may have been
-    moved, loaded again or converted to another floating-point type, which leaves the model what it was.
+    A call compares the addresses of the weights, torch's count of writes to them, and one value of each weight matrix,
+    since writes through ``.data`` are not counted. Only if these differ are all weights read: they may have been moved,
+    reloaded or converted to another floating-point dtype, which does not change the model.
 
     Args:
         model: the user's own model, unwrapped: the weights of a mirror may be copies.
@@ -40,7 +40,7 @@ class Watch:
         return False
 
     def _converted(self, model: nn.Module) -> bool:
-        """Whether the weights are what a conversion makes of them: of another type, and equal but for its rounding."""
+        """Whether the weights are the result of a conversion: of another dtype, and equal up to its rounding."""
         types, values = _types(model), _values(model)
         if types == self._types or len(types) != len(self._types) or len(values) != len(self._values):
             return False
@@ -53,7 +53,7 @@ def _state(model: nn.Module) -> tuple[list[tuple[int, int]], bytes]:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, but for sharded and other special tensors, which cannot be read cheaply."""
+    """Parameters and buffers, except sharded and other special tensors, which cannot be read cheaply."""
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
@@ -63,7 +63,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
-    """Where it lies, and how often it was written; a tensor made in inference mode does not count that."""
+    """Its address and its count of writes, which a tensor made in inference mode does not have."""
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
@@ -76,14 +76,14 @@ def _types(model: nn.Module) -> list[torch.dtype]:
 
 
 def _values(model: nn.Module) -> Tensor:
-    """The value in the middle of each weight matrix, in float64 on the CPU: one copy from each device and type."""
+    """The value in the middle of each weight matrix, in float64 on the CPU: one copy from each device and dtype."""
     places: dict[Any, list[int]] = defaultdict(list)
     found: dict[Any, list[Tensor]] = defaultdict(list)
     count = 0
     for place, matrix in enumerate(_matrices(model)):
         middle = sum(stride * (size // 2) for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
         key = matrix.device, matrix.dtype
-        places[key].append(place)  # a view without a kernel, so that a GPU has one launch and not one per matrix
+        places[key].append(place)  # a view launches no kernel, so that a GPU has one launch and not one per matrix
         found[key].append(matrix.detach().as_strided((), (), matrix.storage_offset() + middle))
         count = place + 1
     values = torch.zeros(count, dtype=torch.float64)
