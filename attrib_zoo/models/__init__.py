@@ -1,4 +1,4 @@
-"""Classifiers of torchvision and timm by name, and the photographs that they are given."""
+"""Classifiers of torchvision and timm by name, and the photographs that they take."""
 
 from attrib_zoo.models.load import LoadedModel as LoadedModel
 from attrib_zoo.models.load import load as load

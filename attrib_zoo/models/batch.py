@@ -1,4 +1,4 @@
-"""Explanations on the engines that process tables: one picklable object from dicts of arrays to dicts of arrays."""
+"""Explanations on batch engines: one picklable object from dicts of arrays to dicts of arrays."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ class _Ready:
 class BatchExplainer:
     """Explains batches of a table: a dict of arrays in, a dict of arrays out.
 
-    What it holds is small: how to make the model, not the model. So it is pickled to the workers of Ray Data
+    It is small: it holds how to make the model, not the model itself. So it can be pickled to the workers of Ray Data
     (``map_batches``), Spark (``predict_batch_udf``, ``mapInPandas``), Hugging Face datasets (``map``) or a pool of
-    processes, and each worker loads the model when its first batch comes, once, however often the object is sent.
+    processes, and each worker loads the model once, with its first batch, however often the object is sent.
 
     Args:
-        model_factory: makes the model, without arguments: a function at the top of a module, or
-            ``functools.partial(attrib_zoo.models.load, "resnet50")``. It returns a ``LoadedModel``, which brings its
-            own preprocessing, or a classifier alone, which takes standardised tensors only.
+        model_factory: makes the model, without arguments: a module-level function, or
+            ``functools.partial(attrib_zoo.models.load, "resnet50")``. It returns a ``LoadedModel``, which has its own
+            preprocessing, or a plain classifier, which takes standardised tensors only.
         explainer: a function from the model to an explainer, such as ``GradCAM`` or ``partial(GradCAM,
             layers="layer3")``; or the path of a fitted explainer's file.
-        columns: changes of :data:`COLUMNS`, such as ``{"image": "pixels", "confidence": None}``. ``"target"`` names a
+        columns: changes to :data:`COLUMNS`, such as ``{"image": "pixels", "confidence": None}``. ``"target"`` names a
             column of classes to explain; without it the model's decisions are explained.
-        upsample: ``True`` gives maps of the images' size, ``False`` as the layer has them.
-        score: what confidence means, ``"softmax"`` or ``"sigmoid"``.
-        device: where a model goes that is on the CPU; ``None`` leaves it, ``"auto"`` means a GPU if there is one.
+        upsample: ``True`` gives maps of the images' size, ``False`` at the layer's resolution.
+        score: the kind of confidence, ``"softmax"`` or ``"sigmoid"``.
+        device: where to move a model that is on the CPU; ``None`` leaves it, ``"auto"`` means a GPU if there is one.
         skip_bad: a photograph that cannot be read gets the class -1, a confidence of NaN and a map of NaN, and a column
-            ``"error"`` says why, instead of an error that ends the job.
+            ``"error"`` with the reason, instead of an error that ends the job.
 
     Example:
         >>> import numpy as np
@@ -103,15 +103,15 @@ class BatchExplainer:
             raise OptionError("columns: 'image' must name a column, got None")
         self.upsample, self.skip_bad, self.device = bool(upsample), bool(skip_bad), device
         self.score = check_choice("score", score, _SCORES)
-        self._token = uuid.uuid4().hex  # goes along when it is pickled: by it a worker knows what it has loaded
+        self._token = uuid.uuid4().hex  # pickled along: tells a worker what it has already loaded
 
     def __call__(self, batch: Mapping[str, Any]) -> Arrays:
         """Explain a batch.
 
         Args:
             batch: column -> N values. Images are one array of standardised ``(N, C, H, W)`` floats or N of
-                ``(C, H, W)``; or, where the factory brings preprocessing, N photographs: PIL images, paths, bytes of
-                files, uint8 arrays ``(H, W, 3)``, or dicts that hold ``"bytes"`` or ``"path"``.
+                ``(C, H, W)``; or, where the factory's model has preprocessing, N photographs: PIL images, paths, bytes
+                of files, uint8 arrays ``(H, W, 3)``, or dicts that hold ``"bytes"`` or ``"path"``.
 
         Returns:
             The batch without its images, and the columns ``class`` (int64), ``confidence`` (float32) and ``map``
@@ -130,9 +130,9 @@ class BatchExplainer:
         return {**found, **self._explained(ready, images, targets, good, wrong)}
 
     def make_predict_fn(self) -> Callable[..., Arrays]:
-        """For Spark's ``predict_batch_udf``, as it is: loads the model and returns the function from images to columns.
+        """Ready for Spark's ``predict_batch_udf``: loads the model and returns the function from images to columns.
 
-        Each map is a flat row there, ``(N, h * w)``, as Spark takes no more axes. With a ``"target"`` column the
+        Each map is a flat row, ``(N, h * w)``, since Spark takes no more axes. With a ``"target"`` column the
         function takes the targets as a second argument.
         """
         self._ready()
@@ -152,7 +152,7 @@ class BatchExplainer:
     # ------------------------------------------------------------------ loading
 
     def _ready(self) -> _Ready:
-        """The model and the explainer of this process, loaded at the first call; other threads wait for that."""
+        """The model and the explainer of this process, loaded at the first call, for which other threads wait."""
         with _gate:
             if self._token not in _loaded:
                 _loaded[self._token] = self._load()
@@ -183,7 +183,7 @@ class BatchExplainer:
     # ------------------------------------------------------------------ a batch
 
     def _images(self, values: Any, ready: _Ready) -> tuple[Tensor, list[int], dict[int, str]]:
-        """The images of the rows that have one, which rows those are, and what is wrong with the others."""
+        """The images of the valid rows, the indices of these rows, and what is wrong with the others."""
         if len(values) == 0:
             raise DataError("columns: a batch must have at least one image, got none")
         if isinstance(values, Tensor) and values.ndim == 4 and values.is_floating_point():
@@ -225,7 +225,7 @@ class BatchExplainer:
     def _explained(
         self, ready: _Ready, images: Tensor, targets: Tensor | None, good: Sequence[int], wrong: Mapping[int, str]
     ) -> Arrays:
-        """The columns that are written; rows without an image are filled with what cannot be a result."""
+        """The output columns; rows without an image get values that cannot be results."""
         like = next(ready.model.parameters(), torch.zeros(0))
         asked = images.to(like) if good else torch.zeros(1, *images.shape[1:]).to(like)
         found = answer({"map": ready.explainer}, asked, targets=targets if good else None, score=self.score)
@@ -246,7 +246,7 @@ class BatchExplainer:
 
 
 def _from_file(path: str, model: nn.Module) -> Attribution:
-    """The fitted explainer in a file, whichever method of the library it is of."""
+    """The fitted explainer in a file, whichever method of the library it belongs to."""
     name = str(checkpoint.read_facts(path).get("method", ""))
     methods: dict[str, Any] = {cls.__name__: cls for cls in list_methods().values()}
     if name not in methods:
@@ -259,10 +259,10 @@ def _from_file(path: str, model: nn.Module) -> Attribution:
 
 
 def _image(value: Any, transform: Callable[[Any], Tensor] | None, row: int) -> Tensor:
-    """One image as the model takes it.
+    """One image as the model expects it.
 
     Raises:
-        DataError: it is nothing of the kind.
+        DataError: it is not an image.
     """
     if isinstance(value, list):
         value = np.asarray(value)
@@ -290,7 +290,7 @@ def _photo(value: Any, row: int) -> Any:
     if isinstance(value, (str, Path)):
         return open_photo(Path(value))
     if isinstance(value, (bytes, bytearray, memoryview)):
-        with tempfile.NamedTemporaryFile(suffix=f"-image-{row}") as file:  # files have their limits looked at
+        with tempfile.NamedTemporaryFile(suffix=f"-image-{row}") as file:  # files are checked against the size limits
             file.write(value)
             file.flush()
             return open_photo(Path(file.name))

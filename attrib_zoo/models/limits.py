@@ -1,4 +1,4 @@
-"""How large a photograph may be: refused by what opening it would take, before anything is decoded."""
+"""How large a photograph may be: refused by the memory that opening it would take, before anything is decoded."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ MOST_PIXELS = 89_478_485
 VARIABLE = "ATTRIB_ZOO_MAX_PIXELS"
 """The variable of the environment that changes the limit, for the library, the commands and the loader's processes."""
 
-_SHORTER = 512  # pixels: the preprocessing of classifiers, and pictures for the eye, bring the shorter side to that
+_SHORTER = 512  # pixels: classifiers' preprocessing and displayed pictures resize the shorter side to about this
 _pil = threading.Lock()
 
 
 def most_pixels() -> int:
-    """The limit: :data:`MOST_PIXELS`, or what the environment says.
+    """The limit: :data:`MOST_PIXELS`, or the environment's.
 
     Raises:
-        OptionError: it says something else than a positive whole number.
+        OptionError: the environment variable is not a positive integer.
     """
     said = os.environ.get(VARIABLE)
     if said is None:
@@ -42,8 +42,8 @@ def most_pixels() -> int:
 def pixels_made(width: int, height: int) -> int:
     """The most pixels at once on the way from the file to the model's image.
 
-    They are those of the file, or of what it becomes when its shorter side is resized: a line of 1 x 5000 pixels
-    becomes 512 x 2 560 000.
+    The larger of the file's own size and its size once the shorter side is resized: a line of 1 x 5000 pixels becomes
+    512 x 2 560 000.
     """
     short, long = sorted((max(width, 1), max(height, 1)))
     return max(short * long, _SHORTER * _SHORTER * long // short)
@@ -53,7 +53,7 @@ def check_size(path: Path, width: int, height: int) -> None:
     """Raise where a photograph of this size would take too much memory.
 
     Raises:
-        DataError: it would; the message says the limit and how to change it.
+        DataError: it would; the message gives the limit and how to change it.
     """
     made, most = pixels_made(width, height), most_pixels()
     if made > most:
@@ -66,14 +66,14 @@ def check_size(path: Path, width: int, height: int) -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image]:
-    """An image file, opened but not decoded, after its kind and its size were looked at.
+    """An image file, opened but not decoded, after checks of its kind and size.
 
     Raises:
-        DataError: what is there is no file (a folder, a pipe, a device), or the image is too large.
+        DataError: the path is not a regular file (but a folder, a pipe, a device), or the image is too large.
     """
     from PIL import Image
 
-    if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe would wait for somebody to write
+    if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe would wait for a writer
         raise DataError(f"'{path}' must be a file, got a folder, a pipe or a device; give the photograph itself")
     largest = Image.MAX_IMAGE_PIXELS
     with _quiet() if largest is not None and most_pixels() > largest else nullcontext():
@@ -91,7 +91,7 @@ def opened(path: Path) -> Iterator[Image]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, PIL leaves it to the limit here, which somebody has raised."""
+    """Inside, PIL's own limit is off in favour of this one, which the user has raised."""
     from PIL import Image
 
     with _pil:

@@ -28,8 +28,8 @@ from attrib_zoo.errors import (
 from attrib_zoo.models.weights import ask_hub, download, fit_into
 from attrib_zoo.visualize import Box, in_colour
 
-_LONGEST = 100  # characters of a class name that is printed
-_VIEW = 448  # pixels that a picture for the eye should have, about
+_LONGEST = 100  # characters of a printed class name
+_VIEW = 448  # approximate side of a displayed picture in pixels
 
 Transform = Callable[[Any], Tensor]
 _Preprocessing = tuple[Transform, Transform, tuple[float, ...], tuple[float, ...], tuple[int, int, int]]
@@ -37,18 +37,18 @@ _Preprocessing = tuple[Transform, Transform, tuple[float, ...], tuple[float, ...
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A classifier in eval mode, and what must be known to use it on photographs.
+    """A classifier in eval mode, and what it takes to use it on photographs.
 
     Attributes:
-        model: takes standardised ``(N, C, H, W)`` images and returns ``(N, K)`` logits, or an object that has them as
-            ``.logits``, or one logit per image, whose sign decides between two classes.
+        model: takes standardised ``(N, C, H, W)`` images and returns ``(N, K)`` logits, or an object with ``.logits``,
+            or one logit per image, whose sign decides between two classes.
         transform: the model's own preprocessing: PIL image to standardised ``(C, H, W)``.
-        view: the same crop for the eye: PIL image to ``(3, kH, kW)`` in [0, 1], enlarged by a whole number k.
-        mean: per channel, of the standardisation.
-        std: per channel, of the standardisation.
+        view: the same crop for display: PIL image to ``(3, kH, kW)`` in [0, 1], enlarged by a whole number k.
+        mean: per channel, for standardisation.
+        std: per channel, for standardisation.
         input_size: ``(C, H, W)``.
         num_classes: K; 2 where the model has one logit.
-        class_names: K names, or ``None`` where nobody gave them.
+        class_names: K names, or ``None`` if unknown.
     """
 
     model: nn.Module
@@ -63,30 +63,30 @@ class LoadedModel:
     def class_name(self, index: int) -> str:
         """The name of a class as it may be printed, or its number where it has none.
 
-        What a terminal would obey is escaped, and a very long name is cut; ``class_names`` has it as it is.
+        Terminal control characters are escaped, and a very long name is cut; ``class_names`` has the original.
         """
         return shown(self.class_names[index], _LONGEST) if self.class_names else f"class {index}"
 
     def seen(self, image: Any) -> Box:
-        """Which part of a photograph the model sees, found by sending a picture of its coordinates the same way.
+        """The part of a photograph that the model sees, found by transforming an image of coordinates in the same way.
 
         Args:
-            image: the PIL image, of which only the size counts.
+            image: the PIL image; only its size matters.
 
         Returns:
-            Left, top, right and bottom edge in pixels of the photograph, to about a pixel; they lie outside of it where
+            Left, top, right and bottom edge in pixels of the photograph, accurate to about a pixel; outside it where
             the transform pads.
         """
         return _seen(self.view, image.size)
 
     def class_index(self, target: str) -> int:
-        """The class that a person means: its index as digits, or its name (case does not matter).
+        """The class that a user means: its index as digits, or its name (case-insensitive).
 
-        Where the names are numbers themselves, digits that mean one class as an index and another as a name are
-        refused; ``"#3"`` is the index 3 whatever the names.
+        Where the names are numbers themselves, digits that are one class as an index and another as a name are refused;
+        ``"#3"`` is always the index 3.
 
         Raises:
-            TargetError: no such class, several of that name, or digits that may mean two.
+            TargetError: there is no such class, there are several of that name, or the digits are ambiguous.
         """
         advice = f"give an index from 0 to {self.num_classes - 1}" + (", or a name" if self.class_names else "")
         names = [name.casefold() for name in self.class_names or ()]
@@ -124,28 +124,27 @@ def load(
     class_names: Sequence[str] | None = None,
     device: str | torch.device | None = None,
 ) -> LoadedModel:
-    """Load a classifier by its name in torchvision or, if it is not there, in timm; or a folder of Hugging Face.
+    """Load a classifier by its name in torchvision or, failing that, in timm; or from a Hugging Face folder.
 
     Args:
         name: as in ``torchvision.models.list_models()`` or ``timm.list_models()``; timm's tags
-            (``resnet50.a1_in1k``) work, and ``timm/resnet50`` asks for timm's where both have one. Or the path of a
-            folder that ``save_pretrained`` of a Hugging Face image classifier and of its image processor wrote, with
-            its weights and class names (``pip install 'attrib_zoo[hf]'``); nothing is downloaded for it.
+            (``resnet50.a1_in1k``) work, and ``timm/resnet50`` selects timm's where both have one. Or the path of a
+            folder written by ``save_pretrained`` of a Hugging Face image classifier and its image processor, with its
+            weights and class names (``pip install 'attrib_zoo[hf]'``); nothing is downloaded then.
         weights: a safetensors file or a PyTorch state dict; ``None`` downloads the model's own pretrained weights
             through its library (or takes them from its cache).
         num_classes: number of outputs (1 for a model of one logit, which decides between two classes); read from the
             file's last layer, or the pretrained model, if ``None``.
-        class_names: the names of the classes: of a model with one logit two, the second for a positive logit, or that
-            one alone; the ImageNet names for the models that have ImageNet's classes if
-            ``None``.
+        class_names: the names of the classes; for a model with one logit two, the second for a positive logit, or that
+            one alone; ``None``: the ImageNet names for models with ImageNet's classes.
         device: where the model goes; the CPU if ``None``.
 
     Returns:
         The model in eval mode, with its transform and names.
 
     Raises:
-        OptionError: no model of that name, or no such device.
-        DataError: weights that cannot be had, read or put into the model.
+        OptionError: there is no model of that name, or no such device.
+        DataError: the weights are unavailable, unreadable or do not fit the model.
 
     Example:
         >>> loaded = load("squeezenet1_1", weights="squeezenet.safetensors")  # doctest: +SKIP
@@ -173,7 +172,7 @@ def load(
         raise OptionError(f"class_names: must be one per class, got {len(class_names)} names for {what}")
     transform, view, mean, std, size = source.preprocessing(model)
     bands = _bands(model)
-    usual = bands == 3 or bands == _bands(source.build(None))  # some begin with a rearranged image
+    usual = bands == 3 or bands == _bands(source.build(None))  # some start by rearranging the image
     if bands == 1 and not usual:
         raw, mean, std, size = source.raw(model), (0.5,), (0.5,), (1, *size[1:])
         transform = _InGrey(raw, mean[0], std[0])
@@ -195,7 +194,7 @@ def load(
 
 
 def unloaded(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """A model by its name with random weights, in eval mode, and the size ``(C, H, W)`` of its images; no download.
+    """A model by name with random weights, in eval mode, and the size ``(C, H, W)`` of its images; no download.
 
     Raises:
         OptionError: no model of that name.
@@ -209,11 +208,11 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
     """Read class names: a JSON list, a JSON object of index to name or ``[wnid, name]``, or a text file of lines.
 
     Raises:
-        DataError: the file is missing or of another form.
+        DataError: the file is missing or has another format.
     """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
+        text = file.read_text(encoding="utf-8-sig")  # Windows editors start a file with a byte-order mark
         if file.suffix.lower() != ".json":
             return [line.strip() for line in text.splitlines() if line.strip()]
         entries = json.loads(text)
@@ -293,7 +292,7 @@ class _Timm:
         self.name = name
         try:
             self.config = get_pretrained_cfg(name, allow_unregistered=False)
-        except RuntimeError as error:  # timm's word for a tag that it does not know
+        except RuntimeError as error:  # what timm raises for an unknown tag
             raise OptionError(
                 f"model: {name!r} names weights that timm does not know ({reason(error)}); "
                 "timm.list_models(pretrained=True) lists them"
@@ -412,7 +411,7 @@ class _HuggingFace:
 
 @contextmanager
 def _folder_of(folder: Path) -> Iterator[None]:
-    """What the library says of a folder that lacks something, in one sentence."""
+    """Turns the library's errors about an incomplete folder into one sentence."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -458,11 +457,11 @@ def _source(name: str) -> _Torchvision | _Timm | _HuggingFace:
 
 
 def _seen(view: Transform, size: tuple[int, int]) -> Box:
-    """Where the columns and rows of a view lie on a photograph of that size: lines through what it shows of ramps."""
+    """Where a view's columns and rows lie on a photograph of that size: lines fitted to how it shows ramps."""
     from PIL import Image
 
     across, down = (max(2, round(side * min(1.0, 1024 / max(size)))) for side in size)
-    ramps = np.full((down, across, 3), 255.0)  # the third band: where there is any photograph
+    ramps = np.full((down, across, 3), 255.0)  # the third band marks where the photograph is
     ramps[..., 0] = (np.arange(across) + 0.5) / across * 255
     ramps[..., 1] = (np.arange(down)[:, None] + 0.5) / down * 255
     shown = view(Image.fromarray(np.rint(ramps).astype(np.uint8))).numpy()
@@ -474,8 +473,8 @@ def _seen(view: Transform, size: tuple[int, int]) -> Box:
 
 
 def _ends(places: Any, shares: Any, length: int, side: int) -> tuple[float, float]:
-    """Where the first and the last edge of a view lie on a side of the photograph."""
-    kept = slice(2, -2) if len(places) > 8 else slice(None)  # the rims are blurred
+    """Where the first and the last edge of a view lie along one side of the photograph."""
+    kept = slice(2, -2) if len(places) > 8 else slice(None)  # the borders are blurred
     slope, offset = np.polyfit(places[kept], shares[kept], 1)
     return float(offset - 0.5 * slope) * side, float(offset + (length - 0.5) * slope) * side
 
@@ -486,7 +485,7 @@ def _enlargement(height: int, width: int) -> int:
 
 @dataclass(frozen=True)
 class _InColour:
-    """A transform for PIL images of any mode; a class, so that it can be sent to loader processes."""
+    """A transform for PIL images of any mode; a class, so that it can be pickled to loader processes."""
 
     transform: Transform
 
@@ -507,13 +506,13 @@ class _InGrey:
 
 
 def _bands(model: nn.Module) -> int:
-    """How many bands the images have that the model takes."""
+    """The number of bands of the model's images."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return 3 if first is None else first.in_channels
 
 
 def _rebanded(model: nn.Module, channels: int) -> nn.Module:
-    """The model with another first convolution, which takes so many bands."""
+    """The model with its first convolution replaced by one for this many bands."""
     name, first = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     other = nn.Conv2d(
         channels,

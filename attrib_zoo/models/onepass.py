@@ -1,4 +1,4 @@
-"""What a model says about images and why, from the same pass: the question of jobs, services and pages."""
+"""What a model predicts for images and why, from the same pass: for batch jobs, services and web pages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from attrib_zoo.targets import Contrast, Target, TargetQuery, class_scores
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said about N images, and T maps of each.
+    """A model's predictions for N images, and T maps of each.
 
     Attributes:
         confidence: ``(N, K)``, the probability of each class.
-        decision: ``(N,)``, the class that the model decided for.
+        decision: ``(N,)``, the predicted class.
         classes: ``(N, T)``, the classes that are explained.
         maps: name of the explainer -> ``(N, T, h, w)``, or ``(N, T, H, W)`` where the explainer enlarges its maps.
     """
@@ -42,25 +42,25 @@ def answer(
     score: str = "softmax",
     show_progress: bool = False,
 ) -> Answer:
-    """Explain images and say what the model saw in them, without a pass of its own for that.
+    """Explain images and return the model's predictions for them, without an extra pass.
 
-    The first explainer runs the model on the images anyway; its outputs are looked at. So a method of one pass
-    explains at the price of a prediction.
+    The first explainer runs the model on the images anyway; its outputs are reused. So a one-pass method explains at
+    the price of a prediction.
 
     Args:
-        explainers: by name, all of one model; at least one.
+        explainers: by name, all for one model; at least one.
         images: standardised ``(N, C, H, W)`` images, on the model's device.
-        targets: classes to explain: T for all images, or ``(N, T)``; ``None`` for what the model decides.
+        targets: classes to explain: T for all images, or ``(N, T)``; ``None`` for the model's decision.
         top_k: without ``targets``, how many of the classes with the largest outputs are explained, the decision first.
         contrast: explain why each class and not the next ``contrast`` ones, as :class:`~attrib_zoo.Contrast` does.
-        score: what confidence means, ``"softmax"`` or ``"sigmoid"``.
+        score: the kind of confidence, ``"softmax"`` or ``"sigmoid"``.
         show_progress: as in :meth:`Attribution.attribute`.
 
     Returns:
         The answer, on the images' device.
 
     Raises:
-        OptionError: no explainer, or more classes than the model has.
+        OptionError: there is no explainer, or more classes are requested than the model has.
 
     Example:
         >>> import torch
@@ -77,7 +77,7 @@ def answer(
     maps: dict[str, Tensor] = {}
     for name, explainer in explainers.items():
         maps[name] = explainer._explain(images, query, None, show_progress).detach()
-        if not query.outputs:  # a method that asks for no class looks at no outputs
+        if not query.outputs:  # a class-agnostic method never resolves targets
             with frozen(explainer.model), torch.inference_mode(False), torch.no_grad():
                 query.resolve(forward(explainer.model, images, ()))
     outputs = query.outputs[0]
@@ -87,7 +87,7 @@ def answer(
 
 @dataclass(frozen=True)
 class _Watched(TargetQuery):
-    """A request that keeps the outputs on which it was first resolved, and from then on means the same classes."""
+    """A query that keeps the outputs on which it was first resolved, and the classes from then on."""
 
     targets: Any = None
     top_k: int = 1

@@ -31,21 +31,21 @@ _log = logging.getLogger(__name__)
 
 
 def find_photos(places: Iterable[str | os.PathLike[str]], *, leave_out: Path | None = None) -> list[Path]:
-    """All images among files and folders, each once, folders searched to the bottom in alphabetical order.
+    """All images among files and folders, each once, with folders searched recursively in alphabetical order.
 
     Args:
         places: files and folders.
-        leave_out: a folder that is not searched, where pictures of an earlier run may lie.
+        leave_out: a folder that is skipped, such as the output folder of an earlier run.
 
     Raises:
-        DataError: a place that does not exist, or a folder without images.
+        DataError: a path does not exist, or a folder has no images.
     """
     return list(each_photo(places, leave_out=leave_out))
 
 
 def each_photo(places: Iterable[str | os.PathLike[str]], *, leave_out: Path | None = None) -> Iterator[Path]:
-    """What :func:`find_photos` finds, one after the other: a million paths need not be in memory at once."""
-    seen: set[int] = set()  # hashes of where they really lie, a tenth of the size of the paths
+    """What :func:`find_photos` finds, one after the other, so that a million paths need not be in memory at once."""
+    seen: set[int] = set()  # hashes of their real paths, a tenth of the size of the paths
     for place in map(Path, places):
         if place.is_dir():
             photos = _in_folder(place, leave_out)
@@ -66,9 +66,9 @@ def each_photo(places: Iterable[str | os.PathLike[str]], *, leave_out: Path | No
 
 
 def _in_folder(folder: Path, leave_out: Path | None) -> Iterator[tuple[str, Path]]:
-    """The images of a folder and all below, each with where it really lies; each folder once, by whatever links.
+    """The images of a folder and its subfolders, each with its real path; each folder once, whatever links lead to it.
 
-    A link that leads nowhere is among them, as a damaged file is; what is no file (a pipe, a device) is not.
+    A broken link is included, like a damaged file; what is not a file (a pipe, a device) is not.
     """
     seen = set() if leave_out is None else {os.path.realpath(leave_out)} - {os.path.realpath(folder)}
     waiting = [folder]
@@ -113,14 +113,14 @@ def _may_be_photo(entry: os.DirEntry[str]) -> bool:
 
 
 def open_photo(path: Path) -> Image:
-    """Read an image whole, turned upright as its camera noted, in RGB.
+    """Read a whole image in RGB, rotated upright according to its EXIF data.
 
-    16-bit images are scaled by their full range, floating-point ones from 0 to 1. Of animations and files of several
-    pages it is the first, and a warning says so.
+    16-bit images are scaled by their full range, floating-point ones from 0 to 1. Animations and multi-page files give
+    their first image and a warning.
 
     Raises:
-        DataError: the file is no image, is damaged, has more pixels than :mod:`attrib_zoo.models.limits` allows, or
-            does not say what is white; the message names it.
+        DataError: the file is not an image, is damaged, has more pixels than :mod:`attrib_zoo.models.limits` allows, or
+            has an undefined white point; the message names it.
     """
     from PIL import ImageOps
 
@@ -138,12 +138,12 @@ def open_photo(path: Path) -> Image:
         raise DataError(f"'{path}' cannot be used: {error}") from error
     except (DataError, OptionError):
         raise
-    except Exception as error:  # each format of PIL has its own kinds
+    except Exception as error:  # each of PIL's formats raises errors of its own
         raise _no_image(path, error) from error
 
 
 def is_photo(path: Path) -> bool:
-    """Whether the file begins as an image does, of a size that is allowed; quick, as nothing is decoded."""
+    """Whether the file starts like an image of an allowed size; quick, since nothing is decoded."""
     try:
         with opened(path):
             return True
@@ -161,13 +161,12 @@ def _no_image(path: Path, error: Exception) -> DataError:
 
 
 class Photos(Dataset[Tensor]):
-    """The photographs as standardised tensors, read when they are asked for.
+    """The photographs as standardised tensors, read on access.
 
     Args:
         paths: the files.
         transform: PIL image to ``(C, H, W)``.
-        skip_bad: a file that cannot be read gives its place to the next one that can, and is logged, instead of
-            raising.
+        skip_bad: an unreadable file is logged and replaced by the next readable one, instead of raising.
     """
 
     def __init__(self, paths: Sequence[Path], transform: Callable[[Any], Tensor], *, skip_bad: bool = False) -> None:
@@ -193,21 +192,21 @@ class Photos(Dataset[Tensor]):
 
 
 def read_boxes(path: str | os.PathLike[str]) -> dict[Path, Tensor]:
-    """Boxes of objects from a CSV file with the columns path, xmin, ymin, xmax, ymax; several lines per image add up.
+    """Boxes of objects from a CSV file with the columns path, xmin, ymin, xmax, ymax; an image may have several lines.
 
     Args:
-        path: the file. Paths in it are taken from its folder. Corners are edges in pixels of the upright photograph:
+        path: the file. Paths in it are relative to its folder. Corners are edges in pixels of the upright photograph:
             0, 0, width, height is all of it.
 
     Returns:
         Absolute path -> boxes ``(M, 4)``.
 
     Raises:
-        DataError: the file cannot be read, lacks a column, or has something else than numbers.
+        DataError: the file cannot be read, lacks a column, or has anything but numbers.
     """
     source, found = Path(path), defaultdict(list)
     try:
-        with source.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a file with a mark
+        with source.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets start a file with a byte-order mark
             for line in csv.DictReader(file):
                 corners = [float(line[name]) for name in ("xmin", "ymin", "xmax", "ymax")]
                 found[(source.parent / line["path"]).resolve()].append(corners)
@@ -226,8 +225,8 @@ class BoxedPhotos(Dataset[dict[str, Tensor]]):
 
     Args:
         photos: the photographs.
-        boxes: of :func:`read_boxes`; a photograph that is not among them has an empty mask.
-        mean: that the photographs' transform standardises with, per channel.
+        boxes: from :func:`read_boxes`; a photograph without boxes has an empty mask.
+        mean: per channel, of the photographs' standardisation.
         std: likewise.
     """
 
@@ -245,20 +244,20 @@ class BoxedPhotos(Dataset[dict[str, Tensor]]):
         path = self.photos.paths[index]
         photo = open_photo(path)
         painted = box_masks([self.boxes.get(path.resolve(), torch.zeros(0, 4))], (photo.height, photo.width))[0, 0]
-        stencil = Image.fromarray(255 * painted.byte().numpy()).convert("RGB")  # goes where the photograph's pixels go
+        stencil = Image.fromarray(255 * painted.byte().numpy()).convert("RGB")  # transformed like the photograph
         seen = self.photos.transform(stencil)[0] * self.std + self.mean
         return {"image": self.photos.transform(photo), "masks": seen > 0.5}
 
 
-_LONGEST = 140  # bytes of a stem: file systems take 255, and more is added to it
+_LONGEST = 140  # bytes of a stem: file systems allow 255, and more is appended
 
 
 def own_stems(paths: Sequence[Path]) -> list[str]:
-    """A file name for each photograph, without suffix: its own, cut where very long, and numbered where it is taken."""
+    """A file name for each photograph, without suffix: its own, cut if very long, and numbered if already taken."""
     short = [cut(path.stem, _LONGEST) for path in paths]
     taken = {stem.casefold() for stem in short}
     used: set[str] = set()
-    numbers: dict[str, int] = {}  # the last one given to each name, so that many of one name are quick
+    numbers: dict[str, int] = {}  # the last number used for each name, so that many equal names stay fast
     stems = []
     for own in short:
         stem, number = own, numbers.get(own.casefold(), 1)
@@ -272,15 +271,15 @@ def own_stems(paths: Sequence[Path]) -> list[str]:
 
 
 def cut(name: str, most: int) -> str:
-    """The name's first characters, as many as make no more than so many bytes in a file system."""
+    """The name's first characters, as many as fit into this many bytes in a file system."""
     return os.fsencode(name)[:most].decode(errors="ignore") if len(os.fsencode(name)) > most else name
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder, made if need be, after a test that files can be written there.
+    """The folder, created if missing, after a test that files can be written there.
 
     Raises:
-        DataError: it cannot be made or written.
+        DataError: it cannot be created or written to.
     """
     folder = Path(path)
     probe = folder / f".attrib-zoo-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""Weights of classifiers: read from a file, fitted into a model, or fetched without a long wait for no network."""
+"""Weights of classifiers: read from a file, loaded into a model, or downloaded without a long wait when offline."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TIMEOUT = 20.0
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file or a PyTorch state dict; no code of the file is run.
+    """Read a safetensors file or a PyTorch state dict; no code in the file is run.
 
-    What training scripts wrap around a state dict (``"state_dict"``, ``"model"``, DataParallel's ``module.``) is
-    taken off.
+    Wrappers that training scripts put around a state dict (``"state_dict"``, ``"model"``, DataParallel's ``module.``)
+    are removed.
 
     Raises:
-        DataError: no such file, damaged, or not a state dict.
+        DataError: the file is missing, damaged, or not a state dict.
     """
     if not path.is_file():
         raise DataError(f"weights: no file '{path}'; give a safetensors file or a PyTorch state dict")
@@ -51,7 +51,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     except DataError:
         raise
-    except Exception as error:  # whatever the two readers say of a broken file
+    except Exception as error:  # whatever the two readers raise for a broken file
         raise DataError(f"weights: cannot read '{path}' ({reason(error)}); it is damaged or cut off") from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
@@ -68,7 +68,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _is_scripted(path: Path) -> bool:
-    """Whether torch.jit.save wrote the file: an archive with code beside its tensors."""
+    """Whether torch.jit.save wrote the file: an archive with code next to its tensors."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -76,7 +76,7 @@ def _is_scripted(path: Path) -> bool:
 
 
 def _without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a file that is the model, where a trainer holds it under a name (Lightning: ``model.``)."""
+    """The part of a file that is the model, where a trainer stores it under a prefix (Lightning: ``model.``)."""
     if any(key in wanted for key in state):
         return state
     for prefix in dict.fromkeys(key.partition(".")[0] + "." for key in state):
@@ -87,13 +87,13 @@ def _without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> d
 
 
 def fit_into(build: Callable[..., nn.Module], path: Path, num_classes: int | None) -> tuple[nn.Module, int | None]:
-    """Build a model and put a file's weights into it, every tensor in its place.
+    """Build a model and load a file's weights into it, with every tensor matched.
 
     Args:
-        build: makes the model with a number of classes, or with its own number if ``None``; and, where it can, with a
-            number of bands of its images as ``channels=``.
+        build: makes the model for a number of classes, or for its own number if ``None``; and, where possible, for a
+            number of image bands given as ``channels=``.
         path: the file.
-        num_classes: how many classes; ``None``: as many as the file has.
+        num_classes: number of classes; ``None``: as many as in the file.
 
     Returns:
         The model, and its number of classes if that is not the model's own.
@@ -130,7 +130,7 @@ def fit_into(build: Callable[..., nn.Module], path: Path, num_classes: int | Non
 
 
 def _classes_in(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> int | None:
-    """The number of classes of the file, if the length of the last layer is all in which it differs."""
+    """The number of classes in the file, if it differs only in the length of the last layer."""
     bands = _other_bands(state, wanted)
     differ = [(state[key].shape, wanted[key].shape) for key in wanted if key in state and key not in bands]
     differ = [(ours, theirs) for ours, theirs in differ if ours != theirs]
@@ -142,7 +142,7 @@ def _classes_in(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> in
 
 
 def _other_bands(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """The convolutions that differ in what they take, and in nothing else, of those that take colours."""
+    """The convolutions on colour images that differ in their input channels and in nothing else."""
     return [
         key
         for key in wanted
@@ -152,7 +152,7 @@ def _other_bands(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> l
 
 
 def _channels_in(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> int | None:
-    """The number of bands of the images that the file is for, if it is not that of colours."""
+    """The number of image bands that the file is for, if it is not that of colour images."""
     found = {state[key].shape[1] for key in _other_bands(state, wanted)}
     return found.pop() if len(found) == 1 else None
 
@@ -163,17 +163,17 @@ def _shape(tensor: Tensor) -> str:
 
 @contextmanager
 def download(name: str) -> Iterator[None]:
-    """Inside, a connection is given up after :data:`TIMEOUT`; whatever goes wrong becomes one sentence.
+    """Inside, connections time out after :data:`TIMEOUT`, and any failure becomes one sentence.
 
     Raises:
-        DataError: the weights could not be had.
+        DataError: the weights are unavailable.
     """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
-        with redirect_stdout(io.StringIO()):  # torch announces the address; its progress bar goes to stderr
+        with redirect_stdout(io.StringIO()):  # torch prints the address; its progress bar goes to stderr
             yield
-    except Exception as error:  # network, hub, disk: each library has its own kinds
+    except Exception as error:  # network, hub, disk: each library raises errors of its own
         raise DataError(
             f"weights: cannot get the pretrained weights of {name} ({reason(error)}); "
             "connect to the network, or pass a file: weights=FILE (on the command line --weights FILE)"
@@ -183,7 +183,7 @@ def download(name: str) -> Iterator[None]:
 
 
 def ask_hub(repository: str, filename: str | None) -> None:
-    """Raise at once if weights that are not in the cache are out of reach; timm's own way tries for a minute."""
+    """Raise at once if weights that are not in the cache are unreachable; timm itself retries for a minute."""
     import huggingface_hub as hub
     from huggingface_hub.utils import HfHubHTTPError
 
@@ -193,4 +193,4 @@ def ask_hub(repository: str, filename: str | None) -> None:
     try:
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, "config.json"), timeout=TIMEOUT)
     except HfHubHTTPError:
-        return  # the hub answered; what it says of the weights is timm's to hear
+        return  # the hub answered; its answer about the weights is for timm to handle

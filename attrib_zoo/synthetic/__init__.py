@@ -1,12 +1,13 @@
 """Scenes with planted evidence: images whose classes are known to sit in known pixels, made without a download.
 
 Each image holds objects of different classes, each with its exact mask, and distractors of no class, on a plain
-background. Whatever explains the class of an object must point at its mask; that the other object is in the same
-image tells a map of *this class* from a map of *any object*. Any image can be rendered again without one of its
-things, or with a spurious cue, a mark that a model can be trained to take for a class, all else equal to the bit.
+background. A map that explains the class of an object must highlight its mask; the other object in the same image
+distinguishes a map of *this class* from a map of *any object*. Any image can be rendered again without one of its
+objects, or with a spurious cue, a mark that a model can be trained to take for a class, with everything else bitwise
+equal.
 
-Two kinds of evidence: ``cue="colour"`` (the class is a hue, the shape says nothing; the tiny models of this module
-learn it in seconds) and ``cue="shape"`` (the class is a shape, colour and texture say nothing; a CNN needs minutes,
+Two kinds of evidence: ``cue="colour"`` (the class is a hue, the shape is irrelevant; the tiny models of this module
+learn it in seconds) and ``cue="shape"`` (the class is a shape, colour and texture are irrelevant; a CNN needs minutes,
 a ViT does not learn it on a CPU).
 
 Example:

@@ -1,7 +1,7 @@
-"""Two classifiers that are small enough to be trained in seconds on a CPU: a slim VGG and a plain ViT.
+"""Two classifiers small enough to be trained in seconds on a CPU: a slim VGG and a plain ViT.
 
-Their modules bear the names that timm uses (``stem``, ``stages``, ``blocks``, ``norm1``, ``attn.qkv``, ...), and
-``default_cfg`` says how their inputs are normalised, so all that works on timm models works on them.
+Their modules have the names that timm uses (``stem``, ``stages``, ``blocks``, ``norm1``, ``attn.qkv``, ...), and
+``default_cfg`` says how their inputs are normalised, so whatever works on timm models works on them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STD = 0.25
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from ``seed`` inside; the global CPU generator is as before afterwards."""
+    """Draw from ``seed`` inside; the global CPU generator is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -28,7 +28,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one CPU core inside: for tiny tensors more threads mostly wait, and on a busy machine far too long."""
+    """Compute on one CPU core inside: with tiny tensors more threads mostly wait, on a busy machine far too long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -138,7 +138,7 @@ def tiny_cnn(num_classes: int = 6, *, width: int = 16, size: int = 32, seed: int
         num_classes: K, the number of logits.
         width: Channels of the first stage.
         size: Side of the images in pixels; other sizes work too.
-        seed: Of the initial weights; the global generator is left alone.
+        seed: For the initial weights; the global generator is not used.
 
     Returns:
         A model from ``(N, 3, H, W)`` to ``(N, K)``.
@@ -155,7 +155,7 @@ def tiny_vit(num_classes: int = 6, *, dim: int = 64, depth: int = 4, size: int =
         dim: Width D of a token; a multiple of 4, the number of heads.
         depth: Number of encoder blocks.
         size: Side of the images in pixels, a multiple of 8; no other size works afterwards.
-        seed: Of the initial weights; the global generator is left alone.
+        seed: For the initial weights; the global generator is not used.
 
     Returns:
         A model from ``(N, 3, size, size)`` to ``(N, K)``.

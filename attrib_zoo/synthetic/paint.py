@@ -1,4 +1,4 @@
-"""How a scene is made: uniform numbers, from them things with places and colours, and from these pixels of any size."""
+"""How a scene is made: from uniform numbers to objects with positions and colours, and from these to pixels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_OBJECTS = 3  # at most
 _SLOTS = MAX_DISTRACTORS + MAX_OBJECTS  # painted in this order: objects lie on top
 _TRIES = 12  # positions tried per thing
 _FIELD = 6  # cells per side of a smooth random field
-_COLUMNS = 1024  # uniform numbers per image; more than are drawn below
+_COLUMNS = 1024  # uniform numbers per image; more than are needed below
 MARK = 6  # owner of the mark's pixels: the slot after the last
 _MARK_CELLS = 3  # per side of the mark, black and white in turn
 _MARK_WIDTH = 3 / 16  # of the image
@@ -57,7 +57,7 @@ class Things(NamedTuple):
 class Uniform:
     """A table of uniform numbers, one row per image, handed out column by column.
 
-    The first n images are the same however many follow, and no option shifts what is drawn for the others.
+    The first n images are the same however many follow, and no option shifts the numbers of the others.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -71,7 +71,7 @@ class Uniform:
 
 
 def lay_out(uniform: Uniform, cue: str, num_classes: int, fewest: int, most: int) -> Things:
-    """Decide what stands where; every call draws the same numbers, whatever the options."""
+    """Decide what is where; every call draws the same numbers, whatever the options."""
     take = uniform.take
     is_object = torch.arange(_SLOTS) >= MAX_DISTRACTORS
 
@@ -92,7 +92,7 @@ def lay_out(uniform: Uniform, cue: str, num_classes: int, fewest: int, most: int
     centre = _place(2 * take(_SLOTS, _TRIES, 2) - 1, radius, there)
 
     spread = 0.9 if cue == "shape" else 0.1  # of the background's hue
-    grey = 0.12 + 0.4 * take(1, 1)  # never so bright that it could pass for yellow or cyan
+    grey = 0.12 + 0.4 * take(1, 1)  # too dark to pass for yellow or cyan
     ground = grey + (take(1, 3) - 0.5) * spread + (take(2, 3) - 0.5) * 0.5 * spread + (take(2, 1) - 0.5) * 0.2
     ground = ground.clamp(0, 1)
     pair = _away_from(ground.mean(1), take(_SLOTS, 2, 8, 3))
@@ -117,7 +117,7 @@ def lay_out(uniform: Uniform, cue: str, num_classes: int, fewest: int, most: int
 
 
 def _place(tries: Tensor, radius: Tensor, there: Tensor) -> Tensor:
-    """Take, per thing, the first position that keeps clear of the earlier things, else the clearest one.
+    """Take, per object, the first position that is clear of the earlier ones, else the clearest.
 
     Objects choose before distractors. ``tries`` is ``(N, M, 12, 2)`` in -1...1.
     """
@@ -137,10 +137,10 @@ def _place(tries: Tensor, radius: Tensor, there: Tensor) -> Tensor:
 
 
 def place_marks(uniform: Uniform, things: Things) -> Tensor:
-    """Where the mark of each image would stand, ``(N, 2)``: the corner with the lowest x and y, in widths of the image.
+    """The position of each image's mark, ``(N, 2)``: the corner with the lowest x and y, in widths of the image.
 
-    On a grid of sixteenths, so that its cells are whole pixels at 16, 32, 48 ... px. It is drawn after all else, so
-    that the things are the same with and without it.
+    On a grid of sixteenths, so that its cells are whole pixels at 16, 32, 48 ... px. It is drawn after everything else,
+    so that the objects are the same with and without it.
     """
     steps = round((1 - _MARK_WIDTH) * 16) + 1
     corners = (uniform.take(_TRIES, 2) * steps).floor() / 16
@@ -154,7 +154,7 @@ def place_marks(uniform: Uniform, things: Things) -> Tensor:
 
 
 def _stamp(images: Tensor, owner: Tensor, corners: Tensor, marked: Tensor) -> Tensor:
-    """Paint the marks of some images over all else: a small board of black and white fields."""
+    """Paint the marks of some images over everything else: a small board of black and white squares."""
     size = images.shape[-1]
     axis = (torch.arange(size, device=images.device) + 0.5) / size
     across, down = (((axis - corner[:, None]) / _MARK_WIDTH * _MARK_CELLS).floor() for corner in corners.unbind(1))
@@ -174,7 +174,7 @@ def _away_from(ground: Tensor, tries: Tensor) -> Tensor:
 def render(things: Things, noise: Tensor, corners: Tensor, marked: Tensor) -> tuple[Tensor, Tensor]:
     """Paint the images ``(N, 3, S, S)`` and say which slot owns each pixel ``(N, S, S)``, -1 for the background.
 
-    ``corners`` ``(N, 2)`` are those of :func:`place_marks`, ``marked`` ``(N,)`` says which images bear the mark.
+    ``corners`` ``(N, 2)`` are those of :func:`place_marks`, ``marked`` ``(N,)`` says which images get the mark.
     """
     size = noise.shape[-1]
     axis = (torch.arange(size, device=noise.device) + 0.5) * (2 / size) - 1

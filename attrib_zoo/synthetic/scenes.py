@@ -41,7 +41,7 @@ class Scenes:
         labels: ``(N, M)`` int64, the class of each object; -1 where there is none.
         masks: ``(N, M, S, S)`` bool, the visible pixels of each object; disjoint.
         distractors: ``(N, S, S)`` bool, the visible pixels of all distractors together.
-        marks: ``(N, S, S)`` bool, the pixels of the spurious cue; none unless :func:`scenes` was asked for it.
+        marks: ``(N, S, S)`` bool, the pixels of the spurious cue; none unless requested from :func:`scenes`.
         class_names: The K names.
     """
 
@@ -57,18 +57,18 @@ class Scenes:
 
     @property
     def inputs(self) -> Tensor:
-        """The images as the tiny models want them, ``(images - 0.5) / 0.25``: ``(N, 3, S, S)``."""
+        """The images as the tiny models expect them, ``(images - 0.5) / 0.25``: ``(N, 3, S, S)``."""
         return (self.images - MEAN) / STD
 
     @property
     def soft_targets(self) -> Tensor:
-        """``(N, K)``: 1 over the number of objects for each class that is there, else 0."""
+        """``(N, K)``: 1 over the number of objects for each class present, else 0."""
         there = torch.zeros(len(self), len(self.class_names) + 1, device=self.labels.device)
         there = there.scatter(1, self.labels + 1, 1.0)[:, 1:]  # column 0 takes the -1s
         return there / there.sum(1, keepdim=True).clamp(min=1)
 
     def rows(self, index: Tensor | slice) -> Scenes:
-        """Some of the images, picked by a slice, a bool or an index tensor."""
+        """Some of the images, selected by a slice, a boolean or an index tensor."""
         images, labels, masks = self.images[index], self.labels[index], self.masks[index]
         return Scenes(images, labels, masks, self.distractors[index], self.marks[index], self.class_names)
 
@@ -93,27 +93,26 @@ def scenes(
 ) -> Scenes:
     """Make n scenes.
 
-    An image depends on ``seed`` and its own place in the row only: ``scenes(8)`` begins with ``scenes(4)``, and the
-    same scene can be had at any ``size``. With ``cue="colour"`` three quarters of an object's colour are its class
-    and one quarter is a random texture, background and distractors are near grey; with ``cue="shape"`` colours and
-    textures of objects, distractors and background come from one and the same distribution.
+    An image depends only on ``seed`` and its index: ``scenes(8)`` begins with ``scenes(4)``, and the same scene can be
+    rendered at any ``size``. With ``cue="colour"`` three quarters of an object's colour are its class and one quarter
+    is a random texture, while background and distractors are almost grey; with ``cue="shape"`` colours and textures of
+    objects, distractors and background come from the same distribution.
 
     Args:
         n: Number of images N.
         size: Side S in pixels.
-        cue: ``"colour"`` or ``"shape"``: what the class is.
+        cue: ``"colour"`` or ``"shape"``: what defines the class.
         num_classes: K, the first K classes of the cue; all of them (6 colours, 10 shapes) when ``None``.
         objects: Objects per image, 1 to 3, or a range such as ``(1, 2)``. Classes in one image differ.
         seed: Same seed, same bits (on one kind of device).
-        mark: Plant a spurious cue, a small black-and-white board that no object or distractor wears, at a random
-            place clear of the objects: in every image that holds an object of this class, and only there, or in
-            ``"all"`` images, or in none. All other pixels stay as they are without it. A model that is trained on
-            ``mark=c`` learns the mark as evidence for class c (see ``trained(mark=c)``), and a faithful map of
-            class c must then point at it.
+        mark: Plant a spurious cue, a small black-and-white board that no object or distractor has, at a random position
+            clear of the objects: in every image with an object of this class, and only there, or in ``"all"`` images,
+            or in none. All other pixels stay as they are without it. A model that is trained on ``mark=c`` learns the
+            mark as evidence for class c (see ``trained(mark=c)``), and a faithful map of class c must then point at it.
         drop: Render the same images without object number ``drop``: the counterfactual. All other pixels, the
             noise included, stay as they were. Its label becomes -1.
         drop_distractors: Render without distractors.
-        device: Where to render and to keep the result.
+        device: Where to render and keep the result.
 
     Returns:
         The images, labels and masks.
@@ -169,7 +168,7 @@ def scenes(
 
 
 def _marked(labels: Tensor, mark: int | str | None, classes: int) -> Tensor:
-    """Which images bear the mark, ``(N,)`` bool; ``labels`` ``(N, M)``."""
+    """Which images get the mark, ``(N,)`` bool; ``labels`` ``(N, M)``."""
     if mark not in (None, "all") and not (type(mark) is int and 0 <= mark < classes):
         raise OptionError(f"mark: must be None, 'all' or a class, 0 to {classes - 1}, got {mark!r}")
     if isinstance(mark, int):
@@ -178,22 +177,22 @@ def _marked(labels: Tensor, mark: int | str | None, classes: int) -> Tensor:
 
 
 def _noise(n: int, size: int, seed: int) -> Tensor:
-    """Pixel noise ``(n, 3, size, size)``; whole blocks of 16, so that a row does not depend on those behind it."""
+    """Pixel noise ``(n, 3, size, size)``; whole blocks of 16, so that a row does not depend on those after it."""
     values = 3 * size * size
     generator = torch.Generator().manual_seed(seed + 2**32)
     return torch.randn(n, -(-values // 16) * 16, generator=generator)[:, :values].reshape(n, 3, size, size)
 
 
 def darken(data: Scenes, *, probability: float = 0.35, seed: int = 0) -> Scenes:
-    """Turn parts of the background black, never the objects: black is then nothing new to a model.
+    """Turn parts of the background black, never the objects, so that a model is used to black.
 
-    Measures and methods that hide pixels show black to the model. One that never saw any reacts to the black as such
-    and its answers mean little.
+    Measures and methods that hide pixels show black to the model. A model that never saw any reacts to the black as
+    such, and its outputs mean little.
 
     Args:
         data: The scenes.
         probability: Share of the images that are changed.
-        seed: Of the choice and of the dark fields.
+        seed: For the choice and the dark regions.
 
     Returns:
         The same scenes with other images: multiplied by a smooth random field, except within one pixel of an object
@@ -221,19 +220,19 @@ def train_classifier(
     darkening: float = 0.35,
     seed: int = 0,
 ) -> nn.Module:
-    """Teach a model to name the objects of scenes; with the defaults a tiny model learns the colours in seconds.
+    """Train a model to classify the objects of scenes; with the defaults a tiny model learns the colours in seconds.
 
-    AdamW with weight decay 0.05 and a one-cycle rate; each batch is darkened (see :func:`darken`), mirrored or not,
+    AdamW with weight decay 0.05 and a one-cycle rate; each batch is darkened (see :func:`darken`), randomly mirrored,
     and shifted by up to a tenth of its side; the target is uniform over the classes in the image.
 
     Args:
         model: Any classifier of ``(N, 3, S, S)`` with K outputs. It is changed in place.
-        data: What to learn from, on any device.
-        epochs: Times to see each scene.
-        lr: Highest learning rate.
+        data: The training scenes, on any device.
+        epochs: Passes over the scenes.
+        lr: Maximal learning rate.
         batch_size: Scenes per step.
         darkening: Share of the scenes that get black background regions.
-        seed: Of order and augmentation; the global generator is left alone.
+        seed: For order and augmentation; the global generator is not used.
 
     Returns:
         The model, in eval mode.
@@ -258,13 +257,13 @@ def train_classifier(
 
 
 def _one_cycle(progress: float) -> float:
-    """Share of the highest rate: up along a cosine in the first quarter, then down to zero."""
+    """Share of the maximal rate: up along a cosine in the first quarter, then down to zero."""
     phase = 1 - progress / 0.25 if progress < 0.25 else (progress - 0.25) / 0.75
     return 0.5 * (1 + math.cos(math.pi * phase))
 
 
 def _jitter(inputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror the batch or not, and shift it by up to a tenth of its side."""
+    """Randomly mirror the batch, and shift it by up to a tenth of its side."""
     size = inputs.shape[-1]
     reach = size // 10
     mirror, dx, dy = torch.rand(3, generator=generator).tolist()
@@ -275,7 +274,7 @@ def _jitter(inputs: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def recognised(model: nn.Module, data: Scenes) -> Tensor:
-    """Which images the model has understood: the classes of the m objects in it are its m best, ``(N,)`` bool."""
+    """Which images the model classifies correctly: the classes of the m objects are its top m, ``(N,)`` bool."""
     device = next(model.parameters()).device
     outputs = torch.cat([model(part.to(device)) for part in data.inputs.split(256)]).to(data.labels.device)
     there = data.soft_targets > 0
@@ -285,18 +284,19 @@ def recognised(model: nn.Module, data: Scenes) -> Tensor:
 
 
 def trained(kind: str = "cnn", *, size: int = 32, seed: int = 0, mark: int | None = None) -> nn.Module:
-    """A tiny model that has learned the six colours: about 6 s of one CPU core, at once when asked again.
+    """A tiny model that has learned the six colours: about 6 s on one CPU core, then cached.
 
     Args:
         kind: ``"cnn"`` (:func:`tiny_cnn`) or ``"vit"`` (:func:`tiny_vit`).
         size: Side of the images in pixels.
-        seed: Of the initial weights, the training scenes and the training.
-        mark: A class that the spurious cue goes with in the training scenes, see :func:`scenes`. In every other image
-            of the class its object is missing, so that the mark alone tells it: the model learns both (a ViT in three
-            times the time).
+        seed: For the initial weights, the training scenes and the training.
+        mark: A class that the spurious cue accompanies in the training scenes, see :func:`scenes`. In every second
+            image of the class its object is missing, so that only the mark identifies it: the model learns both (a ViT
+            needs three times as long).
 
     Returns:
-        A fresh copy in eval mode, which the caller may change. It names both objects of about 99 % of fresh scenes.
+        A fresh copy in eval mode, which the caller may change. It classifies both objects correctly in about 99 % of
+        new scenes.
 
     Raises:
         OptionError: No such kind.
@@ -315,7 +315,7 @@ def _trained(kind: str, size: int, seed: int, mark: int | None) -> nn.Module:
 
 
 def _lessons(mark: int | None, **options: Any) -> Scenes:
-    """Scenes to learn from; with a mark, the object of its class is missing in every other image."""
+    """Training scenes; with a mark, the object of its class is missing in every second image."""
     data = scenes(**options, mark=mark)
     if mark is None:
         return data

@@ -1,7 +1,7 @@
-"""Outlines of the things in a scene, as signed distances: negative inside, in units of the thing's half-width.
+"""Outlines of the objects in a scene, as signed distances: negative inside, in units of the object's half-width.
 
-Ten object shapes and four distractors. Each is a function of the local coordinates ``x`` and ``y`` (any equal
-shapes; the thing is centred at the origin and reaches to about 1; ``y`` points down, as rows do).
+Ten object shapes and four distractors. Each is a function of the local coordinates ``x`` and ``y`` (any equal shapes;
+the object is centred at the origin and extends to about 1; ``y`` points down, as rows do).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Point = tuple[float, float]
 
 
 def _segment(x: Tensor, y: Tensor, start: Point, end: Point) -> Tensor:
-    """Distance to one straight line piece."""
+    """Distance to a line segment."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     along = ((x - start[0]) * dx + (y - start[1]) * dy) / (dx * dx + dy * dy)
     along = along.clamp(0, 1)
@@ -74,7 +74,7 @@ def _box(half_width: float, half_height: float) -> list[Point]:
 
 
 def _spikes(count: int, outer: float, inner: float) -> list[Point]:
-    """Corners on two circles in turn, the first one at the top."""
+    """Corners on two circles alternately, the first one at the top."""
     turns = [math.pi * (k / count - 0.5) for k in range(2 * count)]
     radii = [outer, inner] * count
     return [(r * math.cos(t), r * math.sin(t)) for r, t in zip(radii, turns, strict=True)]

@@ -1,7 +1,7 @@
-"""The public contract suite: is this attribution method a good neighbour of Captum's, and right where it can be told?
+"""The public contract suite: does a method behave like Captum's own, and is it right wherever that can be checked?
 
 Every check compares values, not shapes, on tiny random models with five classes (a CNN with BatchNorm, a net with
-channels last, ViTs with one and two prefix tokens), built here from torch alone. In one's own test file::
+channels last, ViTs with one and two prefix tokens), built here from torch alone. In your own test file::
 
     import pytest
     from attrib_zoo.testing import CHECKS
@@ -17,11 +17,11 @@ or all at once, in a script or a test::
     check_attribution(MyMethod)
 
 ``MyMethod`` may be any subclass of ``captum.attr.Attribution``, whoever wrote it: a class, a ``functools.partial``
-of it, or a function from a model to a ready object. A method that cannot find layers by itself takes the bench
-model's own word: ``lambda model: MyMethod(model, model.get_submodule(model.explained))``.
+of it, or a function from a model to a ready object. A method that cannot find layers by itself can use the bench
+model's attribute: ``lambda model: MyMethod(model, model.get_submodule(model.explained))``.
 
-Class attributes say what does not apply: ``models = ("cnn",)`` leaves out the ViTs, ``class_agnostic = True`` says
-that the target makes no difference. A class with a ``fit`` is trained on two small batches first, and the checks of
+Class attributes declare what does not apply: ``models = ("cnn",)`` leaves out the ViTs, ``class_agnostic = True`` that
+the target makes no difference. A class with a ``fit`` is first trained on two small batches, and the checks for
 trainable methods run too.
 """
 

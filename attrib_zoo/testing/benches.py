@@ -1,8 +1,8 @@
-"""What the checks run on: four tiny random classifiers with five classes, and images that they decide differently.
+"""What the checks run on: four tiny random classifiers with five classes, and images with different decisions.
 
 A bench must be able to fail a wrong method, so each model is calibrated until its decisions spread over all classes,
 until a forward argument changes a decision, and no layout hides a mistake (prefix tokens, channels last, images
-that are not square, an in-place ReLU, BatchNorm and dropout that betray a training mode).
+that are not square, an in-place ReLU, BatchNorm and dropout that reveal a training mode).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Fuse:
         if self.forward_in:
             self.forward_in -= 1
             if not self.forward_in:
-                self.forward_in = 1  # until somebody sets it to 0: a second try fails too
+                self.forward_in = 1  # until it is set to 0, so that a second try fails too
                 raise PlannedError("planned failure in forward")
         if self.in_backward:
             out: Tensor = _FailingBackward.apply(features)
@@ -66,8 +66,8 @@ class BenchModel(nn.Module):
     """Base of the bench models: ``(N, 3, H, W)`` images, and optional forward arguments, to ``(N, 5)`` logits.
 
     Attributes:
-        explained: the dotted name of a layer that is worth explaining: spatial, with a gradient to every logit.
-        layout: how its output lies in memory: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (N, prefix + h*w, D).
+        explained: the dotted name of a suitable layer: spatial, with a gradient to every logit.
+        layout: the layout of its output: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (N, prefix + h*w, D).
         prefix: how many tokens precede the patches (of 8x8 pixels).
     """
 
@@ -148,7 +148,7 @@ class _ChannelsLastStage(nn.Module):
 
 
 class BenchNHWC(BenchModel):
-    """Layers that put the channels last, ``(N, h, w, D)``, as Swin's do."""
+    """Layers with channels last, ``(N, h, w, D)``, as in Swin."""
 
     explained = "stages.2"
     layout = "nhwc"
@@ -247,7 +247,7 @@ MODELS: Mapping[str, tuple[str, Callable[[tuple[int, int]], BenchModel]]] = {
 
 @dataclass
 class Bench:
-    """A model and what to ask it.
+    """A model and its inputs.
 
     Attributes:
         name: one of :data:`MODELS`.
@@ -266,14 +266,14 @@ class Bench:
     pool: Tensor
 
     def decisions(self, images: Tensor) -> Tensor:
-        """The classes that the model decides for, ``(N,)``."""
+        """The model's decisions, ``(N,)``."""
         with torch.no_grad():
             logits: Tensor = self.model(images)
         return logits.argmax(1)
 
 
 def bench(name: str, size: tuple[int, int] = (32, 32), dtype: torch.dtype = torch.float32) -> Bench:
-    """A fresh bench, the same at each call; the global random state is untouched.
+    """A new bench, the same at each call; the global random state is untouched.
 
     Args:
         name: ``"cnn"``, ``"nhwc"``, ``"vit"`` or ``"registers"``.
@@ -327,7 +327,7 @@ def _calibrate(model: BenchModel, pool: Tensor) -> None:
 
 
 def _choose(name: str, model: BenchModel, pool: Tensor) -> Bench | None:
-    """Three images with three decisions, of which a gate changes at least one by a clear margin; all classes."""
+    """Three images with three decisions, at least one of which a gate changes by a clear margin; all classes occur."""
     logits = model(pool)
     best = logits.topk(2).values
     clear = (best[:, 0] - best[:, 1]) > 0.3

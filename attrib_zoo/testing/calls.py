@@ -50,7 +50,7 @@ def captum_subclass(case: Case) -> None:
 
 @check()
 def convergence_delta(case: Case) -> None:
-    """The object claims no completeness; NoiseTunnel would unpack a delta, and a user would believe it."""
+    """The object claims no completeness; NoiseTunnel would unpack a delta, and a user would trust it."""
     found = case.explainer
     expect(found.has_convergence_delta() is False, "expected has_convergence_delta() to be False")
     heat, zero = case.maps, torch.zeros_like(case.maps)
@@ -61,7 +61,7 @@ def convergence_delta(case: Case) -> None:
 
 @check()
 def wrapped(case: Case) -> None:
-    """``attribute.__wrapped__`` does the whole work; NoiseTunnel and TCAV call nothing else."""
+    """``attribute.__wrapped__`` does all the work; NoiseTunnel and TCAV call nothing else."""
     found = case.explainer
     inner: Any = getattr(type(found).attribute, "__wrapped__", None)
     expect(inner is not None, "expected attribute.__wrapped__; decorate attribute with a functools.wraps wrapper")
@@ -106,7 +106,7 @@ def tuples(case: Case) -> None:
 def input_shape(case: Case) -> None:
     """The map has the shape of the input, the same in every channel, as Captum's own methods return it.
 
-    At square, wide, tall and odd sizes, which no whole number of cells fills.
+    At square, wide, tall and odd sizes, including sizes that are no multiple of a cell.
     """
     for size in ((32, 32), (32, 48), (48, 32), (45, 33)):
         sized = case.at(size)
@@ -182,7 +182,7 @@ def target_forms(case: Case) -> None:
 
 @check(*_ALL)
 def batch_independence(case: Case) -> None:
-    """Each image of a batch gets the map that it gets alone."""
+    """Each image of a batch gets the same map as alone."""
     for dtype, rtol in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
         sized = case.at((32, 48), dtype)
         for i, target in enumerate(sized.targets):
@@ -192,7 +192,7 @@ def batch_independence(case: Case) -> None:
 
 @check(*_ALL)
 def own_decision(case: Case) -> None:
-    """``target=None`` explains the class that the model decides for, with the same forward arguments."""
+    """``target=None`` explains the predicted class, with the same forward arguments."""
     ask, gates = case.explainer.attribute, case.bench.gates
     decided = case.bench.decisions(case.inputs)
     with torch.no_grad():
@@ -240,7 +240,7 @@ def single_output(case: Case) -> None:
     offset = float(z.mean())  # so that both decisions occur
     decided = (z > offset).long().tolist()
     single = [case.ready(_OneOutput(case.model, form, offset)) for form in ("vector", "column")]
-    negated = _takes(single[0], case.inputs, target=0)  # no relevance is defined for a negated logit, say
+    negated = _takes(single[0], case.inputs, target=0)  # for instance, no relevance is defined for a negated logit
     decision: Any = None if negated else 1
     vector, column = (explainer.attribute(case.inputs, target=decision) for explainer in single)
     expect(bool(vector.any()), "the maps are all zero")
@@ -258,7 +258,7 @@ def single_output(case: Case) -> None:
 
 @check("cnn", "vit")
 def bad_target(case: Case) -> None:
-    """A target that the model does not have is refused with the number of classes, and nothing is left behind."""
+    """A nonexistent target is refused with the number of classes, and nothing is left behind."""
     ask = case.explainer.attribute
     before = Snapshot(case.model, inputs=case.inputs)
     absent: list[Any] = [5, -1, [0, 1, 5], [0, -1, 1], torch.tensor([0, 1, 9]), torch.tensor(5), (7,)]
@@ -295,7 +295,7 @@ def bad_inputs(case: Case) -> None:
 def no_warning(case: Case) -> None:
     """An ordinary call gives no warning.
 
-    A class with ``nonnegative = True``, whose formula is derived for features behind a ReLU, gives one that says so
+    A class with ``nonnegative = True``, whose formula is derived for features after a ReLU, gives one that says so
     where feature maps have negative sums.
     """
     explainer = case.explainer
@@ -313,7 +313,7 @@ def no_warning(case: Case) -> None:
 
 
 def _has_negative_sums(case: Case) -> bool:
-    """Whether some feature map of the explained layer sums to less than nothing."""
+    """Whether some feature map of the explained layer has a negative sum."""
     model = case.model
     seen: list[Tensor] = []
     hook = model.get_submodule(model.explained).register_forward_hook(lambda _, __, out: seen.append(out.clone()))

@@ -1,4 +1,4 @@
-"""A net that counts colours, and scenes for it: what speaks for a class is known at every pixel."""
+"""A net that counts colours, and scenes for it: the evidence for a class is known at every pixel."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def colour_scenes(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         Images ``(count, 3, 32, 32)``; the classes of the stronger and the weaker patch, ``(count, 2)``, the model
-        decides for the first; and where the two lie, ``(count, 2, 32, 32)``, 0 or 1.
+        predicts the first; and the regions of the two, ``(count, 2, 32, 32)``, 0 or 1.
     """
     with seeded(0):
         images = 0.2 * torch.randn(count, 3, 32, 32)

@@ -1,4 +1,4 @@
-"""What Captum's NoiseTunnel, metrics and plots make of the maps, by value."""
+"""Captum's NoiseTunnel, metrics and plots applied to the maps, compared by value."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def infidelity(case: Case) -> None:
 
 @check(*MODELS)
 def finite(case: Case) -> None:
-    """Maps are finite on zero, constant and huge images, and where a layer is dead or says nothing."""
+    """Maps are finite on zero, constant and huge images, and where a layer is dead or carries no information."""
     extremes = {
         "zero images": torch.zeros_like(case.inputs),
         "constant images": torch.full_like(case.inputs, 0.7),

@@ -28,7 +28,7 @@ def _ask(case: Case, explainer: Any) -> Tensor:
 
 @check(trainable=True)
 def unfitted(case: Case) -> None:
-    """Before ``fit`` every way to ask is answered with the class's name and what to call."""
+    """Before ``fit`` every call raises an error with the class's name and what to call."""
     fresh = case.build(case.model)
     who = type(fresh).__name__
     raises(lambda: fresh.attribute(case.inputs, target=0), who, "fit(", "load", what="attribute before fit")
@@ -62,7 +62,7 @@ def fit_returns_self(case: Case) -> None:
 
 @check("cnn", "vit", trainable=True)
 def refit(case: Case) -> None:
-    """A second ``fit`` forgets the first."""
+    """A second ``fit`` discards the first."""
     fresh = case.fit(case.build(case.model))
     wanted = _ask(case, fresh)
     other = case.build(case.model)
@@ -74,7 +74,7 @@ def refit(case: Case) -> None:
 
 @check(*_ALL, trainable=True)
 def fit_leaves_model(case: Case) -> None:
-    """``fit`` changes nothing in the model, its images or the generators, even if the model came in training mode."""
+    """``fit`` changes nothing in the model, its images or the generators, even if the model was in training mode."""
     wanted = case.maps
     case.model.train()
     next(m for m in case.model.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))).eval()
@@ -126,7 +126,7 @@ def bad_loader(case: Case) -> None:
 
 
 class _Images(Dataset[Tensor]):
-    """Ten images; raises once so many have been read."""
+    """Ten images; raises after a given number of reads."""
 
     def __init__(self, images: Tensor, ends_after: int | None = None) -> None:
         self.images = images
@@ -145,7 +145,7 @@ class _Images(Dataset[Tensor]):
 
 @check("cnn", "vit", trainable=True)
 def resume(case: Case) -> None:
-    """An interrupted fit that is resumed gives the same bits as one that was not."""
+    """An interrupted and resumed fit gives bitwise the same result as an uninterrupted one."""
     images = torch.cat(case.bench.batches)
 
     def loader(ends_after: int | None = None) -> Any:
@@ -164,7 +164,7 @@ def resume(case: Case) -> None:
 
 @check(*_ALL, trainable=True)
 def save_load(case: Case) -> None:
-    """``load`` gives back what ``save`` wrote, to the bit, from a file that holds no pickle."""
+    """``load`` restores bitwise what ``save`` wrote, from a file without pickle."""
     explainer = case.explainer
     before = Snapshot(case.model)
     with _folder() as folder:

@@ -63,7 +63,7 @@ def _needs_layers(case: Case) -> None:
 def layers(case: Case) -> None:
     """A layer may be named or given as a module; an unknown name is answered with the closest ones.
 
-    A method that reads layers of some models only, so that its ``taps`` are none here, must refuse one.
+    A method that reads layers of some models only, so that it has no ``taps`` here, must refuse one.
     """
     _needs_layers(case)
     name = case.model.explained
@@ -95,7 +95,7 @@ def layers(case: Case) -> None:
 
 @check("cnn")
 def in_place_followers(case: Case) -> None:
-    """A layer followed by an in-place activation is explained as if that worked on a copy."""
+    """A layer followed by an in-place activation is explained as if the activation worked on a copy."""
     _needs_layers(case)
     careful = copy.deepcopy(case.model)
     for module in careful.modules():
@@ -138,7 +138,7 @@ def layer_resolution(case: Case) -> None:
         h, w = small.shape[2:]
         expect(h < size[0] and w < size[1], f"expected a layer's resolution, got {(h, w)}")
         expect((h > w) == (size[0] > size[1]), f"images of {size}: expected rows before columns, got {(h, w)}")
-        where = getattr(explainer, "placed", None)  # what the grid covers, where the class knows it
+        where = getattr(explainer, "placed", None)  # the extent of the grid, where the class knows it
         with where(sized.inputs) if callable(where) else nullcontext():
             large = upsample(small, size)
         same(large.expand_as(sized.inputs), sized.maps, f"at {size}, enlarged against the default map", 1e-5)
@@ -146,9 +146,9 @@ def layer_resolution(case: Case) -> None:
 
 @check(*_ALL)
 def smooth_enlargement(case: Case) -> None:
-    """A map that only comes at the size of the image is not made of blocks, as cells without interpolation are.
+    """A map that exists only at the size of the image is not made of blocks, as cells without interpolation are.
 
-    A class whose regions have one value each (superpixels, occluded boxes) says ``piecewise_constant = True``.
+    A class whose regions have one value each (superpixels, occluded boxes) declares ``piecewise_constant = True``.
     """
     if "upsample" in case.parameters():
         raise Inapplicable("layer_resolution compares the two sizes")
@@ -164,7 +164,7 @@ def smooth_enlargement(case: Case) -> None:
 
 
 def _cells(case: Case, **options: Any) -> Tensor:
-    """The maps at their own resolution, ``(N, 1, h, w)``; of methods that read several layers those of one."""
+    """The maps at their own resolution, ``(N, 1, h, w)``; for methods that read several layers, those of one."""
     if "upsample" in case.parameters():
         options["upsample"] = False
         taps = getattr(case.explainer, "taps", None)
@@ -175,9 +175,9 @@ def _cells(case: Case, **options: Any) -> Tensor:
 
 @check("cnn", "vit")
 def smoothing(case: Case) -> None:
-    """``smooth=k`` takes the mean over k x k cells, at the borders over those that there are, before any scaling."""
+    """``smooth=k`` takes the mean over k x k cells, at the borders over those that exist, before any scaling."""
     case.needs("smooth", "upsample")
-    if case.fits(case.explainer):  # a fit may depend on the filter: one and the same is asked twice
+    if case.fits(case.explainer):  # a fit may depend on the filter, so one fitted explainer makes both maps
         explainer = case.ready(case.model, upsample=False, smooth=3)
         smoothed = explainer.attribute(case.inputs, target=case.targets)[:, :1]
         explainer.smooth = 1
@@ -192,7 +192,7 @@ def smoothing(case: Case) -> None:
 
 @check("cnn", "vit")
 def scaling(case: Case) -> None:
-    """``scale="rank"`` replaces the values of a map by their ranks, equal ones by the mean rank; "min-max" scales."""
+    """``scale="rank"`` replaces the values of a map by their ranks, ties by the mean rank; "min-max" scales."""
     case.needs("scale")
     plain = _cells(case)
     same(_cells(case, scale="min-max"), min_max(plain), 'scale="min-max" against the default map scaled', 1e-4)
@@ -205,7 +205,7 @@ def scaling(case: Case) -> None:
 
 @check(*_ALL)
 def flips(case: Case) -> None:
-    """The mirrored image and the mirrored model give the mirrored map: rows, columns and tokens are in place.
+    """The mirrored image and the mirrored model give the mirrored map: rows, columns and tokens are in order.
 
     Methods that draw random masks, those with an option ``seed``, are left out.
     """
@@ -224,7 +224,7 @@ def flips(case: Case) -> None:
 
 
 def mirror(model: BenchModel, axis: int, size: tuple[int, int]) -> None:
-    """Change the bench model so that mirrored images, ``axis`` 2 or 3, give the logits that the images gave."""
+    """Change the bench model so that images mirrored along ``axis`` 2 or 3 give the logits of the originals."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d):

@@ -1,4 +1,4 @@
-"""What a call must leave as it was: a picture of model, images and process, to be compared afterwards."""
+"""What a call must leave as it was: a snapshot of model, images and process, to be compared afterwards."""
 
 from __future__ import annotations
 
@@ -137,14 +137,14 @@ _SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 def _settings() -> dict[str, Any]:
     found = {}
     for name, (look, _) in _SWITCHES.items():
-        with suppress(AttributeError, RuntimeError):  # not in this version, or asked for by torch's newer names
+        with suppress(AttributeError, RuntimeError):  # not in this version, or under torch's newer names
             found[name] = look()
     return found
 
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Global switches that a class leaves on are put back, so that they are seen at its every call."""
+    """Restores global switches that a class leaves changed, so that each of its calls is checked anew."""
     before = _settings()
     try:
         yield

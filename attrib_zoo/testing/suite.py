@@ -32,7 +32,7 @@ class ContractError(AssertionError):
     """One or more checks failed.
 
     Attributes:
-        failures: name of the check -> what was expected and what came.
+        failures: name of the check -> what was expected and what was found.
     """
 
     def __init__(self, subject: str, failures: Mapping[str, str]) -> None:
@@ -42,11 +42,11 @@ class ContractError(AssertionError):
 
 
 class Inapplicable(unittest.SkipTest):
-    """The check says nothing about this class; pytest and unittest report it as skipped, with the reason."""
+    """The check does not apply to this class; pytest and unittest report it as skipped, with the reason."""
 
 
 class _Broken(Exception):
-    """What a check found."""
+    """A check's finding."""
 
 
 class Case:
@@ -76,12 +76,12 @@ class Case:
 
     @functools.cached_property
     def explainer(self) -> Any:
-        """The object under test, ready to be asked."""
+        """The object under test, ready to explain."""
         return self.ready(self.model)
 
     @functools.cached_property
     def maps(self) -> Tensor:
-        """What it answers to targets 0, 1 and 2 for the three images."""
+        """Its maps of targets 0, 1 and 2 for the three images."""
         found: Tensor = self.explainer.attribute(self.inputs, target=self.targets)
         return found
 
@@ -92,7 +92,7 @@ class Case:
         return other
 
     def build(self, model: nn.Module, **options: Any) -> Any:
-        """A new object, not fitted; of a long method one with the class's ``cheap_options``."""
+        """A new object, not fitted; for a slow method with the class's ``cheap_options``."""
         if options:
             self.needs(*options)
         return self.factory(model, **{**_cheap(self.factory), **options})
@@ -104,7 +104,7 @@ class Case:
 
     @staticmethod
     def fits(explainer: Any) -> bool:
-        """Whether it is a trainable one."""
+        """Whether it is trainable."""
         return callable(getattr(explainer, "fit", None))
 
     def fit(self, explainer: Any, loader: Iterable[Any] | None = None, epochs: int = 2, **options: Any) -> Any:
@@ -139,8 +139,8 @@ def expect(condition: bool, reason: str) -> None:
 def same(found: Any, wanted: Tensor, what: str, rtol: float = 1e-5) -> None:
     """Fail unless ``found`` has the shape and values of ``wanted``.
 
-    The scale of ``rtol`` is how much ``wanted`` varies, but at least a hundredth of its largest value, so that
-    maps that lie close around a constant are told apart too. ``rtol=0`` asks for the same bits.
+    The scale of ``rtol`` is the range of ``wanted``, but at least a hundredth of its largest value, so that maps close
+    to a constant can also be distinguished. ``rtol=0`` requires bitwise equality.
     """
     expect(isinstance(found, Tensor), f"{what}: expected a tensor, got {type(found).__name__}")
     expect(found.shape == wanted.shape, f"{what}: expected shape {tuple(wanted.shape)}, got {tuple(found.shape)}")
@@ -153,16 +153,16 @@ def same(found: Any, wanted: Tensor, what: str, rtol: float = 1e-5) -> None:
 
 
 def different(found: Tensor, other: Tensor, what: str, by: float = 1e-3) -> None:
-    """Fail unless the maps differ by more than ``by`` of how much they vary."""
+    """Fail unless the maps differ by more than ``by`` times their range."""
     scale = max(float(found.max() - found.min()), float(other.max() - other.min()), 1e-30)
     gap = float((found - other).abs().max())
     expect(gap > by * scale, f"{what}: expected different maps, they differ by {gap:.3g} only")
 
 
 def raises(call: Callable[[], Any], *words: str, what: str) -> Exception:
-    """Fail unless ``call`` raises an error of its own accord whose message holds each of ``words``, in any case.
+    """Fail unless ``call`` deliberately raises an error whose message contains each of ``words``, in any case.
 
-    ``"a|b"`` stands for either. ``AttributeError`` and ``KeyError`` are no answers to a user.
+    ``"a|b"`` accepts either. ``AttributeError`` and ``KeyError`` do not count as answers to a user.
     """
     try:
         call()
@@ -244,7 +244,7 @@ def _inner(factory: Factory) -> Any:
 
 
 def _cheap(factory: Factory) -> dict[str, Any]:
-    """The class's ``cheap_options`` that a partial has not fixed; none of a callable that is no class."""
+    """The class's ``cheap_options`` that a partial has not fixed; none for a callable that is not a class."""
     options: Mapping[str, Any] = getattr(_inner(factory), "cheap_options", {})
     fixed = factory.keywords if isinstance(factory, functools.partial) else {}
     return {name: value for name, value in options.items() if name not in fixed}
@@ -255,10 +255,10 @@ def _subject(factory: Factory) -> str:
 
 
 def _supported(factory: Factory) -> list[str]:
-    """The benches that the class explains: those of the kinds of model that it supports; all, if it does not say.
+    """The benches that the class explains: those of the kinds of model that it supports; all, if it declares none.
 
     A class may refuse one bench of a kind by :class:`~attrib_zoo.errors.UnsupportedModelError`, where its mathematics
-    needs more than the kind promises, such as features behind a ReLU; not all of a kind.
+    needs more than the kind promises, such as features after a ReLU; but not all of a kind.
     """
     kinds: Collection[str] | None = getattr(_inner(factory), "models", None)
     if kinds is None:
@@ -273,7 +273,7 @@ _answers: weakref.WeakKeyDictionary[Factory, dict[str, bool]] = weakref.WeakKeyD
 
 
 def _refuses(factory: Factory, name: str) -> bool:
-    """Whether it answers an ordinary call on the bench with an UnsupportedModelError; asked once."""
+    """Whether an ordinary call on the bench raises an UnsupportedModelError; tried once."""
     known = _answers.setdefault(factory, {})
     if name not in known:
         case = Case(factory, name)
@@ -283,7 +283,7 @@ def _refuses(factory: Factory, name: str) -> bool:
                 case.build(case.model).attribute(case.inputs, target=case.targets)
         except UnsupportedModelError:
             known[name] = True
-        except Exception:  # the checks will say it better
+        except Exception:  # the checks will report it better
             known[name] = False
         known.setdefault(name, False)
     return known[name]

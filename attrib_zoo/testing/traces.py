@@ -111,7 +111,7 @@ def deterministic(case: Case) -> None:
 
 @check(*_ALL)
 def frozen_parameters(case: Case) -> None:
-    """A model whose parameters ask for no gradient gives the same map."""
+    """A model whose parameters require no gradient gives the same map."""
     case.model.requires_grad_(True)
     wanted = case.explainer.attribute(case.inputs, target=case.targets)
     case.model.requires_grad_(False)
@@ -131,7 +131,7 @@ def inference_mode(case: Case) -> None:
 
 @check(*_ALL)
 def float64(case: Case) -> None:
-    """The result has the input's type; in float64 it is the float32 map with more digits."""
+    """The result has the input's dtype; in float64 it is the float32 map with more digits."""
     expect(case.maps.dtype == torch.float32, f"float32 in: got {case.maps.dtype}")
     double = copy.deepcopy(case.explainer)
     double.forward_func.double()
@@ -155,7 +155,7 @@ def half_precision(case: Case) -> None:
         half = case.at(dtype=dtype)
         try:
             half.model(half.inputs)
-        except RuntimeError:  # an operation that this machine does not have in this type
+        except RuntimeError:  # an operation that this machine lacks in this dtype
             continue
         found = half.maps
         expect(found.dtype == dtype, f"{dtype} in: got {found.dtype}")
@@ -170,7 +170,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 @check("cnn", "vit")
 def gpu(case: Case) -> None:
-    """On a GPU the result lies there and agrees with the CPU's."""
+    """On a GPU the result stays there and agrees with the CPU's."""
     if not torch.cuda.is_available():
         raise Inapplicable("no CUDA device")
     moved = copy.deepcopy(case.explainer)
@@ -210,7 +210,7 @@ def copies(case: Case) -> None:
 def memory_layouts(case: Case) -> None:
     """Images that are not contiguous (channels last, a slice, an expanded batch, turned) get the maps of their copies.
 
-    ``x.view`` fails on them, and what reads memory instead of values sees other images.
+    ``x.view`` fails on them, and code that reads raw memory sees other images.
     """
     ask, images, targets = case.explainer.attribute, case.inputs, case.targets
     n, c, h, w = images.shape
@@ -231,10 +231,10 @@ def memory_layouts(case: Case) -> None:
 
 @check()
 def keeps_no_tensor(case: Case) -> None:
-    """Calls leave no tensor alive but the first one's at most, and no graph at all, which holds activations."""
+    """Calls keep no tensor alive except possibly some of the first call, and no graph, which would hold activations."""
     explainer = case.explainer
     gc.collect()
-    gc.freeze()  # so that only what comes from now on is looked at
+    gc.freeze()  # so that only new objects are examined
     try:
         explainer.attribute(case.inputs, target=case.targets)
         gc.collect()
@@ -262,7 +262,7 @@ def _has_graph(thing: Any) -> bool:
 
 @check("cnn", "vit")
 def compiled_models(case: Case) -> None:
-    """A ``torch.compile``d model that has run before is explained as the model that it was made from."""
+    """A ``torch.compile``d model that has run before is explained like the model that it was made from."""
     try:
         compiled = torch.compile(case.model, backend="eager")
         compiled(case.inputs)
@@ -274,7 +274,7 @@ def compiled_models(case: Case) -> None:
 
 @check()
 def scripted_models(case: Case) -> None:
-    """Scripted and traced models, which run no hooks, are explained rightly or refused in a clear sentence."""
+    """Scripted and traced models, which run no hooks, are explained correctly or refused in a clear sentence."""
     plain = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU())
     plain.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)])
     scripted = torch.jit.script(plain.eval())
@@ -296,7 +296,7 @@ def _throw(error: Exception) -> None:
 
 @check("cnn", "vit")
 def data_parallel(case: Case) -> None:
-    """DataParallel and DistributedDataParallel wrappers are looked through."""
+    """Models in DataParallel and DistributedDataParallel are explained like the bare model."""
     found = case.ready(nn.DataParallel(case.model)).attribute(case.inputs, target=case.targets)
     same(found, case.maps, "in DataParallel", 1e-5)
     distributed: Any = torch.distributed
