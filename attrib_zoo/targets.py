@@ -22,20 +22,20 @@ _FORMS = "an int, a list or 1-D tensor of N ints, a tuple of ints, a list of N t
 class Contrast:
     r"""A target: why this class and not those that come next.
 
-    Explains the score of a class less a share of the mean score of its closest rivals,
+    Explains the score of a class minus a share of the mean score of its closest rivals,
 
     .. math:: S_c - \frac{w}{k} \sum_{j \in R} S_j
 
     with R the k classes other than c that have the largest logits on the clean image; they stay the same for all
     altered copies of it. ``target=Contrast(3)`` with :class:`~attrib_zoo.GradCAM` is Finer-CAM (Zhang et al., CVPR
-    2025). Taken by every method whose map comes from scores or their gradients, and by trained explainers, which
-    combine the maps of the classes in the same way before they are scaled; not by
-    :class:`~attrib_zoo.TransformerLRP`, whose rules have no negative relevance to begin with. In
-    :meth:`Attribution.attribute_many`, and in lists with an entry for each image, it stands wherever a class may.
+    2025). Supported by every method whose map comes from scores or their gradients, and by trained explainers, which
+    combine the maps of the classes in the same way before scaling; not by :class:`~attrib_zoo.TransformerLRP`, whose
+    rules start from positive relevance only. In :meth:`Attribution.attribute_many`, and in lists with an entry for each
+    image, it may be used wherever a class may.
 
     Args:
-        k: how many of the next classes; all that there are, where there are fewer.
-        weight: w, of their mean; 0 explains the class alone.
+        k: the number of rival classes; all others, if there are fewer.
+        weight: w, the weight of their mean; 0 explains the class alone.
         target: c, in any of Captum's forms; ``None`` for the model's own decision.
 
     Example:
@@ -58,22 +58,22 @@ class Contrast:
 
 
 class Scalar:
-    """A target: any function of the outputs to one value per image, where no class is asked for.
+    """A target that is not a class: any function from the outputs to one value per image.
 
-    For the score of a region in a segmentation, of a box, a similarity to a text or to another image, an energy. The
-    model must put out one tensor with a row for each image, ``(N, ...)``; wrap it where it puts out something else.
-    Taken by every method whose map comes from scores or their gradients, in :meth:`Attribution.attribute_many` beside
-    other functions, and by the measures. What is differentiated or compared is the value itself: the option ``score``
-    of a method has no say in it. Methods that know classes only, those that are trained among them, refuse it.
+    For the score of a region in a segmentation or of a box, a similarity to a text or to another image, an energy. The
+    model must return one tensor with a row for each image, ``(N, ...)``; wrap it if it returns anything else. Supported
+    by every method whose map comes from scores or their gradients, in :meth:`Attribution.attribute_many` together with
+    other functions, and by the measures. The value itself is differentiated or compared: the option ``score`` of a
+    method has no effect. Methods that handle classes only, including the trained ones, refuse it.
 
-    A plain function of the outputs may be passed as a target as it is.
+    A plain function of the outputs may also be passed as a target directly.
 
     Args:
-        function: takes the outputs ``(M, ...)`` of M passes and, behind them, what belongs to each of these images;
-            returns ``(M,)``. Row m may depend on row m of its arguments only: methods change the order and the number
-            of rows. Differentiable for methods that use gradients.
-        *per_image: tensors ``(N, ...)`` with a row for each image, which is handed to ``function`` for whichever
-            copies of that image are in the pass; anything else is handed on as it is.
+        function: takes the outputs ``(M, ...)`` of M passes, followed by the ``per_image`` values of these images;
+            returns ``(M,)``. Row m may depend only on row m of its arguments, since methods change the order and the
+            number of rows. It must be differentiable for methods that use gradients.
+        *per_image: tensors ``(N, ...)`` with a row for each image, which is passed to ``function`` for all copies of
+            that image in the pass; anything else is passed unchanged.
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ class Scalar:
         return f"Scalar({', '.join([name, *(f'<{len(t)} rows>' for t in self.per_image if isinstance(t, Tensor))])})"
 
     def check(self, outputs: Tensor) -> None:
-        """Raise where the function does not give one value for each row of the clean outputs ``(N, ...)``."""
+        """Raise unless the function returns one value for each row of the clean outputs ``(N, ...)``."""
         short = [len(t) for t in self.per_image if isinstance(t, Tensor) and (t.ndim == 0 or len(t) != len(outputs))]
         if short:
             raise TargetError(
@@ -117,7 +117,7 @@ class Scalar:
         return self.function(outputs, *held)
 
     def rows(self, rows: Tensor) -> Scalar:
-        """The same, of these images in this order."""
+        """The same for these images, in this order."""
         return Scalar(self.function, *(t[rows.to(t.device)] if isinstance(t, Tensor) else t for t in self.per_image))
 
 
@@ -130,12 +130,12 @@ class Target:
     """One or more outputs of each example, checked against the model's output.
 
     Attributes:
-        index: ``(N, T, d)`` int64 positions in the ``d`` axes that follow the batch axis; of a model with one logit
+        index: ``(N, T, d)`` int64 positions in the ``d`` axes that follow the batch axis; for a model with one logit
             per example ``(N, T, 1)``, the class 0 or 1.
         others: ``(N, T, k)``: positions on the first output axis of the classes that a :class:`Contrast` subtracts;
             k = 0 where there is none.
-        shares: ``(N, T, k)``: what each of their scores is multiplied by before it is subtracted, the weight over
-            their number; 0 fills up targets that subtract fewer than others.
+        shares: ``(N, T, k)``: the factor of each of their scores in the subtraction, the weight over their number; 0
+            pads targets that subtract fewer than others.
     """
 
     index: Tensor
@@ -155,13 +155,13 @@ class Target:
 
     @property
     def terms(self) -> Tensor:
-        """``(N, T, 1 + k)``: the class of each target, and behind it those that are subtracted."""
+        """``(N, T, 1 + k)``: the class of each target, followed by those that are subtracted."""
         return torch.cat([self.classes.unsqueeze(2), self.others], dim=2)
 
     def combine(self, values: Tensor) -> Tensor:
-        """What belongs to the targets, ``(N, T, ...)``, of what belongs to their :attr:`terms`, ``(N, T, 1 + k, ...)``.
+        """The values of the targets, ``(N, T, ...)``, from those of their :attr:`terms`, ``(N, T, 1 + k, ...)``.
 
-        The first less the others times their shares.
+        The first minus the others times their shares.
         """
         if not self.contrasts:
             return values[:, :, 0]
@@ -169,7 +169,7 @@ class Target:
         return values[:, :, 0] - (shares * values[:, :, 1:]).sum(2)
 
     def against(self, logits: Tensor, k: int, weight: float) -> Target:
-        """The same classes, each less ``weight`` times the mean of the k others with the largest logits ``(N, K)``."""
+        """The same classes, each minus ``weight`` times the mean of the k others with the largest logits ``(N, K)``."""
         k = min(k, logits.shape[1] - 1)
         rest = logits.detach().unsqueeze(1).expand(-1, self.count, -1).scatter(2, self.classes.unsqueeze(2), -torch.inf)
         others = rest.topk(k, dim=2).indices
@@ -187,7 +187,7 @@ class Target:
         return self.index[..., 0]
 
     def select(self, outputs: Tensor, score: str = "logit") -> Tensor:
-        """The targeted scores, ``(N, T)``, of outputs ``(N, ...)``; differences of scores where the target contrasts.
+        """The targeted scores, ``(N, T)``, of outputs ``(N, ...)``; differences of scores for contrasts.
 
         Args:
             outputs: what the model returned.
@@ -216,11 +216,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Functions(Target):
-    """Functions of the outputs in the place of classes.
+    """Functions of the outputs as targets, instead of classes.
 
     Attributes:
         scalars: T functions.
-        columns: ``(N,)``, where each example has but one of them: which.
+        columns: ``(N,)``, which of them each example has, where it has only one.
     """
 
     scalars: tuple[Scalar, ...] = ()
@@ -258,7 +258,7 @@ class Functions(Target):
 
 @dataclass(frozen=True)
 class TargetQuery:
-    """What the caller asked for, before the model's output is known.
+    """What the caller requested, before the model's output is known.
 
     Attributes:
         target: any of Captum's forms, a :class:`Contrast`, a :class:`Scalar`, or ``None`` for the model's own
@@ -313,10 +313,10 @@ def scores_in(outputs: Any) -> Any:
 
 
 def class_list(classes: Sequence[int] | Tensor, count: int) -> Tensor:
-    """Classes that a caller lists, ``(M,)``, each from 0 to ``count - 1``.
+    """A caller's list of classes as a tensor ``(M,)``, each from 0 to ``count - 1``.
 
     Raises:
-        TargetError: something else, or none.
+        TargetError: it holds anything else, or nothing.
     """
     found = classes.tolist() if isinstance(classes, Tensor) else list(classes)
     numbers = [_int(entry) for entry in found] if isinstance(found, list) else []
@@ -415,7 +415,7 @@ def _row(entry: Any) -> tuple[int, ...]:
 
 def _int(value: Any) -> int:
     if isinstance(value, Tensor) and value.ndim == 0:
-        value = value.item()  # a bool or a float then shows itself
+        value = value.item()  # reveals a bool or a float
     if isinstance(value, (bool, float)):
         raise TargetError(f"target: must be an integer class, got {value!r}; pass {_FORMS}")
     try:
@@ -443,7 +443,7 @@ def _columns(targets: Any, outputs: Tensor) -> list[list[Any]]:
 
 
 def _spread(entry: Any, batch: int) -> Any:
-    """One of ``attribute_many``'s targets for every image: a contrast may have a target for each image itself."""
+    """One of ``attribute_many``'s targets for every image: a contrast may itself hold a target per image."""
     return entry if isinstance(entry, Contrast) or _is_scalar(entry) else [entry] * batch
 
 
@@ -489,7 +489,7 @@ def _column(target: Any, outputs: Tensor) -> Target:
 
 
 def _own(entry: Any, outputs: Tensor) -> Tensor:
-    """The place ``(1, d)`` that an entry of a list means in its example's outputs ``(1, ...)``."""
+    """The position ``(1, d)`` that an entry of a list refers to in its example's outputs ``(1, ...)``."""
     target = entry.target if isinstance(entry, Contrast) else entry
     if target is None and not isinstance(entry, Contrast):
         raise TargetError(f"target: must be an integer class, got {target!r}; pass {_FORMS}")
@@ -497,7 +497,7 @@ def _own(entry: Any, outputs: Tensor) -> Tensor:
 
 
 def _contrasted(place: Tensor, entries: Sequence[Any], outputs: Tensor) -> Target:
-    """The targets at these places ``(N, d)`` with the rivals that the entries, contrasts or not, ask for."""
+    """The targets at these positions ``(N, d)``, with the rivals of those entries that are contrasts."""
     if one_logit(outputs) or outputs.shape[1] == 1:
         raise TargetError(
             "target: a Contrast needs at least two classes with outputs of their own, got outputs of shape "
@@ -513,15 +513,15 @@ def _contrasted(place: Tensor, entries: Sequence[Any], outputs: Tensor) -> Targe
     )
     rows = torch.arange(len(outputs), device=outputs.device)
     where = (rows, *place.unbind(1)[1:])
-    logits = outputs.movedim(1, -1)[where]  # (N, K), at the place's further positions
+    logits = outputs.movedim(1, -1)[where]  # (N, K), at the position's further axes
     rivals = torch.arange(count - 1, device=outputs.device).expand(len(outputs), -1)
-    rivals = rivals + (rivals >= place[:, :1]).long()  # all classes but the own
+    rivals = rivals + (rivals >= place[:, :1]).long()  # all classes except its own
     best = logits.gather(1, rivals).topk(max(kept), dim=1).indices
     return Target(place.unsqueeze(1), rivals.gather(1, best).unsqueeze(1), shares.unsqueeze(1))
 
 
 def _joined(columns: Sequence[Target]) -> Target:
-    """Targets ``(N, 1)`` side by side; those that subtract fewer classes are filled up with the first, times 0."""
+    """Targets ``(N, 1)`` side by side; those that subtract fewer classes are padded with the first, times 0."""
     width = max(column.others.shape[2] for column in columns)
     index = torch.cat([column.index for column in columns], dim=1)
     if not width:
