@@ -59,7 +59,7 @@ class AblationCAM(Perturbation):
     """
 
     paper: ClassVar[str] = "Desai and Ramaswamy, WACV 2020"
-    cost: ClassVar[str] = "1F + 1F behind the layer for each feature map, for all targets"
+    cost: ClassVar[str] = "1F + 1F after the layer for each feature map, for all targets"
     default_layers: ClassVar[tuple[str, int] | None] = ("gradient", 1)
 
     def __init__(

@@ -84,7 +84,7 @@ class IIA(AttentionMethod, GradientAttribution):
     family: ClassVar[str] = "path"
     paper: ClassVar[str] = "Barkan et al., ICCV 2023"
     models: ClassVar[tuple[str, ...]] = ("cnn", "vit")
-    cost: ClassVar[str] = "CNN: 12F + 110F and 110B behind the layer; ViT: 37F + 36B"
+    cost: ClassVar[str] = "CNN: 12F + 110F and 110B after the layer; ViT: 37F + 36B"
     default_layers: ClassVar[tuple[str, int] | None] = ("gradient", 1)
     cheap_options: ClassVar[Mapping[str, Any]] = {"n_steps": 2}
 

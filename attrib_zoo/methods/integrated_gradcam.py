@@ -61,7 +61,7 @@ class IntegratedGradCAM(GradientCAM):
     """
 
     paper: ClassVar[str] = "Sattarzadeh et al., ICASSP 2021"
-    cost: ClassVar[str] = "(2 + n)F + nB behind the layer, n = 50"
+    cost: ClassVar[str] = "(2 + n)F + nB after the layer, n = 50"
     cheap_options: ClassVar[Mapping[str, Any]] = {"n_steps": 4}
 
     def __init__(

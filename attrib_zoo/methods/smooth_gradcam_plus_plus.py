@@ -64,7 +64,7 @@ class SmoothGradCAMPlusPlus(GradientCAM):
     """
 
     paper: ClassVar[str] = "Omeiza et al., arXiv 2019"
-    cost: ClassVar[str] = "(1 + n)(F + B behind the layer), n = 25"
+    cost: ClassVar[str] = "(1 + n)(F + B after the layer), n = 25"
     nonnegative: ClassVar[bool] = True
     cheap_options: ClassVar[Mapping[str, Any]] = {"n_samples": 3}
 

@@ -46,7 +46,7 @@ class Rows:
     def described(self) -> str:
         """A short description for a report."""
         if self.exact:
-            return "exact: behind the layer, the model is linear"
+            return "exact: after the layer, the model is linear"
         return f"mean gradients of {self.images} image{'' if self.images == 1 else 's'}, through its {self.through}"
 
 

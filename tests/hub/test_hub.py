@@ -297,7 +297,7 @@ def test_the_card_is_filled_in():
         "No step was trained on it: the weights are the classifier's own rows.",
         "| recipe | `rows` |",
         "| steps | 0 |",
-        "| rows | exact: behind the layer, the model is linear |",
+        "| rows | exact: after the layer, the model is linear |",
         "| AD(15) | 71.25 |",
         "| ours IC(15) | 5.5 |",
         "apache-2.0",

@@ -43,7 +43,7 @@ class GradientCAM(Attribution, GradientAttribution):
     """
 
     family: ClassVar[str] = "gradient CAM"
-    cost: ClassVar[str] = "1F + 1B behind the layer"
+    cost: ClassVar[str] = "1F + 1B after the layer"
     default_layers: ClassVar[tuple[str, int] | None] = ("gradient", 1)
     nonnegative: ClassVar[bool] = False
 
