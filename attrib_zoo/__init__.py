@@ -5,6 +5,7 @@ from attrib_zoo.methods.adasise import AdaSISE as AdaSISE
 from attrib_zoo.methods.cam import CAM as CAM
 from attrib_zoo.methods.eigencam import EigenCAM as EigenCAM
 from attrib_zoo.methods.extremal import ExtremalPerturbation as ExtremalPerturbation
+from attrib_zoo.methods.factorization import DeepFeatureFactorization as DeepFeatureFactorization
 from attrib_zoo.methods.fullgrad import FullGrad as FullGrad
 from attrib_zoo.methods.generic_attention import GenericAttention as GenericAttention
 from attrib_zoo.methods.gradcam import GradCAM as GradCAM

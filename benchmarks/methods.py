@@ -173,12 +173,17 @@ def peers(model: nn.Module, images: Tensor) -> dict[tuple[str, str], Callable[[]
     if theirs is not None:
         options = {"reshape_transform": reshape} if tokens else {}
 
+        def factorise() -> Tensor:
+            made = theirs.DeepFeatureFactorization(model, layer, **options)
+            return torch.from_numpy(made(images, n_components=4)[1][0])
+
         def refine() -> Tensor:
             several = [model.get_submodule(tap.name) for tap in attrib_zoo.RefineCAM(model).taps(images)]
             return torch.from_numpy(
                 theirs.RefineCAM(model, several, **options)(images, [ClassifierOutputTarget(TARGET)])
             )
 
+        found["DeepFeatureFactorization", "grad-cam"] = factorise
         found["RefineCAM", "grad-cam"] = refine
     if not tokens:
         found |= torchcams(model, images, taps[0].name)

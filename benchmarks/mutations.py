@@ -59,6 +59,7 @@ MUTATIONS = (
     # ------------------------------------------------------------------ methods
     of_methods("eigencam", "vectors[:, :, -1] *", "vectors[:, :, 0] *", "features"),
     of_methods("eigencam", "torch.where(total < 0, -1.0, 1.0)", "torch.where(total < 0, 1.0, 1.0)", "features"),
+    of_methods("factorization", "descending=True", "descending=False", "features"),
     of_methods("refinecam", ".prod(0)", ".mean(0)", "refinecam"),
     of_methods("fullgrad", "values[:, prefix:]", "values[:, : values.shape[1] - prefix]", "fullgrad"),
     of_backbone("libra", "share = 1 / len(operands)", "share = 1", "backbone/test_libra"),

@@ -5,6 +5,7 @@ OFF_TARGET: dict[str, frozenset[str]] = {"cnn": frozenset(), "vit": frozenset({"
 
 BLIND: dict[str, dict[str, float]] = {
     "cnn": {
+        "DeepFeatureFactorization": 1.00,
         "EigenCAM": 1.00,
         "FullGrad": 0.83,
         "GradCAMPlusPlus": 0.56,
@@ -15,6 +16,7 @@ BLIND: dict[str, dict[str, float]] = {
     },
     "vit": {
         "AttentionRollout": 1.00,
+        "DeepFeatureFactorization": 1.00,
         "EigenCAM": 1.00,
         "ExtremalPerturbation": 0.66,
         "FullGrad": 0.91,
