@@ -304,13 +304,14 @@ def page(rows: Sequence[dict[str, str]], total: dict[str, int]) -> str:
         "Written by `python benchmarks/coverage.py --summary` from [the rows](../../benchmarks/results/coverage.csv), "
         "one per model.",
         "",
-        f"**{len(rows)} models were looked at**: {of}. They come from {len(families)} families (source files of the "
+        f"**{len(rows)} models were examined**: {of}. They come from {len(families)} families (source files of the "
         "two libraries). What was not run is not claimed.",
         "",
         f"* {len(good)} of the {len(full)} that were run in full pass everything: three layers found, Grad-CAM, "
         "Score-CAM with four masks, a training step of T-TAME and a map.",
         f"* {len(only)} were too large and only resolved, on the meta device.",
-        f"* {len(other)} put out no scores, so are no classifiers: {', '.join(r['model'] for r in other) or 'none'}.",
+        f"* {len(other)} output no scores, so they are not classifiers: "
+        f"{', '.join(r['model'] for r in other) or 'none'}.",
         f"* Of {sum(verdicts.values())} layers whose grid was tested, {verdicts['right']} are right, "
         f"{verdicts['undecided']} undecided and {verdicts['wrong']} wrong. Undecided: with random weights the layer "
         "mixes the whole image, so that no cell answers to one place.",

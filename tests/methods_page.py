@@ -21,21 +21,21 @@ FAMILIES = {
     ),
     "gradient CAM": (
         "Gradient CAMs",
-        "Feature maps of a layer, weighed by gradients. Cheap, and the first thing to try.",
+        "Feature maps of a layer, weighted by gradients. Cheap, and the first thing to try.",
     ),
     "gradient": ("Gradients of all layers", ""),
     "features": (
         "Features alone",
-        "What is strong in the features of a layer. No class takes part: these maps show a backbone, and explain no "
+        "What dominates the features of a layer. They ignore the class: these maps show a backbone and explain no "
         "decision.",
     ),
     "perturbation": (
         "Perturbation",
-        "Parts of the image or of the features are hidden, and the score says what they were worth. Many passes.",
+        "Parts of the image or of the features are hidden, and the score shows what they contributed. Many passes.",
     ),
     "path": ("Paths", "Gradients along the way from a baseline to the image."),
     "attention": ("Attention", "The attention matrices of a vision transformer, multiplied through its blocks."),
-    "relevance propagation": ("Relevance propagation", "The score is shared out backwards, layer by layer."),
+    "relevance propagation": ("Relevance propagation", "The score is distributed backwards, layer by layer."),
 }
 """Heading and a line for each, in the order of the page; a family that is not here comes behind them."""
 
@@ -49,25 +49,25 @@ its authors' code differ, the reference says so under *Deviations*. `attrib-zoo 
 
 ## What all of them take
 
-**Why this and not those?** `target=Contrast(3)` explains the score of a class less 0.6 of the mean score of the three
-classes that come next, instead of the score alone; `Contrast(k, weight, target)` says how many, how much and of which
-class. On `GradCAM` that is Finer-CAM; every method that reads scores or their gradients takes it, and trained
-explainers combine the maps of these classes in the same way, in the same single pass. `TransformerLRP` refuses it;
-class-agnostic methods have one map for all targets anyway.
+**Why this and not those?** `target=Contrast(3)` explains the score of a class minus 0.6 of the mean score of the three
+next classes, instead of the score alone; `Contrast(k, weight, target)` sets their number, the weight and the class. On
+`GradCAM` that is Finer-CAM; every method that reads scores or their gradients supports it, and trained explainers
+combine the maps of these classes in the same way, in the same single pass. `TransformerLRP` refuses it; class-agnostic
+methods have one map for all targets anyway.
 
-**Something else than a class?** `target=Scalar(function)`, or the function itself, explains any value of the outputs:
+**Something other than a class?** `target=Scalar(function)`, or the function itself, explains any value of the outputs:
 [a region, a box, a similarity, several frames](how-to/explain-other-outputs.md). Trained explainers and
-`TransformerLRP` know classes only. [Which method should I use?](how-to/which-method.md)
+`TransformerLRP` explain classes only. [Which method should I use?](how-to/which-method.md)
 
 **Smoother maps.** `smooth=3` takes the mean over 3 x 3 cells of a map at the resolution of its layer, before it is
 scaled and enlarged. It is off by default. Smooth maps keep more of the model's confidence when they mask the image, so
-compare a method with a smoothed one only beside a smoothed Grad-CAM. Methods whose map has the resolution of the image
-have no such option.
+compare a smoothed method with a smoothed Grad-CAM. Methods whose map has the resolution of the image have no such
+option.
 
-**Another scale.** `scale="min-max"`, `"rank"` or `"positive"` brings the values of a map to [0, 1] before it is
-enlarged. Ranks keep nothing but the order, so that no extreme cell decides how bright the others are; the positive part
-leaves dark what does not speak for the target. Without it maps have the scale of
-their formula (trained ones are min-max scaled). Measures that rank pixels hardly notice; average drop does.
+**Another scale.** `scale="min-max"`, `"rank"` or `"positive"` scales the values of a map to [0, 1] before it is
+enlarged. Ranks keep only the order, so that no extreme cell decides how bright the others are; the positive part leaves
+regions without evidence for the target dark. Without it maps have the scale of their formula (trained ones are min-max
+scaled). Measures that rank pixels are hardly affected; average drop is.
 
 ```python
 import torch
@@ -84,14 +84,14 @@ On the command line these are `--contrast 3`, `--smooth 3` and `--scale rank`.
 
 ## Pictures
 
-Every method has explained the same two photographs for what a model decides:
+Every method explains a model's decisions on the same two photographs:
 
 ![A zebra and a traffic light, and the part of them that the model sees](images/gallery/photographs.jpg)
 
-Every map, and what to see in it, is in the [gallery](gallery.md).
+All maps, and what to notice in them, are in the [gallery](gallery.md).
 
-The same two scenes of `attrib_zoo.synthetic`, in which the evidence is known; a tiny vision transformer is asked for
-one of the two objects:
+The same two scenes of `attrib_zoo.synthetic`, in which the evidence is known; a tiny vision transformer is explained
+for one of the two objects:
 
 ![Two scenes and the map of each method that is defined for the vision transformer](images/methods-scenes.jpg)
 
@@ -104,7 +104,7 @@ F is a forward pass, B a backward pass, n a number of steps or samples; costs ar
 
 ABOUT_SCENES = """\
 T-TAME and L-CAM after 100 steps, RISE with 1000 masks; `ExtremalPerturbation` with a grid and a kernel for 32 pixels.
-Where a map is empty (the plain image), the method found no positive evidence. Weak points can be seen: with one weight
+Where a map is empty (the plain image), the method found no positive evidence. Weaknesses are visible: with one weight
 per feature map, Grad-CAM and Ablation-CAM can light up the background of a transformer; rollout has one map for all
 classes; the extremal perturbation of the red object settles elsewhere, and leaves traces in the corners.
 `benchmarks/gallery.py` draws both pictures."""
@@ -112,14 +112,14 @@ classes; the extremal perturbation of the red object settles elsewhere, and leav
 MODELS = {"cnn": "CNN", "vit": "transformer"}
 CHECKS = (
     "On scenes whose evidence is known, with a tiny CNN and a tiny vision transformer, `tests/methods/test_sanity.py` "
-    "asks of every method whether its map has more energy on the object that was asked for than chance has, and more "
+    "checks for every method whether its map has more energy on the target object than chance, and more "
     "than on the other object; and whether the map changes (rank correlation below 0.5) when the model's last layer "
-    "gets random weights, as Adebayo et al. (NeurIPS 2018) ask. Trained methods are fitted again for that model. Tiny "
-    "models are no proof for large ones. What fails:"
+    "gets random weights, as Adebayo et al. (NeurIPS 2018) propose. Trained methods are refitted for that model. Tiny "
+    "models prove nothing about large ones. What fails:"
 )
 TEXT_OFF_TARGET = "No better than chance, or than the other object"
 TEXT_BLIND = (
-    "Much the same map with a random last layer, and the correlation (0.50 is at the limit; rollout does not look at "
+    "Much the same map with a random last layer, and the correlation (0.50 is at the limit; rollout does not use "
     "that layer; RISE had 400 masks instead of 8000, extremal perturbations 150 steps instead of 800)"
 )
 
