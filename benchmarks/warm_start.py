@@ -6,8 +6,8 @@
     python benchmarks/results.py squeezenet --work WORK --methods RISE --images 80
     python benchmarks/warm_start.py --work WORK
 
-Adds the per-image results that ``results.py`` left in WORK to those of ``benchmarks/results/warm_start.json``, a method
-that is there again replaced, and writes the page of all. Images are split by whether the class that the model decides
+Adds the per-image results that ``results.py`` left in WORK to those of ``benchmarks/results/imagenet.json`` and writes
+the page of the T-TAMEs and what they are compared with. Images are split by whether the class that the model decides
 for is its decision on one of the 500 photographs that fits draw from. Differences are paired, with 95 % intervals
 (1.96 standard errors over images).
 """
@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from imagenet import CASES, ROOT, Rows, cell, load, mean, save
 from measure import table
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-CASES = {"squeezenet": "SqueezeNet 1.1", "efficientnet": "EfficientNet-Lite0", "vit_tiny": "ViT-Ti/16"}
 MEASURES = ["SRG", "ROAD MoRF", "ROAD LeRF", "AD(50)", "AD(15)", "AD(100)", "insertion", "deletion", "EBPG"]
 BASES = ("GradCAM", "GradCAM, smooth 3")
 MORE = ("TTAME, rows", "GenericAttention", "GenericAttention, smooth 3", "RISE")
@@ -50,19 +48,6 @@ ORDER = (
 )
 PASSES = {"TTAME": 1, "GradCAM": 2, "GenericAttention": 2, "RISE": 1001}  # a backward pass counts as one
 DRAWN = [method for method in ORDER if method.partition(",")[0] in PASSES and "seed" not in method]
-Rows = dict[str, dict[int, dict[str, float]]]
-
-
-def read(folder: Path) -> Rows:
-    """Method -> image -> measures, in percent, and the explained class."""
-    found: Rows = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                for row in json.loads(line).get("rows", []):
-                    values = {k: math.nan if v is None else round(100 * v, 2) for k, v in row["values"].items()}
-                    found.setdefault(row["method"], {})[row["image"]] = {**values, "target": row["target"]}
-    return {method: found[method] for method in ORDER if method in found}
 
 
 def seen_classes(name: str, work: Path) -> list[int]:
@@ -81,22 +66,13 @@ def seen_classes(name: str, work: Path) -> list[int]:
     return sorted(set(found.tolist()))
 
 
-def mean(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its interval."""
-    data = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
-    if len(data) < 2:
-        return math.nan, math.nan
-    return float(data.mean()), 1.96 * float(data.std()) / max(1, len(data)) ** 0.5
-
-
 def means(rows: Rows, images: set[int]) -> str:
     """The table of all methods on these images."""
     lines = []
     for method, found in rows.items():
         own = [found[i] for i in found if i in images]
         if len(own) > 1:
-            cells = [mean([row.get(m, math.nan) for row in own]) for m in MEASURES]
-            lines.append([method, len(own), *("–" if math.isnan(v) else f"{v:.1f} ± {h:.1f}" for v, h in cells)])
+            lines.append([method, len(own), *(cell([row.get(m, math.nan) for row in own]) for m in MEASURES)])
     return table(lines, ["method", "images", *MEASURES])
 
 
@@ -107,9 +83,8 @@ def differences(rows: Rows, images: set[int], base: str) -> str:
         shared = [i for i in rows[method] if i in images and i in rows.get(base, {})]
         if method.startswith("TTAME") and method != base and len(shared) > 1:
             pairs = [(rows[method][i], rows[base][i]) for i in shared]
-            cells = [mean([a.get(m, math.nan) - b.get(m, math.nan) for a, b in pairs]) for m in MEASURES]
-            marked = ["–" if math.isnan(v) else f"{v:+.1f} ± {h:.1f}" + ("*" if abs(v) > h else "") for v, h in cells]
-            lines.append([method, len(shared), *marked])
+            gaps = [[a.get(m, math.nan) - b.get(m, math.nan) for a, b in pairs] for m in MEASURES]
+            lines.append([method, len(shared), *(cell(gap, sign=True) for gap in gaps)])
     return table(lines, [f"minus {base}", "images", *MEASURES])
 
 
@@ -207,10 +182,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--checks", action="store_true", help="grid pointing, encoding, randomisation too")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
-    parser.add_argument("--raw", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    held = options.raw / "warm_start.json"
-    numbers: dict[str, Any] = json.loads(held.read_text()) if held.exists() else {}
+    numbers = load()
     cases: dict[str, tuple[Rows, set[int], set[int]]] = {}
     lines = [
         "# T-TAME from the classifier's rows, on three ImageNet models",
@@ -227,22 +200,20 @@ def main() -> None:
         "",
     ]
     for name, title in CASES.items():
-        entry = numbers.setdefault(name, {"rows": {}})
-        for method, found in read(options.work / name).items():
-            entry["rows"][method] = {str(image): row for image, row in found.items()}
-        if "seen" not in entry:
-            entry["seen"] = seen_classes(name, options.work)
+        known = numbers[name]
+        known.merge(options.work, name)
+        if not known.seen:
+            known.seen = seen_classes(name, options.work)
         if options.checks:
-            entry["checks"] = checks(name, options.work)
-        rows: Rows = {m: {int(i): row for i, row in entry["rows"][m].items()} for m in ORDER if m in entry["rows"]}
+            known.checks = checks(name, options.work)
+        rows: Rows = {m: known.rows[m] for m in ORDER if m in known.rows}
         targets = {i: int(row["target"]) for found in rows.values() for i, row in found.items()}
-        known = set(entry["seen"])
-        seen = {i for i, target in targets.items() if target in known}
+        seen = {i for i, target in targets.items() if target in set(known.seen)}
         cases[name] = rows, seen, set(targets) - seen
         lines += [f"## {title}", ""]
-        if "checks" in entry:
+        if known.checks:
             head = ["method", "grid pointing, % (mosaics)", "class guessed from the mask, %", "after randomisation"]
-            lines += [table(entry["checks"], head), ""]
+            lines += [table(known.checks, head), ""]
         for part, images in (
             ("All images", set(targets)),
             ("Classes that the model decides for on the fit's photographs", seen),
@@ -254,7 +225,7 @@ def main() -> None:
             ]
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "warm_start.md").write_text("\n".join(lines), encoding="utf-8")
-    held.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+    save(numbers)
     draw(cases, options.output / "warm_start.png")
 
 

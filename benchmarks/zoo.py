@@ -1,0 +1,285 @@
+"""All methods on three ImageNet models, side by side, and where their order depends on how pixels are hidden: a page.
+
+    export ATTRIB_ZOO_DATA=FOLDER
+    python benchmarks/results.py squeezenet efficientnet vit_tiny --work WORK --images 100
+    python benchmarks/results.py squeezenet efficientnet vit_tiny --work WORK/beside --beside --images 60
+    python benchmarks/zoo.py --work WORK [--randomised] [--masks]
+
+Stop and run again at will; slow methods on fewer images, with ``--methods`` and ``--images``. Adds what is in WORK to
+``benchmarks/results/imagenet.json`` and writes ``docs/results/zoo.md`` from that. ``--randomised`` compares maps before
+and after the weights are drawn anew, ``--masks`` holds the transformer's maps against the masks of COCO objects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from imagenet import ROOT, CASES, Numbers, Rows, cell, load, mean, save
+from measure import table, unpacked
+
+import torch
+from torch import Tensor
+
+BASE = "GradCAM, smooth 3"
+FAITHFUL = ["ROAD MoRF", "ROAD LeRF", "insertion", "deletion", "AD(100)", "AD(50)", "AD(15)", "IC(50)"]
+PLACE = ["EBPG", "pointing game", "Bbox"]
+RULES = {"SRG": "imputed (ROAD)", "SRG, black": "black", "SRG, mean": "mean colour", "SRG, blur": "blurred"}
+LOW = {"ROAD MoRF", "deletion", "AD(100)", "AD(50)", "AD(15)"}
+FIRST = ("TTAME", "LCAMImg", "LCAMFm", "GradCAM", "GradCAMPlusPlus", "ScoreCAM", "RISE")
+CONTROLS = ("random map", "image edges", "centre blob")
+HIDDEN = ("TTAME, 150 steps", "TTAME, rows, 150 steps")  # of the page on starting from rows alone
+_RESAMPLES = 2000
+
+
+def order(rows: Rows) -> list[str]:
+    """Methods as the tables have them: the best known first, then by name, controls last."""
+
+    def key(name: str) -> tuple[bool, int, str, bool, str]:
+        plain = name.partition(", ")[0]
+        return name in CONTROLS, FIRST.index(plain) if plain in FIRST else len(FIRST), plain, plain != name, name
+
+    return sorted((name for name in rows if not name.startswith(HIDDEN)), key=key)
+
+
+def column(rows: dict[int, dict[str, float]], measure: str) -> list[float]:
+    """One measure of all images."""
+    return [row.get(measure, math.nan) for row in rows.values()]
+
+
+def gain(rows: Rows, method: str, measure: str = "SRG") -> str:
+    """A method minus smoothed Grad-CAM, on the images that both have."""
+    base = rows.get(BASE, {})
+    shared = [i for i in rows[method] if i in base]
+    if method == BASE:
+        return ""
+    return cell([rows[method][i].get(measure, math.nan) - base[i].get(measure, math.nan) for i in shared], sign=True)
+
+
+def faithfulness(known: Numbers) -> str:
+    """What hiding pixels by the map does to the decision."""
+    lines = []
+    for method in order(known.rows):
+        rows = known.rows[method]
+        lines.append(
+            [
+                method,
+                len(rows),
+                cell(column(rows, "SRG")),
+                gain(known.rows, method),
+                *(cell(column(rows, m)) for m in FAITHFUL),
+            ]
+        )
+    return table(lines, ["method", "images", "SRG ↑", f"minus {BASE}", *(arrowed(m) for m in FAITHFUL)])
+
+
+def arrowed(measure: str) -> str:
+    """The measure with the direction that is better."""
+    return f"{measure} {'↓' if measure in LOW else '↑'}"
+
+
+def place(known: Numbers) -> str:
+    """Against boxes; what a map costs; whether the weights matter."""
+    random = known.more.get("randomised", {})
+    lines = []
+    for method in order(known.rows):
+        rows, cost = known.rows[method], known.costs.get(method, {})
+        grid = column(known.beside.get(method, {}), "grid pointing")
+        passes = f"{cost['forward']:.4g} + {cost['backward']:.4g}" if cost and method not in CONTROLS else "–"
+        time = f"{cost['times_forward']:.3g}" if cost and method not in CONTROLS else "–"
+        lines.append(
+            [
+                method,
+                *(cell(column(rows, m)) for m in PLACE),
+                cell(grid) + (f" ({sum(not math.isnan(v) for v in grid)})" if mean(grid)[0] == mean(grid)[0] else ""),
+                random.get(method, "–"),
+                passes,
+                time,
+            ]
+        )
+    head = [*(f"{m} ↑" for m in PLACE), "grid pointing ↑ (mosaics)", "after randomisation", "passes", "x forward"]
+    return table(lines, ["method", *head])
+
+
+def ranks(rows: Sequence[dict[int, dict[str, float]]], measure: str, images: list[int]) -> list[str]:
+    """The rank of each by its mean, 1 the best, with its 95 % interval over images drawn with replacement."""
+    values = torch.tensor([[found[i].get(measure, math.nan) for i in images] for found in rows], dtype=torch.double)
+    if measure in LOW:
+        values = -values
+    drawn = torch.randint(len(images), (_RESAMPLES, len(images)), generator=torch.Generator().manual_seed(0))
+    means = torch.stack([value[drawn].nanmean(1) for value in values])  # (methods, resamples)
+
+    def places(found: Tensor) -> Tensor:
+        return found.argsort(0, descending=True).argsort(0) + 1
+
+    at = places(values.nanmean(1))
+    low, high = places(means).double().quantile(torch.tensor([0.025, 0.975], dtype=torch.double), dim=1)
+    return [f"{int(m)} [{round(float(a))}, {round(float(b))}]" for m, a, b in zip(at, low, high, strict=True)]
+
+
+def rules(known: Numbers) -> tuple[str, int]:
+    """Ranks by SRG under each rule of hiding, on the images that all of these methods have; and how many those are."""
+    chosen = [m for m in order(known.beside) if m in known.rows]
+    if len(chosen) < 2:
+        return "", 0
+    both = [{i: {**known.rows[m].get(i, {}), **row} for i, row in known.beside[m].items()} for m in chosen]
+    images = sorted(set.intersection(*(set(found) for found in both)))
+    images = [i for i in images if all("SRG" in found[i] for found in both)]
+    for found in both:
+        for row in found.values():
+            row["insertion - deletion"] = row.get("insertion", math.nan) - row.get("deletion", math.nan)
+    measures = [*RULES, "insertion - deletion", "AD(50)"]
+    columns = [ranks(both, measure, images) for measure in measures]
+    lines = [[method, *cells] for method, *cells in zip(chosen, *columns, strict=True)]
+    return table(lines, ["method", *RULES.values(), "insertion - deletion", "AD(50), black"]), len(images)
+
+
+def everywhere(known: Numbers) -> tuple[str, int]:
+    """Ranks by the measures of the first tables, of all methods with as many images as most."""
+    counts = sorted(len(rows) for rows in known.rows.values())
+    least = min(100, counts[len(counts) // 2])
+    chosen = [m for m in order(known.rows) if len(known.rows[m]) >= least and m not in CONTROLS]
+    images = sorted(set.intersection(*(set(known.rows[m]) for m in chosen)))
+    measures = ["SRG", "insertion", "deletion", "AD(50)", "AD(15)", "EBPG", "pointing game"]
+    columns = [ranks([known.rows[m] for m in chosen], measure, images) for measure in measures]
+    return table([[m, *cells] for m, *cells in zip(chosen, *columns, strict=True)], ["method", *measures]), len(images)
+
+
+def randomised(name: str, work: Path, methods: list[str], count: int = 16) -> dict[str, str]:
+    """Rank correlation of each method's maps with those of the same model with its weights drawn anew."""
+    from results import CASES as LOADED
+    from results import made
+
+    from attrib_zoo import metrics
+
+    case = LOADED[name](work)
+    images = torch.stack([case.images[i]["image"] for i in range(count)])
+    other = copy.deepcopy(case.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in other.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.weight.normal_(0, float(module.weight.std()), generator=generator)
+        target = case.model(images).argmax(1)
+    found = {}
+    for method in methods:
+        maps = []
+        for model in (case.model, other):
+            here = copy.copy(case)
+            here.model = model
+            explainer = made(method, here, work / "nowhere")
+            explainer.upsample = False
+            maps.append(
+                torch.cat([explainer.attribute(x, t) for x, t in zip(images.split(8), target.split(8), strict=True)])
+            )
+        similar, spread = mean(metrics.spearman(*maps).tolist())
+        found[method] = f"{similar:.2f} ± {spread:.2f}"
+        print(name, method, found[method], flush=True)
+    return found
+
+
+def masks(work: Path, methods: list[str]) -> dict[str, list[float]]:
+    """Energy inside the objects' masks and the pointing game, in percent, of COCO photographs on the transformer."""
+    from results import CASES as LOADED
+    from results import made
+    from PIL import Image
+
+    from attrib_zoo import metrics
+    from attrib_zoo.models.photos import Photos
+
+    case = LOADED["vit_tiny"](work)
+    told = sorted(unpacked("coco_masks").rglob("masks.json"))[0]
+    entries = json.loads(told.read_text(encoding="utf-8"))
+    explained: Any = case.images
+    images = torch.stack(list(Photos([told.parent / e["file"] for e in entries], explained.dataset.photos.transform)))
+    size = images.shape[-2:]
+    inside = torch.stack([torch.from_numpy(_mask(Image.open(told.parent / e["mask"]), size)) for e in entries])
+    target = torch.tensor([e["label"] for e in entries])
+    found = {"area": (100 * inside.double().mean((1, 2))).tolist()}
+    for method in methods:
+        explainer = made(method, case, work / "vit_tiny")
+        maps = torch.cat([explainer.attribute(x, t) for x, t in zip(images.split(8), target.split(8), strict=True)])
+        energy = metrics.energy_pointing_game(None, images, maps, target, masks=inside)
+        point = metrics.pointing_game(None, images, maps, target, masks=inside)
+        found[method] = [round(100 * float(v), 2) for v in energy]
+        found[f"{method}: pointing"] = [round(100 * float(v), 2) for v in point]
+        print(method, cell(found[method]), cell(found[f"{method}: pointing"]), flush=True)
+    return found
+
+
+def _mask(image: Any, size: tuple[int, int]) -> Any:
+    """The mask at the images' size."""
+    import numpy as np
+
+    return np.asarray(image.convert("L").resize((size[1], size[0]), 0)) > 127
+
+
+def page(numbers: dict[str, Numbers]) -> str:
+    """The page, as Markdown."""
+    lines = [
+        "# All methods on three ImageNet models",
+        "",
+        "Validation images of ImageNet with boxes; the model's own decision is explained. The first of the same 300",
+        "images for every method; slow methods have fewer, as the column says, so compare means across rows with care:",
+        f"*minus {BASE}* is paired, on the images that both have, and a star says that its 95 % interval leaves 0 out.",
+        "Means ± half the 95 % interval over images. SRG is LeRF - MoRF of ROAD at 20, 50 and 80 % of the pixels.",
+        "TTAME is `TTAME(model).fit(loader)` as it comes; trained explainers saw 500 other photographs. Controls that",
+        "know nothing of the model stand last.",
+        "[Which method should I use?](../how-to/which-method.md) says what follows from it; `benchmarks/results.py`",
+        "and `benchmarks/zoo.py` make it.",
+        "",
+    ]
+    for name, title in CASES.items():
+        known = numbers[name]
+        lines += [f"## {title}", "", "### Hiding pixels by the map", "", faithfulness(known), ""]
+        lines += ["### Boxes, cost, and whether the weights matter", ""]
+        lines += ["Passes: samples forward + backward through the model for one map. x forward: processor time as a"]
+        lines += ["multiple of a plain pass. After randomisation: rank correlation of the maps with those of the model"]
+        lines += ["after its weights were drawn anew; near 0 is right.", "", place(known), ""]
+        ranked, count = everywhere(known)
+        lines += [f"### Ranks on the {count} images that all of these have", ""]
+        lines += ["1 is the best, with 95 % intervals over images; where intervals overlap, these images cannot tell."]
+        lines += ["", ranked, ""]
+        ranked, count = rules(known)
+        if count:
+            lines += [f"### Does the order depend on how pixels are hidden? ({count} images)", ""]
+            lines += ["Ranks by SRG, with what was removed imputed, black, the mean colour or blurred."]
+            lines += ["", ranked, ""]
+        held = known.more.get("masks")
+        if held:
+            lines += ["### Energy inside objects' masks (26 COCO photographs)", ""]
+            area, _ = mean(held["area"])
+            lines += [f"The objects fill {area:.1f} % of the photographs, so a map that knows nothing has that energy"]
+            lines += ["inside. The photographs were chosen by this model, as it names their object.", ""]
+            kept = [m for m in held if m != "area" and not m.endswith(": pointing")]
+            rows = [[m, cell(held[m]), cell(held[f"{m}: pointing"])] for m in order({m: {} for m in kept})]
+            lines += [table(rows, ["method", "energy inside, %", "pointing game, %"]), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write docs/results/zoo.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--randomised", nargs="+", metavar="METHOD", help="compare these after randomisation")
+    parser.add_argument("--masks", nargs="+", metavar="METHOD", help="hold these against masks, on the transformer")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help="of --randomised")
+    options = parser.parse_args()
+    numbers = load()
+    for name, known in numbers.items():
+        known.merge(options.work, name)
+        if options.randomised and name in options.cases:
+            known.more.setdefault("randomised", {}).update(randomised(name, options.work, options.randomised))
+    if options.masks:
+        numbers["vit_tiny"].more.setdefault("masks", {}).update(masks(options.work, options.masks))
+    save(numbers)
+    (ROOT / "docs" / "results" / "zoo.md").write_text(page(numbers), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
