@@ -9,12 +9,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Grid, Tap
 
 CLASSES = 5
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """A model of timm's that runs its blocks again in the backward pass."""
+    if not hasattr(pytest.importorskip("timm.layers"), "use_reentrant_ckpt"):
+        pytest.skip("timm before 1.0.13 checkpoints reentrantly, which is refused")
+    model.set_grad_checkpointing()
+    return model
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:

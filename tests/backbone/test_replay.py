@@ -430,10 +430,7 @@ class TestGradients:
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_vit(self, name: str, checkpointing: bool):
         """With checkpointing the backward pass runs the blocks again, when no replay is on any more."""
-        if checkpointing and not hasattr(pytest.importorskip("timm.layers"), "use_reentrant_ckpt"):
-            pytest.skip("checkpoints of timm before 1.0.13 know no torch.autograd.grad")
-        model = cases.vit().double()
-        model.set_grad_checkpointing(checkpointing)
+        model = cases.checkpointed(cases.vit().double()) if checkpointing else cases.vit().double()
         assert_gradients(model, doubles(), tap(name, Grid("tokens", 1, (4, 4))), plain=cases.vit().double())
 
     def test_follow_the_maps_alone(self):
