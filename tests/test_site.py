@@ -51,6 +51,11 @@ def test_every_method_has_its_reference_with_signature_and_example(site):
     assert "admonition example" not in text  # examples are code
 
 
+def test_formulas_have_no_command_left_in_them(site):
+    for page in pages(site):
+        assert not re.search(r"<m[a-z]+[^>]*>\\[^<]*</m", page.read_text(encoding="utf-8")), page
+
+
 def test_a_page_loads_nothing_from_elsewhere(site):
     for page in pages(site):
         text = page.read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ _FORMULA = re.compile(r"^( *)\.\. math:: *(.*(?:\n\1 +.*)*(?:\n\n\1 {3,}.*(?:\n\
 def formula(latex: str, display: str = "block") -> str:
     """A formula as MathML, which browsers draw without a script."""
     found: str = convert(latex.replace("\\!", ""), display=display)
-    return found
+    return re.sub(r">\\(\w+|[{}])<", r">\1<", found)  # names that the converter leaves as they are, such as \arg
 
 
 def as_markdown(text: str) -> str:
