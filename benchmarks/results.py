@@ -438,6 +438,10 @@ def write(name: str, case: Case, work: Path, output: Path, raw: Path) -> None:
     (output / f"{name}.md").write_text(page(name, case, results, facts, refused), encoding="utf-8")
     told = {method: {key: fact[key] for key in fact if key != "classes seen"} for method, fact in facts.items()}
     numbers = {"case": case.says, "measured": told, **json.loads(results.to_json())}
+    curved = [m for m in results.measures if m.points]
+    numbers["points"] = {m.name: m.points for m in curved}
+    for method, held in numbers["methods"].items():  # so that the plots can be drawn again
+        held["curves"] = {m.name: [round(x, 5) for x in results.curve(method, m.name).tolist()] for m in curved}
     raw.mkdir(parents=True, exist_ok=True)
     (raw / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     wanted, most = {*FIRST, *VARIANTS, "random map", "image edges"}, len(results.images)

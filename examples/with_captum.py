@@ -20,6 +20,7 @@ for method in (GradCAM, LayerCAM, AblationCAM):
     explainer = method(model)
     plain = explainer.attribute(images, target=target)
     smooth = NoiseTunnel(explainer).attribute(images, target=target, nt_samples=8, stdevs=0.1)
+    assert isinstance(smooth, torch.Tensor)  # to type checkers it may be a tuple, as in other calls of Captum
     for name, maps in (("plain", plain), ("NoiseTunnel", smooth)):
         torch.manual_seed(0)  # the same perturbations for all
         value = infidelity(model, perturb, images, maps, target=target, n_perturb_samples=20, normalize=True).mean()

@@ -58,7 +58,7 @@ class Explainer(Protocol):
     def layers(self) -> Any:
         """As the user gave them."""
 
-    def taps(self, inputs: Tensor, additional_forward_args: Any = None) -> tuple[Tap, ...]:
+    def taps(self, inputs: Tensor, args: Sequence[Any] = ()) -> tuple[Tap, ...]:
         """The layers, resolved."""
 
     def placed(self, inputs: Tensor, args: Sequence[Any] = ()) -> AbstractContextManager[None]:

@@ -13,7 +13,8 @@ explain = BatchExplainer(tiny_vit, GradCAM)
 ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20)
 try:
     rows = ray.data.from_items([{"id": i, "image": image} for i, image in enumerate(images)])
-    found = rows.map_batches(explain, batch_size=8).sort("id").take_all()
+    batches = rows.map_batches(explain, batch_size=8)  # pyright: ignore[reportArgumentType]  # Ray wants tables too
+    found = batches.sort("id").take_all()
 finally:
     ray.shutdown()
 maps = np.stack([row["map"] for row in found])

@@ -21,4 +21,8 @@ def progress(total: int, label: str, unit: str = "pass") -> Iterator[Callable[[i
     from tqdm.auto import tqdm
 
     with tqdm(total=total, desc=label, unit=unit, leave=False, mininterval=0.5) as bar:
-        yield lambda count: bar.update(count) and None
+
+        def step(count: int) -> None:
+            bar.update(count)
+
+        yield step
