@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +27,10 @@ _NAMES = ("demo", "list", "layers", "explain", "app", "fit", "evaluate", "reprod
 _ABOUT = """\
 Which image regions made the model decide? Explains torchvision and timm classifiers.
 
-  attrib-zoo demo                                          see it work: offline, a few minutes
-  attrib-zoo explain photo.jpg --model resnet50            a heat map over your photograph
+  attrib-zoo demo                                see it work: offline, minutes
+  attrib-zoo explain photo.jpg --model resnet50  a heat map over your photograph
   attrib-zoo fit --model resnet50 --data images/ --output ttame.safetensors
-                                                           train an explainer for your model
+                                                 an explainer for your model
 """
 
 _EVALUATE = """\
@@ -141,11 +143,17 @@ def _parser() -> ArgumentParser:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help in one column of names and one of descriptions."""
+    """Help in one column of names and one of descriptions, as wide as the terminal and no wider than a page."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=100)
+        width = shutil.get_terminal_size((100, 24)).columns
+        super().__init__(prog, max_help_position=28, width=min(100, max(60, width)))
         self._action_max_length = 16  # otherwise the names of commands are not counted
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Paragraphs are filled; commands, which are indented, stay on their lines."""
+        parts = text.strip().split("\n\n")
+        return "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, width) for part in parts) + "\n"
 
 
 def _plain(prog: str | None, about: str, **more: Any) -> ArgumentParser:

@@ -93,6 +93,17 @@ def test_every_command_is_known_where_errors_name_its_help() -> None:
     assert tuple(found.choices) == _NAMES
 
 
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("command", ["", *_NAMES])
+def test_help_is_no_wider_than_the_terminal(command, columns, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([*filter(None, [command]), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    examples = [line for line in lines if line.startswith("  attrib-zoo ")]  # to be copied: they stay whole
+    assert not [line for line in lines if len(line) > columns and line not in examples]
+
+
 def test_help_has_one_column_of_names_and_one_of_words(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
