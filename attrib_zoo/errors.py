@@ -9,7 +9,7 @@
     * UnsupportedModelError (ValueError): the model or its output is of a kind that the method cannot use
     * ModelChangedError (RuntimeError): another thread changed the model's weights during a call
     * NotFittedError (RuntimeError): a trainable method asked for a map before ``fit`` or ``load``
-    * TrainingError (RuntimeError): ``fit`` cannot go on
+    * TrainingError (RuntimeError): ``fit`` cannot go on, or a run of which another process has stopped
     * DataError (ValueError): a loader, folder or file that cannot be used
     * CheckpointError (ValueError): a checkpoint that is damaged, or of another class or a newer format
         * BackboneMismatchError: a checkpoint that was fitted for other weights
@@ -67,7 +67,7 @@ class NotFittedError(AttribZooError, RuntimeError):
 
 
 class TrainingError(AttribZooError, RuntimeError):
-    """Training cannot go on; the weights are those of the last good step."""
+    """Training cannot go on; the weights are those of the last good step. Or another process of a run has stopped."""
 
 
 class DataError(AttribZooError, ValueError):

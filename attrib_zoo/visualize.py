@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attrib_zoo.errors import DataError, InputError, OptionError, closest
+from attrib_zoo.errors import DataError, InputError, OptionError, closest, shown
 from attrib_zoo.masking import min_max, upsample
 from attrib_zoo.training.files import write_whole
 
@@ -27,6 +27,9 @@ ALPHA, COLORMAP, SIGNED_COLORMAP = 0.8, "plasma", "PuOr_r"
 """The defaults: both colormaps can be read by the colour-blind, and plasma ends in a bright yellow."""
 
 _CELL, _GAP, _HEADER, _TITLE, _MARGIN, _FOOTER = 224, 8, 26, 24, 14, 30  # pixels of a contact sheet
+PLAIN = {"parse_math": False, "usetex": False}
+"""Of a text in a matplotlib figure that is drawn as it stands, whatever ``$`` and backslashes are in it."""
+
 _DPI = 100
 _LEAST, _LONGEST = 320, 2048  # pixels of a picture's longer side: room for its caption, and no more than screens show
 _STRIP = 256  # rows that are coloured at once, so that large photographs need little memory
@@ -126,11 +129,11 @@ def picture(
 
     name = check_colours(alpha, colormap, signed)
     photo = _rgb(image, mean, std)
-    shown = _fitted(photo, longest)
-    drawn = overlay(shown, map, alpha=alpha, colormap=name, signed=signed, box=_within(box, photo, shown))
+    fitted = _fitted(photo, longest)
+    drawn = overlay(fitted, map, alpha=alpha, colormap=name, signed=signed, box=_within(box, photo, fitted))
     height, width = drawn.shape[:2]
     font = _font(max(13, round(max(height, width) / 55)))
-    line, lines = round(font.size * 1.5), title.splitlines()
+    line, lines = round(font.size * 1.5), [shown(words, 1000) for words in title.splitlines()]
     head, foot = line * len(lines) + round(line / 3) * bool(lines), round(line * 1.6)
     page = Image.new("RGB", (width, head + height + foot), "white")
     page.paste(Image.fromarray(drawn), (0, head))
@@ -502,7 +505,8 @@ def _bar(sheet: Figure, y: float, colours: tuple[float, str, bool]) -> None:
 def _text(sheet: Figure, x: float, y: float, words: str, room: float, **style: Any) -> None:
     """One line that ends in an ellipsis where the room (pixels) ends; nothing is read as mathematics."""
     width, height = (side * _DPI for side in sheet.get_size_inches())
-    text = sheet.text(x / width, 1 - y / height, words, parse_math=False, **style)
+    words = shown(words, 1000)
+    text = sheet.text(x / width, 1 - y / height, words, **PLAIN, **style)
 
     def fits(words: str) -> bool:
         text.set_text(words)
@@ -513,11 +517,11 @@ def _text(sheet: Figure, x: float, y: float, words: str, room: float, **style: A
 
 def _shortened(words: str, fits: Callable[[str], bool]) -> str:
     """The words, or as many of their letters as fit together with an ellipsis."""
-    shown, kept = words, words
-    while len(kept) > 1 and not fits(shown):
+    found, kept = words, words
+    while len(kept) > 1 and not fits(found):
         kept = kept[:-1]
-        shown = kept.rstrip() + "…"
-    return shown
+        found = kept.rstrip() + "…"
+    return found
 
 
 def _font(size: int) -> Any:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from attrib_zoo.errors import DataError, InputError, OptionError
+from attrib_zoo.errors import DataError, InputError, OptionError, shown
 from attrib_zoo.visualize import colour_bar, figure, overlay, picture, save_overlay
 
 PHOTO = torch.rand(3, 24, 36, generator=torch.Generator().manual_seed(0))
@@ -314,3 +314,16 @@ def test_sheet_counts_its_entries(count: int, columns: dict, titles: list | None
 def test_of_many_bands_three_are_picked(bands):
     with pytest.raises(InputError, match=rf"got shape \({bands}, 8, 8\); of more bands pick three: image"):
         overlay(torch.rand(bands, 8, 8), torch.rand(4, 4))
+
+
+@pytest.mark.parametrize(
+    "name", ["$\\frac{", "$x$", "\ud800", "\x1b[2J", "x" * 5000], ids=["frac", "x", "half", "escape", "long"]
+)
+def test_any_name_is_drawn_as_it_stands(name, monkeypatch) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    photo = torch.rand(3, 240, 320)
+    sheet = figure([photo], {name: [torch.rand(7, 7)]}, titles=[name])
+    sheet.canvas.draw()
+    texts = [text.get_text() for text in sheet.texts]
+    assert len(name) > 100 or texts.count(shown(name)) == 2
+    assert picture(photo, torch.rand(7, 7), name).height > 240

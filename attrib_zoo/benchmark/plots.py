@@ -10,7 +10,8 @@ from attrib_zoo.benchmark.controls import CHANCE
 from attrib_zoo.benchmark.estimates import Estimate
 from attrib_zoo.benchmark.measures import Measure
 from attrib_zoo.benchmark.records import Records
-from attrib_zoo.visualize import shows_itself
+from attrib_zoo.errors import shown
+from attrib_zoo.visualize import PLAIN, shows_itself
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,22 +69,26 @@ def plot(table: Numbers, across: int = 3) -> Figure:
     across = min(panels, max(1, across))
     across = 2 if (panels, across) == (4, 3) else across  # no row of one
     down = -(-panels // across)
-    shown = [method for method in table.methods if method != CHANCE]
-    beside = max(1, min(len(shown), 5 * across // 3 if across > 1 else 2))  # names per line of the legend
-    tall = 3.6 * down + 0.25 + 0.2 * -(-len(shown) // beside)
+    rows = [method for method in table.methods if method != CHANCE]
+    beside = max(1, min(len(rows), 5 * across // 3 if across > 1 else 2))  # names per line of the legend
+    tall = 3.6 * down + 0.25 + 0.2 * -(-len(rows) // beside)
     sheet = Figure(figsize=(4.4 * across, tall), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(sheet)
     shows_itself(sheet)
     axes = [sheet.add_subplot(down, across, i + 1) for i in range(panels)]
     styles = _styles(table.methods, table.controls)
     for panel, measure in zip(axes, curves, strict=False):
-        for method in shown:
+        for method in rows:
             curve = 100 * table.curve(method, measure.name)
             panel.plot([100 * point for point in measure.points], curve, **styles[method])
         _dress(panel, f"{measure.name} {measure.arrow}", "pixels changed, %", "confidence, %")
     _scatter(axes[-1], table, styles)
-    lines = [Line2D([], [], label=method, **styles[method]) for method in shown]
-    sheet.legend(handles=lines, loc="outside lower center", ncols=beside, frameon=False, fontsize=9, handlelength=3.2)
+    lines = [Line2D([], [], **styles[method]) for method in rows]
+    places = list(map(str, range(len(rows))))  # the names follow: a legend leaves out those that begin with "_"
+    style: dict[str, Any] = {"ncols": beside, "frameon": False, "fontsize": 9, "handlelength": 3.2}
+    legend = sheet.legend(lines, places, loc="outside lower center", **style)
+    for text, method in zip(legend.get_texts(), rows, strict=True):
+        text.set(text=_name(method), **PLAIN)
     return sheet
 
 
@@ -99,7 +104,7 @@ def _scatter(panel: Axes, table: Numbers, styles: dict[str, dict[str, Any]]) -> 
         style = {**styles[method], "linestyle": "none"}
         reach = [[max(found.mean - found.low, 0.0)], [max(found.high - found.mean, 0.0)]]  # by rounding, else negative
         error = None if found.low != found.low else reach
-        panel.errorbar([max(cost, 0.01)], [found.mean], yerr=error, capsize=2, elinewidth=0.8, label=method, **style)
+        panel.errorbar([max(cost, 0.01)], [found.mean], yerr=error, capsize=2, elinewidth=0.8, **style)
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -126,10 +131,15 @@ def _styles(methods: list[str], controls: list[str]) -> dict[str, dict[str, Any]
     return styles
 
 
+def _name(text: str) -> str:
+    """A name that somebody chose, as it may stand in a picture."""
+    return shown(text, 100)
+
+
 def _dress(panel: Axes, title: str, x: str, y: str) -> None:
-    panel.set_title(title, fontsize=10, loc="left")
-    panel.set_xlabel(x, fontsize=9)
-    panel.set_ylabel(y, fontsize=9)
+    panel.set_title(_name(title), fontsize=10, loc="left", **PLAIN)
+    panel.set_xlabel(x, fontsize=9, **PLAIN)
+    panel.set_ylabel(_name(y), fontsize=9, **PLAIN)
     panel.tick_params(labelsize=8)
     panel.grid(alpha=0.25, linewidth=0.6)
     for side in ("top", "right"):

@@ -19,7 +19,7 @@ from attrib_zoo.benchmark.measures import Measure
 from attrib_zoo.benchmark.plots import plot
 from attrib_zoo.benchmark.records import Records
 from attrib_zoo.benchmark.words import summary
-from attrib_zoo.errors import OptionError, aligned, cell
+from attrib_zoo.errors import OptionError, aligned, cell, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -264,7 +264,7 @@ def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [[cell.replace("|", r"\|") for cell in line] for line in (head, *rows)]
+    cells = [[shown(cell, 200).replace("|", r"\|") for cell in line] for line in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     rule = "|".join("-" * (width + 2) for width in widths)

@@ -252,7 +252,7 @@ def from_first(find: Callable[[], _Value]) -> _Value:
             if distributed.world_size() == 1:
                 raise
             held = None, error
-    value, raised = _everyone(held)[0]
+    value, raised = distributed.everyone(held)[0]  # with the patience of `together`
     if raised is not None:
         raise raised
     found: _Value = value
@@ -261,13 +261,4 @@ def from_first(find: Callable[[], _Value]) -> _Value:
 
 def wait() -> None:
     """Wait until all processes are here, however long that takes."""
-    _everyone(None)
-
-
-def _everyone(value: Any) -> list[Any]:
-    """The values of all processes; with the time limit of :func:`together`, not that of a fit."""
-    if distributed.world_size() == 1:
-        return [value]
-    found: list[Any] = [None] * distributed.world_size()
-    dist.all_gather_object(found, value)
-    return found
+    distributed.everyone(None)

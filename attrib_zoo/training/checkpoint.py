@@ -203,7 +203,11 @@ def _check_groups(optimizer: torch.optim.Optimizer, groups: Any) -> None:
     for mine, theirs in zip(own, groups, strict=True):
         for name, value in mine.items():
             most = 1.0 if name == "betas" or "momentum" in name else 1e9
-            if not alike(theirs[name], value, most):
+            if value is None or isinstance(value, bool):  # with "fused" or without, a fit goes on as it was begun
+                same = theirs[name] is value or (name == "fused" and theirs[name] in (None, True, False))
+            else:
+                same = alike(theirs[name], value, most)
+            if not same:
                 raise ValueError(f"the optimiser's {name} must be like {value!r}, got {theirs[name]!r}")
 
 

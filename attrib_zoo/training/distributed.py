@@ -83,15 +83,24 @@ def everyone(value: _Value, *, patient: bool = True) -> list[_Value]:
     Args:
         value: anything that can be pickled.
         patient: wait as long as the default group; otherwise with the timeout of a fit.
+
+    Raises:
+        TrainingError: another process has stopped.
     """
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    if patient:
-        dist.all_gather_object(found, value)
+    if not patient:
+        with _answered():
+            dist.all_gather_object(found, value, group=_side())
         return found
-    with _answered():
-        dist.all_gather_object(found, value, group=_side())
+    try:
+        dist.all_gather_object(found, value)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"another process of this run has stopped ({reason(error)}), so this one stops too; look at its messages, "
+            "and start all of them again: what has been written is not done anew"
+        ) from error
     return found
 
 

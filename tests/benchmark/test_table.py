@@ -23,7 +23,7 @@ from attrib_zoo import GradCAM
 from attrib_zoo.benchmark import FAMILIES, Measure, evaluate, write_report
 from attrib_zoo.benchmark.estimates import Estimate, estimate
 from attrib_zoo.benchmark.markup import parts
-from attrib_zoo.errors import DataError, OptionError
+from attrib_zoo.errors import DataError, OptionError, shown
 
 NAN = math.nan
 FOUR = {"Grad_CAM & co": [0.1, 0.4, 0.2, 0.9], "B": [0.2, NAN, 0.4, 0.6], "none": [NAN] * 4}
@@ -290,6 +290,25 @@ def test_every_row_of_a_plot_is_told_apart_and_the_legend_shows_its_line():
     assert all(h.get_linestyle() != "None" and h.get_linewidth() > 1 for h in handles)
     grey = [matplotlib.colors.to_rgb(h.get_color()) for h in handles]
     assert [max(c) == min(c) for c in grey] == [name in controls for name in names]
+
+
+NAMES = ["$\\frac{", "$x$ and $y$", "_hidden", "a\nb", "\ud800", "\x1b[2J", "x" * 5000, "|"]
+
+
+def test_names_are_drawn_and_written_as_they_stand(monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)  # where there may be no TeX
+    measure = replace(LOW, name="$\\frac{")
+    table = by_hand({name: [0.5, 0.25] for name in NAMES}, [measure])
+    sheet = table.plot()
+    for axes in sheet.axes:
+        axes.tick_params(labelbottom=False, labelleft=False)  # numbers, which TeX may set if the user says so
+    sheet.canvas.draw()
+    assert [text.get_text() for text in sheet.legends[0].get_texts()] == [shown(name, 100) for name in NAMES]
+    assert sheet.axes[0].get_ylabel() == "$\\frac{"
+    lines = table.to_markdown().split("\n\n")[0].splitlines()
+    assert len(lines) == 2 + len(NAMES)
+    assert len({len(re.split(r"(?<!\\)\|", line)) for line in lines}) == 1
+    table.to_markdown().encode()
 
 
 def test_panels_stand_side_by_side_or_one_below_the_other():

@@ -6,6 +6,7 @@ import json
 import struct
 import tracemalloc
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -351,3 +352,25 @@ def test_double_precision_stays(tmp_path):
     made = zoo.fit(TTAME(model, recipe="paper"), [images], max_steps=2)
     loaded = TTAME.load(made.save(tmp_path / "x.safetensors"), model)
     assert torch.equal(loaded.maps(images), made.maps(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fine"),
+    [("fused", None, True), ("fused", "x", False), ("amsgrad", True, False), ("differentiable", True, False)],
+)
+def test_how_the_optimiser_goes_is_no_reason_to_refuse_and_what_it_does_is(folder, name, value, fine):
+    facts, tensors = _parts(folder / "checkpoint.safetensors")
+    for group in facts["state"]["optimizer"]["groups"]:
+        group[name] = value
+    path = folder / "begun.safetensors"
+    _write(path, tensors, facts, False)
+    fitted = zoo.fit(
+        TTAME(MODEL, recipe="paper"), IMAGES.split(2) * 2, resume_from=folder / "checkpoint.safetensors", **PLAN
+    )
+    with (
+        warnings.catch_warnings(),
+        nullcontext() if fine else pytest.raises(CheckpointError, match=f"optimiser's {name} must"),
+    ):
+        warnings.simplefilter("ignore")
+        other = zoo.fit(TTAME(MODEL, recipe="paper"), IMAGES.split(2) * 2, resume_from=path, **PLAN)
+        assert torch.allclose(other.maps(IMAGES), fitted.maps(IMAGES), atol=1e-4)

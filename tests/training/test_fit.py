@@ -514,6 +514,30 @@ def test_biases_are_not_decayed_and_all_else_is():
     assert (optimizer.defaults["nesterov"], optimizer.defaults["momentum"]) == (True, 0.9)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_one_pass_over_the_parameters_is_the_step_of_pytorchs_default(name):
+    plain = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(301, 17, generator=generator)
+    ours, theirs = (nn.ParameterList([nn.Parameter(first.clone())]) for _ in range(2))
+    optimizer, cycle = build(ours, Schedule("paper", name, 1e-2, weight_decay=5e-4), 60, None)
+    groups = [{k: v for k, v in g.items() if k in plain([torch.zeros(1)]).defaults} for g in optimizer.param_groups]
+    default = plain([{**groups[0], "params": list(theirs), "fused": None}])
+    for _ in range(60):
+        grad = 1e-3 * torch.randn(first.shape, generator=generator)
+        grad[torch.randint(301, (200,), generator=generator)] = 0  # rows that a batch does not touch
+        for parameters, each in ((ours, optimizer), (theirs, default)):
+            parameters[0].grad = grad.clone()
+            each.step()
+        cycle.step() if cycle.last_epoch < 59 else None
+        for key in ("lr", "momentum", "betas"):
+            if key in default.param_groups[0]:
+                default.param_groups[0][key] = optimizer.param_groups[0][key]
+    assert optimizer.param_groups[0]["fused"]
+    assert not torch.equal(ours[0], first)
+    assert torch.allclose(ours[0], theirs[0], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("schedule", ["short", "paper"])
 def test_any_number_of_steps_has_a_cycle(steps, schedule):

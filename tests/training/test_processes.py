@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 
 from attrib_zoo import TTAME
+from attrib_zoo.cli import stream
 from attrib_zoo.errors import DataError, OptionError, TrainingError
 from attrib_zoo.training import distributed
 from attrib_zoo.training.locks import hold
@@ -190,6 +191,18 @@ def test_the_patience_is_a_number_of_seconds(monkeypatch):
         monkeypatch.setenv(distributed.VARIABLE, wrong)
         with pytest.raises(OptionError, match=r"ATTRIB_ZOO_PATIENCE: must be a positive number of seconds"):
             distributed.patience()
+
+
+def test_an_evaluation_and_a_job_end_with_one_sentence_too(monkeypatch):
+    def gone(found, value):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1. Stack trace: ...\n  1 of 20")
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gone)
+    words = r"^another process of this run has stopped \(Connection closed by peer .*\), so this one stops too; [^\n]*$"
+    for meet in (lambda: distributed.everyone(1), stream.wait):
+        with pytest.raises(TrainingError, match=words):
+            meet()
 
 
 def test_what_the_group_says_becomes_one_sentence():
