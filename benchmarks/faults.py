@@ -716,11 +716,28 @@ FOOT = """
 ## A step against the number of classes
 
 With the recipe `"rows"` a step trains what all classes share; the rows themselves are frozen, and what grows with K is
-the model's own last layer. With the recipe `"paper"` the rows are trained, and a step does grow with K: momentum goes
-on moving every row that ever had a gradient, and the random other classes of Ψ, B - 1 for each of B images, leave
-hardly any row without one after some K / B² steps. An optimiser that passes over the rows that a batch does not touch
-would give other maps than the dense one, so there is none. Where images are few for so many classes, `recipe="auto"`
-takes the rows anyway.
+the model's own last layer. With the recipe `"paper"` the rows are trained, and a step does grow with K. For 21 841 rows
+of 512 numbers, on one thread (seconds of CPU time):
+
+| part of a step | PyTorch's default | now |
+|---|---|---|
+| SGD with momentum, all rows | 0.111 | 0.011 |
+| Adam, all rows | 0.176 | 0.016 |
+| the gradient of the batch's rows, dense | 0.044 | 0.044 |
+| the model's own last layer, there and back | 0.033 | 0.033 |
+
+The optimiser goes over the rows once (`fused=True`) and makes no temporary tensors of their size. In 50 steps on 2000
+rows of 64 with random gradients SGD came to the same bits as PyTorch's default, Adam to 2.4e-7 at most; a checkpoint
+from before is continued as it was begun. The row "a fit" of 21 841 classes above is from before.
+
+Rows that a batch does not touch are not passed over, since the result would not be the same. Momentum goes on moving
+every row that ever had a gradient, and the random other classes of Ψ, B - 1 for each of B images, leave hardly any row
+without one after some K / B² steps. What SGD does to a row while nothing touches it is a 2 x 2 matrix on the row and
+its momentum, so it could be made up for when the row is next used, but with other rounding, which a validation or a
+checkpoint in between would change again. For Adam there is no such form, because its divisor changes too. With a sparse
+gradient, which takes 0.0003 s, that would save 0.055 s of a step, about what the model's last layer costs, which sees
+the image and the masked image in any case. Where images are few for so many classes,
+`recipe="auto"` takes the rows of the classifier anyway.
 """
 
 
