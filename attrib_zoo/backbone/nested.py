@@ -8,9 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+_ATOMS = frozenset({type(None), bool, int, float, str, Tensor})  # most entries; a test for Mapping is slow
+
 
 def items(value: Any) -> list[tuple[Any, Any]]:
     """Key and value of every entry of a tuple, list or mapping; nothing for anything else."""
+    if type(value) in _ATOMS:
+        return []
     if isinstance(value, (tuple, list)):
         return list(enumerate(value))
     return list(value.items()) if isinstance(value, Mapping) else []
@@ -21,7 +25,10 @@ def tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     for _, entry in items(value):
-        yield from tensors(entry)
+        if isinstance(entry, Tensor):
+            yield entry
+        elif type(entry) not in _ATOMS:
+            yield from tensors(entry)
 
 
 def elements(value: Any) -> dict[int | str | None, Tensor]:

@@ -64,6 +64,11 @@ class Extents:
         elif any(word in operator for word in _RESIZING):
             self._set(_rows_and_columns(made), *self._of(_rows_and_columns(given)), spread=True)
 
+    @staticmethod
+    def concerns(operator: str) -> bool:
+        """Whether :meth:`see` has a use for an operator of this name."""
+        return operator.startswith("aten.slice.") or any(w in operator for w in (*_PADDING, *_WINDOWS, *_RESIZING))
+
     def _of(self, size: Size) -> tuple[Span, Span]:
         """For a size that no operator produced (tokens merged by a reshape): that of the grid it came from."""
         if size in self._spans:

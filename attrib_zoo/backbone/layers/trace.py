@@ -28,7 +28,7 @@ from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.backbone.layers.extents import Extents
 from attrib_zoo.backbone.module import original, refuse_shards
 from attrib_zoo.backbone.nested import elements, items, replaced, tensors
-from attrib_zoo.backbone.randomness import draws_taken_back
+from attrib_zoo.backbone.randomness import Draws
 from attrib_zoo.errors import InputError
 
 BATCH = 1
@@ -149,16 +149,18 @@ def trace(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Trace:
         raise InputError(f"inputs: must be images (N, C, H, W) with N > 0, got shape {tuple(inputs.shape)}")
     own = original(model)
     rows = torch.zeros(BATCH, dtype=torch.long, device=inputs.device)
-    with torch.inference_mode(False), torch.no_grad(), draws_taken_back(inputs.device), frozen(model) as bare:
+    draws = Draws(inputs.device)
+    with torch.inference_mode(False), torch.no_grad(), frozen(model) as bare:
         refuse_shards(bare)
         images = inputs.detach()[rows]
-        flow = Flow(images)
+        flow = Flow(images, draws)
         recorder = _Recorder(flow, dict(_layers(own)))
         with ExitStack() as stack:
             for name, module in _layers(bare):
                 recorder.names[module] = name
                 stack.callback(module.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(recorder.end).remove)
+            stack.callback(draws.take_back)
             stack.enter_context(flow)
             outputs = call_model(bare, images, select_args(args, rows, len(inputs)))
         _mark_paths(recorder.root, flow, outputs)
@@ -210,11 +212,12 @@ class _Recorder:
         if call.parent is not None:
             call.parent.children.append(call)
         found = elements(output)
-        same = {key for key, tensor in found.items() if self._flow.node(tensor) in nodes - {None}}
+        nodes.discard(None)
+        same = {key for key, tensor in found.items() if self._flow.node(tensor) in nodes}
         own = self._own(output, found, places)
         call.outputs = [
             Output(element, tuple(tensor.shape), self._flow.node(tensor), same=element in same)
-            for element, tensor in elements(own).items()
+            for element, tensor in (found if own is output else elements(own)).items()
         ]
         return own
 
@@ -277,21 +280,22 @@ class Flow(TorchDispatchMode):
         extents: what grids of each size cover of the source.
     """
 
-    def __init__(self, source: Tensor) -> None:
+    def __init__(self, source: Tensor, draws: Draws) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._draws = draws  # watched here, since a dispatch mode of its own would cost every operation once more
         self.clock = 0
         self.sizes: list[tuple[int, tuple[int, int]]] = []
         self._parents: list[tuple[int, ...]] = [()]  # node 0 is the source
-        self._nodes: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._written: dict[Any, list[tuple[int, str]]] = {}
+        self._nodes: dict[int | None, tuple[StorageWeakRef, int]] = {}
+        self._operators: dict[Any, _Operator] = {}
         self._batch = len(source)
         self.extents = Extents((source.shape[-2], source.shape[-1]))
         self._set(source, 0)
 
     def node(self, tensor: Tensor) -> int | None:
         """The node that made what the tensor holds now; None if it does not depend on the input."""
-        key = _storage(tensor)
-        return self._nodes[key.cdata][1] if key is not None and key.cdata in self._nodes else None
+        found = self._nodes.get(_address(tensor))
+        return None if found is None else found[1]
 
     def renew(self, tensor: Tensor) -> None:
         """Give the tensor's contents a node of their own, as a copy would have."""
@@ -304,21 +308,25 @@ class Flow(TorchDispatchMode):
         """Run the operation and record what its outputs depend on."""
         kwargs = kwargs or {}
         self.clock += 1
-        sources = list(tensors((args, kwargs)))
-        parents = {node for tensor in sources if (node := self.node(tensor)) is not None}
-        out = func(*args, **kwargs)
+        before = {_address(tensor) for tensor in tensors((args, kwargs))}
+        parents = {found[1] for place in before if (found := self._nodes.get(place)) is not None}
+        out = self._draws.call(func, args, kwargs)
         if not parents:
             return out
-        before = {key.cdata for tensor in sources if (key := _storage(tensor)) is not None}
+        operator = self._operators.get(func) or self._operators.setdefault(func, _Operator(func))
         results = list(tensors(out))
-        fresh = [t for t in results if (key := _storage(t)) is not None and key.cdata not in before]
-        written = [*fresh, *self._written_by(func, args, kwargs)]
+        before.add(None)
+        written = [tensor for tensor in results if _address(tensor) not in before]
+        for position, name in operator.writes:
+            written += tensors(args[position] if position < len(args) else kwargs.get(name))
         if written:
             self._parents.append(tuple(parents))
             for tensor in written:
                 self._set(tensor, len(self._parents) - 1)
-        self._note_size(str(func), results)
-        self.extents.see(str(func), args, results)
+        if operator.spatial:
+            self._note_size(results)
+        if operator.placed:
+            self.extents.see(operator.name, args, results)
         return out
 
     def paths(self, sinks: Iterable[int]) -> tuple[list[int], int]:
@@ -338,24 +346,26 @@ class Flow(TorchDispatchMode):
         return [ahead * behind for ahead, behind in zip(forward, backward, strict=True)], backward[0]
 
     def _set(self, tensor: Tensor, node: int) -> None:
-        key = _storage(tensor)
-        if key is not None:
-            self._nodes[key.cdata] = (key, node)  # the weak reference keeps the address from being reused
+        if (place := _address(tensor)) is not None:
+            key = StorageWeakRef(tensor.untyped_storage())
+            self._nodes[place] = (key, node)  # the weak reference keeps the address from being reused
 
-    def _written_by(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-        """The arguments that an operation writes to in place."""
-        if func not in self._written:
-            schema = getattr(func, "_schema", None)
-            arguments = enumerate(schema.arguments) if schema is not None else ()
-            self._written[func] = [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]
-        for position, name in self._written[func]:
-            yield from tensors(args[position] if position < len(args) else kwargs.get(name))
+    def _note_size(self, results: list[Tensor]) -> None:
+        for tensor in results[:1]:
+            if tensor.ndim == 4 and len(tensor) == self._batch:
+                self.sizes.append((self.clock, (tensor.shape[2], tensor.shape[3])))
 
-    def _note_size(self, operator: str, results: list[Tensor]) -> None:
-        if any(word in operator for word in _SPATIAL_OPERATORS) and "backward" not in operator:
-            for tensor in results[:1]:
-                if tensor.ndim == 4 and len(tensor) == self._batch:
-                    self.sizes.append((self.clock, (tensor.shape[2], tensor.shape[3])))
+
+class _Operator:
+    """What is asked of every call of an operator, found once: most operators run many times in a pass."""
+
+    def __init__(self, func: Any) -> None:
+        self.name = str(func)
+        schema = getattr(func, "_schema", None)
+        arguments = enumerate(schema.arguments) if schema is not None else ()
+        self.writes = [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]  # in place
+        self.spatial = any(word in self.name for word in _SPATIAL_OPERATORS) and "backward" not in self.name
+        self.placed = Extents.concerns(self.name)
 
 
 def _alive(reference: ReferenceType[nn.Module]) -> nn.Module:
@@ -367,12 +377,7 @@ def _alive(reference: ReferenceType[nn.Module]) -> nn.Module:
 
 def _address(tensor: Tensor) -> int | None:
     """What distinguishes a tensor's memory from that of all other live tensors; None where it has none of its own."""
-    key = _storage(tensor)
-    return None if key is None else key.cdata
-
-
-def _storage(tensor: Tensor) -> StorageWeakRef | None:
     try:
-        return StorageWeakRef(tensor.untyped_storage())
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have none
         return None
