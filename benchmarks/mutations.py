@@ -89,13 +89,13 @@ MUTATIONS = (
     of_methods("xgradcam", "(activations.abs() if self", "(activations if self", "gradient_cams"),
     of_methods(
         "zoomcam",
-        "return min_max(super()._one_layer(activation, gradient))",
-        "return super()._one_layer(activation, gradient)",
+        "return min_max(super().layer_map(activation, gradient))",
+        "return super().layer_map(activation, gradient)",
         "zoomcam",
     ),
     of_methods("cam", "tolerance = max(1e-4,", "tolerance = max(1e4,", "cam"),
     of_methods("integrated_gradcam", 'numbers + (self.rule == "right")', "numbers", "copies"),
-    of_methods("smooth_gradcam_plus_plus", "under = 2 * second", "under = second", "copies"),
+    of_methods("smooth_gradcam_plus_plus", "2 * second + unit * third *", "second + unit * third *", "copies"),
     of_methods("scorecam", "if self.subtract_base:", "if not self.subtract_base:", "scorecam"),
     of_methods("scorecam", "return upsample(min_max(maps), size)", "return min_max(upsample(maps, size))", "scorecam"),
     of_methods(
@@ -136,8 +136,8 @@ MUTATIONS = (
     of_methods("ttame", "(drawn >= classes", "(drawn > classes", "ttame"),
     of_methods(
         "ttame",
-        "(area_term + self.lambda_variation * variation_term)",
-        "self.lambda_variation * (area_term + variation_term)",
+        "(area_term + recipe.lambda_variation * variation_term)",
+        "recipe.lambda_variation * (area_term + variation_term)",
         "ttame",
     ),
     of_methods("lcam", "return 2 * variation(masks, total=True)", "return variation(masks, total=True)", "lcam"),
@@ -196,8 +196,18 @@ MUTATIONS = (
     of_backbone("replay", "earlier = len(records[recorder.layer]) - 1", "earlier = 0", "backbone/test_replay"),
     of_backbone("replay", "own.update(before)", "pass", "backbone/test_replay"),
     of_backbone(
-        "layers/stages", "chosen = self.ends()[-count:]", "chosen = self.ends()[:count]", "backbone/test_layers"
+        "layers/stages", "if end not in stems][-count:]", "if end not in stems][:count]", "backbone/test_layers"
     ),
+    of_backbone("layers/known", "all(module() is not None for module in self._modules)", "True", "backbone/test_known"),
+    of_backbone(
+        "layers/known",
+        "if found is None or not found.describes(structure):",
+        "if found is None:",
+        "backbone/test_known",
+    ),
+    of_backbone("layers/known", 'name != "training" and name[0] != "_"', 'name == ""', "backbone/test_known"),
+    of_backbone("layers/layouts", "pending = sorted(trace.sizes)[::-1]", "pending = []", "backbone/test_layers"),
+    of_backbone("layers/layouts", "abs(h * width - w * height) <= max(height, width)", "True", "backbone/test_layers"),
     of_backbone(
         "layers/lookup",
         'output.shape[1 if hint.kind == "tokens" else 2] - hint.prefix',
@@ -234,11 +244,17 @@ MUTATIONS = (
         "losses.py tests/methods/test_lcam",
     ),
     of_training("head", "branch = branch + features", "pass", "head"),
-    of_training("head", "bias + self.common[-1]", "bias", "head"),
-    of_training("checkpoint", "sorted(model.state_dict().items())", "sorted(model.named_parameters())", "checkpoint"),
-    of_training("checkpoint", "Path(temporary).unlink(missing_ok=True)", "pass", "checkpoint"),
+    of_training(
+        "head",
+        "(weight + self.common[:-1]) * self.scale, bias + self.common[-1]",
+        "(weight + self.common[:-1]) * self.scale, bias",
+        "head",
+    ),
+    of_training("checkpoint", "in model.state_dict().items()}", "in model.named_parameters()}", "checkpoint"),
+    of_training("files", "path.unlink(missing_ok=True)", "pass", "files"),
+    of_training("files", "os.fsync(file.fileno())", "pass", "files"),
     of_training("data", "if self.position > skip:", "if self.position >= skip:", "fit"),
-    of_training("session", "parameter.requires_grad = flag", "pass", "fit"),
+    of_training("session", "parameter.requires_grad = True", "pass", "fit"),
     of_training("fit", "state.network.train(training)", "pass", "fit"),
 )
 
