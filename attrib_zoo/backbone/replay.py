@@ -66,6 +66,7 @@ class Replay:
 
     def _check_itself(self, activation: Tensor) -> None:
         """The layer's own maps, in another order (for one image, twice), must give the clean outputs."""
+        # Reversed, so that records given back to the wrong image show; in their own order they would not.
         count = len(self.outputs)
         rows = torch.arange(count - 1, -1, -1) if count > 1 else torch.zeros(2, dtype=torch.long)
         at = rows.to(self.outputs.device)
@@ -105,7 +106,7 @@ class Replay:
             for module, queue in queues.items():
                 stack.enter_context(_answering(module, queue, taken))
             outputs = self._pass(maps, taken, self._replayed_tap)
-        if any(queues.values()):
+        if any(queues.values()):  # unused records: this batch size took another way through the model
             raise LayerError(f"{type(self._model).__name__} runs other modules for {len(rows)} images")
         return outputs
 
@@ -113,6 +114,8 @@ class Replay:
         """One call of the model in which ``maps`` replace the tap's output; the graph begins there."""
 
         def put_in(_: int, activation: Tensor) -> Tensor:
+            # On from here, and off before: autograd then records nothing of the layers that are replayed. The block
+            # around the pass restores the mode. The copy lets later modules work in place without changing ``maps``.
             torch.set_grad_enabled(maps.requires_grad)
             return tap.grid.from_map(maps, activation).clone()
 

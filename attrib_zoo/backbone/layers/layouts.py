@@ -12,8 +12,8 @@ from torch import nn
 from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.backbone.layers.trace import BATCH, Call, Output, Trace
 
-MOST_PREFIX_TOKENS = 16
-_STRIDES = (16, 14, 32, 8, 4, 12, 7, 28)
+MOST_PREFIX_TOKENS = 16  # no known model has more registers; more would let tokens pass for a smaller grid
+_STRIDES = (16, 14, 32, 8, 4, 12, 7, 28)  # of patch embeddings, the most common first, since the first fit counts
 
 Size = tuple[int, int]
 
@@ -24,11 +24,13 @@ def find_grids(trace: Trace) -> None:
     Sizes seen last come first, since a layer's map most likely has the size of the last convolution or pooling, or the
     (h, w) that the model passed along.
     """
+    # Beyond these counts a few tokens too many are rather a grid that was misread than registers.
     usual = {0, 1, getattr(trace.model, "num_prefix_tokens", 1)}
     seen = _Sizes(trace.size)
     pending = sorted(trace.sizes)[::-1]
     undecided: list[tuple[Call, Output]] = []
     for call in trace.calls():
+        # Only sizes seen up to here: a later stage's grid must not explain the tokens of an earlier one.
         while pending and pending[-1][0] <= call.end:
             seen.add(pending.pop()[1])
         for output in call.outputs:
@@ -57,7 +59,7 @@ class _Sizes:
 
     def add(self, size: Size) -> None:
         if self.fits(size):
-            self._seen.pop(size, None)
+            self._seen.pop(size, None)  # moves it to the end: the age of a size is that of its last use
             self._seen[size] = None
 
     def fits(self, size: Size) -> bool:
@@ -72,7 +74,7 @@ class _Sizes:
         seen = list(self._seen)[::-1]
         yield from ((0, size) for size in seen)
         for h, w in seen:
-            if self.fits(size := (-(-h // 2), -(-w // 2))):
+            if self.fits(size := (-(-h // 2), -(-w // 2))):  # merging pads odd grids, so halves round up
                 yield 1, size
         height, width = self._image
         yield from ((2, size) for s in _STRIDES if self.fits(size := (height // s, width // s)))
@@ -97,6 +99,8 @@ def _read_tokens(output: Output, seen: _Sizes, usual: set[int]) -> None:
         for age, (derived, hw) in enumerate(seen.ranked())
         for channel_major, length, channels in ((False, first, second), (True, second, first))
         if 0 <= (prefix := length - hw[0] * hw[1]) <= MOST_PREFIX_TOKENS and channels > 1
+        # Each guess is allowed once: a size that was not seen, channels before tokens, or an unusual prefix. With two
+        # of them almost any length would fit some grid.
         if prefix in usual or not (derived or channel_major)
         if not (derived and channel_major)
     ]
@@ -104,7 +108,7 @@ def _read_tokens(output: Output, seen: _Sizes, usual: set[int]) -> None:
         best = min(readings)
         kind = "channel_tokens" if best.channel_major else "tokens"
         _set(output, Grid(kind, prefix=best.prefix, hw=best.hw), best.hw)
-        seen.add(best.hw)
+        seen.add(best.hw)  # the blocks that follow most likely keep it
 
 
 def _read_image(output: Output, seen: _Sizes) -> bool:
@@ -113,7 +117,7 @@ def _read_image(output: Output, seen: _Sizes) -> bool:
     axes = {"nchw": (second, third), "nhwc": (first, second)}
     fitting = {kind: hw for kind, hw in axes.items() if seen.fits(hw)}
     known = {kind: hw for kind, hw in fitting.items() if hw in seen}
-    likely = known or fitting
+    likely = known or fitting  # a width that happens to equal the channels fits too, but was rarely seen
     for kind, hw in likely.items():
         _set(output, Grid(kind), hw)
         return len(likely) == 1
@@ -124,7 +128,7 @@ def _settle(undecided: list[tuple[Call, Output]], trace: Trace) -> None:
     """Outputs that fit both layouts get the one that modules of the same class use elsewhere; in doubt NCHW."""
     if not undecided:
         return
-    unclear = {id(output) for _, output in undecided}
+    unclear = {id(output) for _, output in undecided}  # they were provisionally set to NCHW and must not vote
     votes: Counter[tuple[type[nn.Module], str]] = Counter(
         (type(call.module), output.grid.kind)
         for call in trace.calls()

@@ -19,7 +19,7 @@ from attrib_zoo.backbone.layers.trace import Call, Output, Trace
 from attrib_zoo.backbone.module import is_quantised
 
 _SEVERAL_STAGES = 2.5  # one stage halves the grid at most
-_HIERARCHICAL = 3  # grids
+_HIERARCHICAL = 3  # grids; a plain transformer has one, or two with a convolutional stem
 _SMALLEST_OPENED = 1 / 6  # of the weights: a smaller module that shrinks the grid is a stem
 _MOST = 1 / 2
 _LEAST = 1 / 100
@@ -88,7 +88,7 @@ class Stages:
             # Its weights grow with the patch size, not with the network: a few narrow blocks may hold fewer weights
             # than it.
             held, around = self._weights[first], first
-            while around.parent is not None:
+            while around.parent is not None:  # all around it too, whose share would otherwise be the patch's
                 self._weights[around] -= held
                 around = around.parent
         self._spatial_leaves = {call for call in leaves if spatial(call)}
