@@ -178,11 +178,11 @@ MUTATIONS = (
     # ------------------------------------------------------------------ backbone
     of_backbone("grid", "device=cells.device).argsort()]", "device=cells.device)]", "backbone/test_grid"),
     of_backbone("grid", "maps.permute(0, 2, 3, 1)", "maps.permute(0, 3, 2, 1)", "backbone/test_grid"),
-    of_backbone(
-        "capture",
+    Mutation(
+        "backbone/capture.py",
         "return value[rows.to(value.device)]",
         "return value[: len(rows)]",
-        "testing/test_contract.py -k RISE-forward_args",
+        CONTRACT + "RISE-forward_args",
     ),
     of_backbone(
         "capture",
