@@ -106,7 +106,7 @@ def test_infidelity_by_hand(pair, normalize):
     made, explainer = pair
     samples = 5
     noise = 0.1 * torch.randn(3 * samples, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    noisy = infidelity_perturb_func_decorator(multiply_by_inputs=explainer.multiplies_by_inputs)(lambda x: x - noise)
+    noisy = infidelity_perturb_func_decorator(explainer.multiplies_by_inputs)(lambda x: x - noise)
     maps = explainer.attribute(made.inputs, target=TARGETS)
     found = infidelity(
         made.model, noisy, made.inputs, maps, target=TARGETS, n_perturb_samples=samples, normalize=normalize
