@@ -141,7 +141,7 @@ def test_images_are_factorised_alone_by_attribute_and_together_by_factorize():
         maps, directions = explainer.factorize(images)
     features = model.features(images).detach()
     rows = features.permute(0, 2, 3, 1).reshape(1, 48, 6)
-    shares, wanted = factors(rows, 2, 200)
+    shares, wanted = factors(rows, 2, 50)
     close(directions, wanted[0])
     close(maps, shares[0].view(3, 4, 4, 2).permute(0, 3, 1, 2))
     again = torch.einsum("nkhw,kd->ndhw", maps, directions)
