@@ -65,7 +65,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GradCAM, smooth 3": {"smooth": 3},
     "GenericAttention, smooth 3": {"smooth": 3},
     "GenericAttention, libra": {"libra": True},
-    "FullGrad, libra": {"libra": True},
 }
 TRANSFORMERS = (
     "GenericAttention, smooth 3",
