@@ -114,15 +114,17 @@ def ranks(rows: Sequence[dict[int, dict[str, float]]], measure: str, images: lis
     values = torch.tensor([[found[i].get(measure, math.nan) for i in images] for found in rows], dtype=torch.double)
     if measure in LOW:
         values = -values
+    known = ~values.isnan().all(1)
     drawn = torch.randint(len(images), (_RESAMPLES, len(images)), generator=torch.Generator().manual_seed(0))
-    means = torch.stack([value[drawn].nanmean(1) for value in values])  # (methods, resamples)
+    means = torch.stack([value[drawn].nanmean(1) for value in values[known]])  # (methods, resamples)
 
     def places(found: Tensor) -> Tensor:
         return found.argsort(0, descending=True).argsort(0) + 1
 
-    at = places(values.nanmean(1))
+    at = places(values[known].nanmean(1))
     low, high = places(means).double().quantile(torch.tensor([0.025, 0.975], dtype=torch.double), dim=1)
-    return [f"{int(m)} [{round(float(a))}, {round(float(b))}]" for m, a, b in zip(at, low, high, strict=True)]
+    cells = iter([f"{int(m)} [{round(float(a))}, {round(float(b))}]" for m, a, b in zip(at, low, high, strict=True)])
+    return [next(cells) if has else "–" for has in known.tolist()]
 
 
 def rules(known: Numbers) -> tuple[str, int]:

@@ -71,6 +71,8 @@ def test_ranks_have_the_best_first_and_intervals_where_images_cannot_tell(zoo):
     for measure, wanted in (("SRG", ["3 [3, 3]", "1 [1, 2]", "2 [1, 2]"]), ("AD(50)", ["1 [1, 1]", "3 [2, 3]"])):
         rows = [{i: {measure: float(v)} for i, v in enumerate(row)} for row in values]
         assert zoo.ranks(rows, measure, images)[: len(wanted)] == wanted
+    rows = [{i: {"SRG": float(v)} for i, v in enumerate(row)} for row in values[:2]]
+    assert zoo.ranks([{i: {} for i in images}, *rows], "SRG", images) == ["–", "2 [2, 2]", "1 [1, 1]"]
 
 
 def test_differences_are_paired_on_the_images_that_both_have(zoo):
