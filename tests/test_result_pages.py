@@ -80,5 +80,5 @@ def test_differences_are_paired_on_the_images_that_both_have(zoo):
         "GradCAM, smooth 3": {0: {"SRG": 1.0}, 1: {"SRG": 2.0}, 2: {"SRG": 600.0}},
         "LeGrad": {0: {"SRG": 4.0}, 1: {"SRG": 5.0}},
     }
-    assert zoo.gain(rows, "LeGrad") == "+3.0 ± 0.0*"
-    assert zoo.gain(rows, "GradCAM, smooth 3") == ""
+    assert zoo.gain(rows, "LeGrad", "GradCAM, smooth 3") == "+3.0 ± 0.0*"
+    assert zoo.gain(rows, "GradCAM, smooth 3", "GradCAM, smooth 3") == ""
