@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Before torch is imported. Workers share the cores already, and one thread rounds alike on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts commands in the background with SIGINT ignored, which the processes that tests start would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from hypothesis import HealthCheck, settings

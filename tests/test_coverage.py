@@ -128,6 +128,6 @@ def test_the_page_counts_the_committed_rows(sweep):
     text = sweep.PAGE.read_text(encoding="utf-8")
     total = {library: int(count) for count, library in re.findall(r"of\s+(\d+)\s+of\s+(torchvision|timm)", text)}
     assert text == sweep.page(rows, total)
-    assert f"**{len(rows)} models were looked at**" in text
+    assert f"**{len(rows)} models were examined**" in text
     bad = {row["model"] for row in rows if row["run"] != "no classifier" and not sweep.passed(row)}
     assert bad == set(re.findall(r"^\* `(\w+)` \(", text, re.M))
