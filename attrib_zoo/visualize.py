@@ -27,7 +27,7 @@ ALPHA, COLORMAP, SIGNED_COLORMAP = 0.8, "plasma", "PuOr_r"
 """The defaults: both colormaps can be read by the colour-blind, and plasma ends in a bright yellow."""
 
 _CELL, _GAP, _HEADER, _TITLE, _MARGIN, _FOOTER = 224, 8, 26, 24, 14, 30  # pixels of a contact sheet
-PLAIN = {"parse_math": False, "usetex": False}
+PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}
 """Of a text in a matplotlib figure that is drawn as it stands, whatever ``$`` and backslashes are in it."""
 
 _DPI = 100
