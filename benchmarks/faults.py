@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import io
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -35,11 +37,12 @@ import timm
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from attrib_zoo import TTAME
+from attrib_zoo import RISE, TTAME, GradCAM
+from attrib_zoo.benchmark import evaluate
 from attrib_zoo.cli import main as command
-from attrib_zoo.errors import AttribZooError, CheckpointError, DataError
+from attrib_zoo.errors import AttribZooError, CheckpointError, DataError, shown
 from attrib_zoo.models.photos import find_photos, is_photo, open_photo, own_stems
 from attrib_zoo.training.checkpoint import Checkpoint, read, write
 from attrib_zoo.training.sealed import read_metadata
@@ -71,14 +74,20 @@ def forked(work: Callable[[], Any], log: Path) -> int:
         os._exit(code)
 
 
-def ended(child: int, within: float = 300.0) -> int:
-    """The exit code of a child, or minus the signal that ended it; it is killed where it does not end."""
+def ended(child: int, within: float = 300.0, then: signal.Signals | None = None) -> int:
+    """The exit code of a child, or minus the signal that ended it.
+
+    Where it does not end by itself it gets the signal ``then``, and where that does not help it is killed.
+    """
     limit = time.monotonic() + within
     while time.monotonic() < limit:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
+    if then is not None:
+        os.kill(child, then)
+        return ended(child, within=60)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return -999
@@ -129,8 +138,8 @@ class Files:
                 "4",
             ]
             return [*words, "--method", "gradcam", "--batch-size", "2", *self.usual]
-        photos = [str(self.photos / f"p{number}.png") for number in range(4)]
-        return ["explain", *photos, "--output", str(folder), "--method", "gradcam", "--batch-size", "2", *self.usual]
+        words = ["explain", str(self.photos), "--output", str(folder), "--resume", "--table", "jsonl", "--maps", "npz"]
+        return [*words, "--method", "gradcam", "--batch-size", "2", *self.usual]
 
     def result(self, what: str, folder: Path) -> Any:
         """What must be the same, however often the command was killed."""
@@ -139,7 +148,13 @@ class Files:
             return {name: tensor.numpy().tobytes() for name, tensor in found.tensors.items()}, found.facts
         if what == "evaluate":
             return (folder / "table.csv").read_text()
-        return {p.name: Image.open(p).convert("RGB").tobytes() for p in sorted(folder.rglob("*.png"))}
+        found = {p.name: Image.open(p).convert("RGB").tobytes() for p in sorted(folder.rglob("*.png"))}
+        for path in (folder / "table").iterdir():
+            for entry in map(json.loads, path.read_text().splitlines()):
+                with np.load(folder / entry.pop("file")) as maps:  # which file holds it depends on who was killed when
+                    found[f"{entry['photo']} map"] = maps["gradcam"][entry.pop("row")].tobytes()
+                found[f"{entry['photo']} row"] = entry
+        return found
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -149,42 +164,166 @@ def leftovers(folder: Path) -> list[str]:
 # ---------------------------------------------------------------------- parts
 
 
-def kills(files: Files, work: Path, times: int, what: str) -> list[Row]:
-    """Kill at a random moment, by SIGKILL, SIGTERM or SIGHUP in turn; run again to the end; compare."""
-    straight = fresh(work / f"{what}-straight")
-    (straight / "c").mkdir()
-    begun = time.monotonic()
-    if ended(forked(lambda: command(files.words(what, straight)), work / "log")):
-        raise SystemExit((work / "log").read_text())
-    length = time.monotonic() - begun
-    wanted = files.result(what, straight)
-    kept, rows = Kept(work / f"kills-{what}.json"), []
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP):
-        for turn in kept.turns(number.name, times if number is signal.SIGKILL else max(1, times // 4)):
-            at = random.Random(f"{what} {number} {turn}").uniform(0.1, 0.95) * length
-            kept.add(number.name, killed(files, work, what, number, at, wanted))
-        rows.append(row(f"{what}: {number.name} at a random moment, run again", kept.found(number.name)))
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+
+
+def kills(files: Files, work: Path, times: int) -> list[Row]:
+    """Kill at random moments, by each signal; run again to the end; compare.
+
+    The cases take turns, so that whoever stops early has some of each.
+    """
+    cases = [(what, several, number) for several in (False, True) for what in PLACES for number in SIGNALS]
+    kept, wanted = Kept(work / "kills.json"), {}
+    for what in PLACES:  # what is done once per process is done here, and not in each of the children
+        (fresh(work / "warm") / "c").mkdir()
+        quietly(files.words(what, work / "warm"))
+        MEMBERS[what](files, fresh(work / "warm"), 0)
+    for turn in range(times):
+        for what, several, number in cases:
+            name = f"{what}{' in two processes' if several else ''}: {number.name}"
+            if turn < sum(kept.counts.get(name, {}).values()):
+                continue
+            if (what, several) not in wanted:
+                wanted[what, several] = straight(files, work, what, several)
+            length, result = wanted[what, several]
+            draw = random.Random(f"{name} {turn}")
+            kept.add(name, killed(files, work, what, several, number, draw, length, result))
+            print(turn, name, kept.counts[name], flush=True)
+    return kill_rows(kept)
+
+
+def kill_rows(kept: Kept) -> list[Row]:
+    """The table of what is known of the kills, finished or not."""
+    how = {False: "at a random moment", True: "to one of them at a random moment"}
+    rows = []
+    for name in sorted(kept.counts, key=lambda name: ("two" in name, PLACES.index(name.split(":")[0].split()[0]))):
+        several = "two processes" in name and "SIGKILL" in name
+        rows.append(row(f"{name} {how[several]}, run again", kept.found(name)))
     return rows
 
 
-def killed(files: Files, work: Path, what: str, number: signal.Signals, at: float, wanted: Any) -> str:
-    """One command, killed after so many seconds, and run again: how that went."""
-    folder = fresh(work / f"{what}-killed")
+def straight(files: Files, work: Path, what: str, several: bool) -> tuple[float, Any]:
+    """A run that nobody kills: its length in seconds and its result."""
+    folder = fresh(work / f"{what}-straight")
     (folder / "c").mkdir()
-    child = forked(lambda: command(files.words(what, folder)), work / "log")
-    time.sleep(at)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, number)
-    code = ended(child)
-    if code == 0:
-        return "had ended before"
-    if code == 1 and "stopped by" not in (work / "log").read_text():
-        return "stopped WITHOUT a sentence"
-    if ended(forked(lambda: command(files.words(what, folder)), work / "log")):
-        return f"could NOT be continued: {(work / 'log').read_text()[-200:]}"
+    begun = time.monotonic()
+    codes = [ended(child) for child in started(files, work, what, several, folder)]
+    if any(codes):
+        raise SystemExit((work / "log0").read_text())
+    return time.monotonic() - begun, files.result(what, folder)
+
+
+def started(files: Files, work: Path, what: str, several: bool, folder: Path) -> list[int]:
+    """The command in one process, or the work in two that know of each other as those of ``torchrun`` do."""
+    if not several:
+        return [forked(lambda: command(files.words(what, folder)), work / "log0")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def member(rank: int) -> int:
+        about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in about.items()})
+        if what != "explain":  # the command joins the group by itself
+            dist.init_process_group("gloo")
+        code = MEMBERS[what](files, folder, rank)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a group whose other half is gone is not left in good order
+
+    return [forked(lambda rank=rank: member(rank), work / f"log{rank}") for rank in (0, 1)]
+
+
+def killed(
+    files: Files,
+    work: Path,
+    what: str,
+    several: bool,
+    number: signal.Signals,
+    draw: random.Random,
+    length: float,
+    wanted: Any,
+) -> str:
+    """One run, killed at a random moment, and run again: how that went.
+
+    Of two processes one gets SIGKILL, and the other what ``torchrun`` sends then, SIGTERM, if it has not ended by
+    itself ten seconds later; the other signals go to both, as ``torchrun`` hands them on.
+    """
+    for _ in range(10):
+        folder = fresh(work / f"{what}-killed")
+        (folder / "c").mkdir()
+        children = started(files, work, what, several, folder)
+        time.sleep(draw.uniform(0.1, 0.95) * length)
+        first = draw.randrange(len(children))
+        aimed = [children[first]] if number is signal.SIGKILL else children
+        for child in aimed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+        codes = {first: ended(children[first])}
+        for i, child in enumerate(children):
+            if i != first:
+                codes[i] = ended(child, within=10, then=signal.SIGTERM) if number is signal.SIGKILL else ended(child)
+        if any(codes.values()):
+            break
+        length *= 0.8  # it was quicker than the one that was not killed
+    else:
+        return "was never caught"
+    said = {i: (work / f"log{i}").read_text() for i in codes}
+    wrong = [i for i, code in codes.items() if code > 0 and (code == 70 or "Traceback" in said[i])]
+    if wrong:
+        return f"stopped WITHOUT a sentence: {said[wrong[0]].strip()[-120:]}"
+    again = [ended(child) for child in started(files, work, what, several, folder)]
+    if any(again):
+        return f"could NOT be continued: {(work / 'log0').read_text().strip()[-200:]}"
     if files.result(what, folder) != wanted:
         return "ANOTHER result"
     return "same result, files LEFT BEHIND" if leftovers(folder) else "continued to the same result"
+
+
+def fit_member(files: Files, folder: Path, rank: int) -> int:
+    plan: Any = {"max_steps": 12, "schedule": "short", "checkpoint_every": 2, "show_progress": False}
+    images = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    explainer = TTAME(network(files), recipe="paper", psi="own")
+    places: Any = {"checkpoint_dir": folder / "c", "resume_from": folder / "c"}
+    (folder / "c").mkdir(exist_ok=True)
+    loader = list(images[rank::2].split(2))
+    return quiet_end(
+        lambda: explainer.fit(loader, **places, **plan),
+        lambda: explainer.save(folder / "x.safetensors") if rank == 0 else None,
+    )
+
+
+def evaluate_member(files: Files, folder: Path, rank: int) -> int:
+    images = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = network(files)
+    methods: Any = {"a": GradCAM(model), "b": RISE(model, n_masks=20)}
+    found: list[Any] = []
+
+    def work() -> None:
+        found.append(evaluate(model, methods, images.split(2), "ad", path=folder / "r.jsonl", show_progress=False))
+
+    return quiet_end(work, lambda: (folder / "table.csv").write_text(found[0].to_csv()) if rank == 0 else None)
+
+
+def explain_member(files: Files, folder: Path, rank: int) -> int:
+    return command(files.words("explain", folder))
+
+
+def quiet_end(work: Callable[[], Any], after: Callable[[], Any]) -> int:
+    """Do it, then what comes after it; an error of the library and a signal end with a sentence, and no traceback."""
+    warnings.simplefilter("ignore")
+    try:
+        work()
+        after()
+    except AttribZooError as error:
+        print(error)
+        return 3
+    except KeyboardInterrupt:
+        return 4
+    return 0
+
+
+MEMBERS = {"fit": fit_member, "evaluate": evaluate_member, "explain": explain_member}
 
 
 class Kept:
@@ -207,65 +346,6 @@ class Kept:
         return Counter(self.counts[name])
 
 
-def pairs(files: Files, work: Path, times: int) -> list[Row]:
-    """Kill one of two processes of a fit; the other must end soon and say why; continue both; compare."""
-    images = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    model = timm.create_model(MODEL, num_classes=5)
-    model.load_state_dict(torch.load(files.weights, weights_only=True))
-
-    def one(rank: int, folder: Path, meeting: str) -> int:
-        warnings.simplefilter("ignore")
-        dist.init_process_group("gloo", init_method=f"file://{folder}/{meeting}", rank=rank, world_size=2)
-        plan: Any = {"max_steps": 12, "schedule": "short", "checkpoint_every": 2, "show_progress": False}
-        resume = folder if (folder / "checkpoint.safetensors").exists() else None
-        explainer = TTAME(model, recipe="paper", psi="own")
-        try:
-            explainer.fit(list(images[rank::2].split(2)), checkpoint_dir=folder, resume_from=resume, **plan)
-        except AttribZooError as error:
-            print(error)
-            sys.stdout.flush()
-            os._exit(3)
-        if rank == 0:
-            explainer.save(folder / "x.safetensors")
-        sys.stdout.flush()
-        os._exit(0)
-
-    def both(folder: Path, meeting: str) -> list[int]:
-        return [forked(lambda rank=rank: one(rank, folder, meeting), work / f"log{rank}") for rank in (0, 1)]
-
-    straight = fresh(work / "pair-straight")
-    begun = time.monotonic()
-    codes = [ended(child) for child in both(straight, "first")]
-    length = time.monotonic() - begun
-    if any(codes):
-        raise SystemExit((work / "log0").read_text())
-    wanted = load_file(straight / "x.safetensors")
-    draw, kept, slowest = random.Random(2), Kept(work / "pairs.json"), 0.0
-    for turn in kept.turns("pairs", times):
-        folder = fresh(work / "pair-killed")
-        children = both(folder, "first")
-        time.sleep(draw.uniform(0.3, 0.95) * length)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(children[turn % 2], signal.SIGKILL)
-        begun = time.monotonic()
-        left = ended(children[1 - turn % 2], within=90)
-        slowest = max(slowest, time.monotonic() - begun)
-        ended(children[turn % 2])
-        said = (work / f"log{1 - turn % 2}").read_text()
-        if left not in (0, 3) or "Traceback" in said:
-            kept.add("pairs", f"the other one ended with {left}: {said[-150:]}")
-        elif any([ended(child) for child in both(folder, "second")]):  # a list: both are waited for
-            kept.add("pairs", f"could NOT be continued: {(work / 'log0').read_text()[-150:]}")
-        else:
-            same = load_file(folder / "x.safetensors")
-            equal = all(torch.equal(value, same[name]) for name, value in wanted.items())
-            result = "one sentence, continued to the same bits" if equal else "continued to OTHER bits"
-            kept.add("pairs", "had ended before" if left == 0 else result)
-    return [
-        row(f"fit in two processes: one killed (the other ended after {slowest:.1f} s at most)", kept.found("pairs"))
-    ]
-
-
 def bits(files: Files, work: Path, times: int) -> list[Row]:
     """Flip one bit, cut, or edit; the file must be refused with a sentence or give the same maps."""
     explainer, checkpoint = prepared(files, work)
@@ -274,7 +354,7 @@ def bits(files: Files, work: Path, times: int) -> list[Row]:
         data = path.read_bytes()
         damaged = path.with_name("damaged.safetensors")
         header = 8 + int.from_bytes(data[:8], "little")
-        count = 25 * times if name == "explainer" else 5 * times
+        count = 25 * times
         for part, low, high, share in (("tensors", header, len(data), 0.7), ("header", 0, header, 0.3)):
             found: Counter[str] = Counter()
             for _ in range(round(share * count)):
@@ -387,14 +467,17 @@ def names(files: Files, work: Path, times: int) -> list[Row]:
     for name, value in CLASS_NAMES.items():
         folder = fresh(work / "names")
         (folder / "names.json").write_text(json.dumps([value, "b", "c", "d", "e"]))
-        out = io.StringIO()
-        words = ["explain", str(files.photos), "--output", str(folder / "o"), "--target", "0", *files.usual]
-        words += ["--method", "gradcam,layercam"]
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            code = command([*words, "--classes", str(folder / "names.json")])
-        text = out.getvalue()
-        safe = all(c.isprintable() or c in "\n…" for c in text) and max(map(len, text.splitlines())) < 1000
-        rows.append(row(f"class name: {name}", Counter(["printed escaped" if code == 0 and safe else "NOT SAFE"])))
+        usual = [*files.usual, "--classes", str(folder / "names.json")]
+        explain = ["explain", str(files.photos), "--target", "0", "--method", "gradcam,layercam"]
+        rate = ["evaluate", "--data", str(files.photos), "--method", "gradcam", "--metrics", "ad", "--max-images", "2"]
+        found = [
+            printed([*words, "--output", str(folder / words[0]), *usual])
+            for words in (explain, [*explain, "--table", "jsonl"], rate)
+        ]
+        pages = "".join(path.read_text("utf-8") for path in folder.rglob("*.html"))
+        found += ["NOT SAFE: markup in the page"] if "<script>alert" in pages or not pages else []
+        rows.append(row(f"class name: {name}", Counter([next((f for f in found if f != PRINTED), PRINTED)])))
+    rows.append(row("table: names of methods and measures", Counter([table_names()])))
     for name, text in CONFIGS.items():
         folder = fresh(work / "configs")
         (folder / "c.yaml").write_text(text)
@@ -413,6 +496,32 @@ def names(files: Files, work: Path, times: int) -> list[Row]:
     rows.append(row("file names: 50 000 in one folder", Counter([f"{time.monotonic() - begun:.1f} s"])))
     shutil.rmtree(folder)
     return rows
+
+
+PRINTED = "printed and drawn as text"
+
+
+def printed(words: list[str]) -> str:
+    """Whether a command ends well and prints nothing that a terminal would obey."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = command(words)
+    text = out.getvalue()
+    safe = all(c.isprintable() or c in "\n…" for c in text) and max(map(len, text.splitlines())) < 1000
+    return PRINTED if code == 0 and safe else f"NOT SAFE ({words[0]}, {code}): {shown(text[-100:], 100)}"
+
+
+def table_names() -> str:
+    """Draw and write a table whose methods and measure have the hostile names."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))
+    ways: Any = {name: lambda inputs, target: inputs[:, :1] for name in CLASS_NAMES.values()}
+    measures: Any = {"$\\frac{": lambda model, inputs, maps, target: maps.mean((1, 2, 3))}
+    table = evaluate(model, ways, [torch.randn(2, 3, 4, 4)], measures, controls=False, show_progress=False)
+    table.plot().canvas.draw()  # type: ignore[attr-defined]
+    lines = [line for line in table.to_markdown().encode().decode().splitlines() if line.startswith("|")]
+    cells = list(csv.reader(io.StringIO(table.to_csv())))
+    formulas = [cell for line in cells for cell in line if cell.startswith(("=", "+", "@"))]
+    return PRINTED if len(lines) == len(ways) + 2 and not formulas else f"NOT SAFE: {len(lines)} lines, {formulas}"
 
 
 def locks(files: Files, work: Path, times: int) -> list[Row]:
@@ -556,7 +665,18 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
     "an empty file": lambda folder: (folder / "empty.jpg").touch(),
     "text": lambda folder: (folder / "text.jpg").write_text("GIF89a and then nothing"),
     "a header and no pixels": lambda folder: (folder / "h.png").write_bytes((folder / "p0.png").read_bytes()[:60]),
-    "a file name with an escape sequence": lambda folder: shutil.copy(folder / "p0.png", folder / "\x1b[2J.png"),
+    **{
+        f"a file name {what}": lambda folder, name=name: shutil.copy(folder / "p0.png", folder / f"{name}.png")
+        for what, name in {
+            "with an escape sequence": "\x1b[2J",
+            "with a line break": "one\ntwo",
+            "of mathematics": "$\\frac{",
+            "of markup": "<script>alert(1)<",
+            "that begins as a formula": "=1+1",
+            "that begins as an option": "--output",
+            "of 251 letters": "x" * 247,
+        }.items()
+    },
     "a file name that is no UTF-8": lambda folder: shutil.copy(
         folder / "p0.png", os.fsdecode(os.fsencode(folder) + b"/\xff.png")
     ),
@@ -707,6 +827,11 @@ is promised.
 A checksum tells damage, not forgery: whoever edits a file and makes the checksum anew can say whatever an explainer
 could have said, and so "another map" is no fault where the checksum is new or missing.
 
+Two processes are started with the variables that `torchrun` sets. SIGKILL goes to one of them, and if the other one has
+not ended by itself ten seconds later it gets SIGTERM, as it would from `torchrun`; SIGTERM and SIGHUP go to both. The
+fits and evaluations of two processes are calls from Python, all else is commands. "The same result" is the same bits of
+an explainer and its facts, the same `table.csv`, the same pixels, maps and lines of the table.
+
 | what was done | times | what happened |
 |---|---|---|
 """
@@ -753,8 +878,7 @@ def page(found: dict[str, list[Row]]) -> str:
 
 
 PARTS: dict[str, Callable[[Files, Path, int], list[Row]]] = {
-    **{f"kill-{what}": lambda files, work, times, w=what: kills(files, work, times, w) for what in PLACES},
-    "pairs": pairs,
+    "kills": kills,
     "locks": locks,
     "bits": bits,
     "edits": edits,
@@ -782,6 +906,8 @@ def main(arguments: list[str]) -> None:
             found[name] = PARTS[name](files, options.work, options.times)
             kept.write_text(json.dumps(found, indent=1) + "\n")
     if options.page:
+        if "kills" not in found and (options.work / "kills.json").exists():
+            found["kills"] = kill_rows(Kept(options.work / "kills.json"))
         options.page.write_text(page(found))
 
 
