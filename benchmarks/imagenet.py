@@ -10,6 +10,7 @@ classes that the model decides for on the photographs that fits draw from. A met
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 from dataclasses import dataclass, field
@@ -148,6 +149,17 @@ def cell(values: list[float], *, sign: bool = False) -> str:
     if sign:
         return f"{middle:+.1f} ± {half:.1f}" + "*" * (abs(middle) > half)
     return f"{middle:.1f} ± {half:.1f}"
+
+
+def redrawn(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose weights of convolutions and linear layers are random numbers of the same deviation."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in other.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.weight.normal_(0, float(module.weight.std()), generator=generator)
+    return other
 
 
 def main() -> None:

@@ -15,12 +15,11 @@ for is its decision on one of the 500 photographs that fits draw from. Differenc
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 from pathlib import Path
 from typing import Any
 
-from imagenet import CASES, ROOT, Rows, cell, load, mean, save
+from imagenet import CASES, ROOT, Rows, cell, load, mean, redrawn, save
 from measure import table
 
 import torch
@@ -138,12 +137,7 @@ def checks(name: str, work: Path, count: int = 96) -> list[list[object]]:
     asked_for = ["TTAME", "TTAME, positive", "TTAME, rows", "GradCAM", "GradCAM, smooth 3"]
     asked_for += ["GenericAttention"] if case.kind == "vit" else []
     explainers = {method: made(method, case, work / name) for method in asked_for}
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in other.modules():
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-                module.weight.normal_(0, float(module.weight.std()), generator=generator)
+    other = redrawn(model)
     found: list[list[object]] = []
     for method, explainer in explainers.items():
         explainer.upsample = False
@@ -193,7 +187,7 @@ def main() -> None:
         "generic attention teaches on the transformer. Means ± half the 95 % interval over images; a star: the",
         "interval of the paired difference leaves 0 out; –: not measured. ROAD at 20, 50 and 80 %; SRG is its",
         "LeRF - MoRF. RISE is on the first of the same images: compare it in *minus RISE* alone. Written by",
-        " `benchmarks/warm_start.py`; what it says is in",
+        "`benchmarks/warm_start.py`; what it says is in",
         "[starting from rows](../explanation/starting-from-rows.md).",
         "",
         "![SRG against passes](warm_start.png)",

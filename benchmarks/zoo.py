@@ -3,7 +3,7 @@
     export ATTRIB_ZOO_DATA=FOLDER
     python benchmarks/results.py squeezenet efficientnet vit_tiny --work WORK --images 100
     python benchmarks/results.py squeezenet efficientnet vit_tiny --work WORK/beside --beside --images 60
-    python benchmarks/zoo.py --work WORK [--randomised] [--masks]
+    python benchmarks/zoo.py --work WORK [--randomised METHOD ...] [--masks METHOD ...]
 
 Stop and run again at will; slow methods on fewer images, with ``--methods`` and ``--images``. Adds what is in WORK to
 ``benchmarks/results/imagenet.json`` and writes ``docs/results/zoo.md`` from that. ``--randomised`` compares maps before
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from imagenet import ROOT, CASES, Numbers, Rows, cell, load, mean, save
+from imagenet import ROOT, CASES, Numbers, Rows, cell, load, mean, redrawn, save
 from measure import table, unpacked
 
 import torch
@@ -166,12 +166,8 @@ def randomised(name: str, work: Path, methods: list[str], count: int = 16) -> di
 
     case = LOADED[name](work)
     images = torch.stack([case.images[i]["image"] for i in range(count)])
-    other = copy.deepcopy(case.model)
-    generator = torch.Generator().manual_seed(0)
+    other = redrawn(case.model)
     with torch.no_grad():
-        for module in other.modules():
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-                module.weight.normal_(0, float(module.weight.std()), generator=generator)
         target = case.model(images).argmax(1)
     found = {}
     for method in methods:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution, check_images
 from attrib_zoo.backbone.capture import forward_args, frozen, run
-from attrib_zoo.errors import OptionError
+from attrib_zoo.errors import OptionError, check_number
 from attrib_zoo.masking import at_least_float32
 from attrib_zoo.targets import TargetQuery
 
@@ -38,7 +38,8 @@ class DeepFeatureFactorization(Attribution):
             :class:`~attrib_zoo.GradCAM`; several layers give the mean of their maps.
         n_factors: k.
         factor: which direction's map :meth:`attribute` returns, from 0, the strongest.
-        n_iter: steps of the factorisation; on ImageNet models 50 come within 0.3 % of the map after 2000.
+        n_iter: steps of the factorisation; after 50 the strongest map has a cosine of 0.997 or more with
+            the one after 2000 (8 photographs each, SqueezeNet and ViT-Ti).
         upsample: ``False`` returns ``(N, 1, h, w)``.
         smooth: odd side of a mean filter over the cells of the map; ``None`` for none.
         scale: ``"min-max"``, ``"rank"``, ``"positive"``, or ``None`` for the formula's own.
@@ -80,9 +81,9 @@ class DeepFeatureFactorization(Attribution):
         scale: str | None = None,
     ) -> None:
         super().__init__(model, layers, upsample=upsample, smooth=smooth, scale=scale)
-        self.n_factors = _count("n_factors", n_factors, 1)
-        self.n_iter = _count("n_iter", n_iter, 1)
-        self.factor = _count("factor", factor, 0)
+        self.n_factors = check_number("n_factors", n_factors, least=1)
+        self.n_iter = check_number("n_iter", n_iter, least=1)
+        self.factor = check_number("factor", factor, least=0)
         if self.factor >= self.n_factors:
             raise OptionError(f"factor: must be below n_factors={n_factors}, got {factor}")
 
@@ -125,12 +126,6 @@ class DeepFeatureFactorization(Attribution):
         if self.n_factors > cells:
             raise OptionError(f"n_factors: must be at most {cells}, the number of cells, got {self.n_factors}")
         return self.n_factors
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"{name}: must be an integer of {least} or more, got {value!r}")
-    return value
 
 
 def _rows(features: Tensor) -> Tensor:

@@ -150,8 +150,8 @@ def test_images_are_factorised_alone_by_attribute_and_together_by_factorize():
 
 def test_the_numbers_are_checked():
     for name, value, said in [
-        ("n_factors", 0, "n_factors: must be an integer of 1 or more, got 0"),
-        ("n_iter", True, "n_iter: must be an integer of 1 or more, got True"),
+        ("n_factors", 0, "n_factors: must be a positive integer, got 0"),
+        ("n_iter", True, "n_iter: must be a positive integer, got True"),
         ("factor", 4, "factor: must be below n_factors=4, got 4"),
     ]:
         with pytest.raises(OptionError, match=said):
