@@ -29,6 +29,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from dots import picture
 from measure import data, setting, table, unpacked
 from real_data import enlarged
 from train_backbone import BACKBONES, read, standardised
@@ -443,10 +444,7 @@ def write(name: str, case: Case, work: Path, output: Path, raw: Path) -> None:
         held["curves"] = {m.name: [round(x, 5) for x in results.curve(method, m.name).tolist()] for m in curved}
     raw.mkdir(parents=True, exist_ok=True)
     (raw / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    wanted, most = {*FIRST, *VARIANTS, "random map", "image edges"}, len(results.images)
-    shown = {method for method in wanted if images(results, method) == most}  # means of other images compare badly
-    results.records.rows = {key: row for key, row in results.records.rows.items() if key[0] in shown}
-    results.plot().savefig(output / f"{name}.png")
+    picture(numbers).savefig(output / f"{name}.png")
 
 
 def main() -> None:
