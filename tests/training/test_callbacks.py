@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -220,3 +221,42 @@ def test_the_tensorboard_of_the_page(tmp_path):
     measured = [event.value for event in written.Scalars("validation/AD(15)")]
     assert measured == pytest.approx([v["AD(15)"] for v in explainer.history_.validation])
     assert [event.step for event in written.Images("maps")] == [4, 8, 12]
+
+
+def logged(path):
+    """The rows of an offline run's file, a log of protocol buffers in blocks of 32 kB, step by step."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole, rows = path.read_bytes(), 7, b"", {}
+    while at < len(data):
+        if 32768 - at % 32768 < 7:  # no place for another header
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # all of a record, or its last part
+            history = Record.FromString(whole).history
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+            rows.setdefault(items.pop("_step", None), {}).update(items)
+            whole = b""
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of wandb itself
+def test_the_weights_and_biases_of_the_page(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    page = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "watch-a-fit.md"
+    (code,) = re.findall(r"```python\n(import wandb.*?)```", page.read_text("utf-8"), re.DOTALL)
+    explainer = TTAME(cases.lively(tiny_cnn(num_classes=5, width=4)), recipe="paper", num_layers=2)
+    short = "fit(loader, max_steps=6, val_loader=loader[:1], show_progress=False,"
+    exec(code.replace("fit(loader,", short), {"explainer": explainer, "loader": LOADER})
+    wandb.teardown()
+    (path,) = tmp_path.rglob("run-*.wandb")
+    rows, history = logged(path), explainer.history_
+    assert [rows[step]["step/loss"] for step in range(1, 7)] == pytest.approx(history["loss"])
+    for measured in history.validation:
+        assert rows[measured["step"]]["validation/AD(15)"] == pytest.approx(measured["AD(15)"])
