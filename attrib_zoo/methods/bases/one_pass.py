@@ -113,8 +113,8 @@ class OnePass(Attribution):
         onnxruntime, where that is installed.
 
         Args:
-            path: ends in ``.onnx`` or in ``.pt2`` (for ``torch.export.load``, AOTInductor, ExecuTorch); an existing
-                file is replaced only on success.
+            path: ends in ``.onnx`` or in ``.pt2`` (for ``torch.export.load`` and AOTInductor); an existing file is
+                replaced only on success.
             images: see :meth:`as_module`.
             with_target: the class ``(N,)`` is a second input, ``target``.
             preprocess: see :meth:`as_module`.
