@@ -132,18 +132,28 @@ class _Reader(Dataset[_Item]):
 
 
 class _Steps:
-    """Batches of numbers that do not cross interval boundaries."""
+    """Batches of numbers that cross neither interval boundaries nor multiples of the batch size.
+
+    A map may differ in its last bits with the other images of its batch, so a photograph has the same ones however
+    often a job was stopped, and whichever process takes it.
+    """
 
     def __init__(self, intervals: Sequence[Interval], batch_size: int) -> None:
         self.intervals, self.batch_size = intervals, batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         for start, stop in self.intervals:
-            for first in range(start, stop, self.batch_size):
-                yield list(range(first, min(first + self.batch_size, stop)))
+            for batch in range(*_batches((start, stop), self.batch_size)):
+                first = batch * self.batch_size
+                yield list(range(max(start, first), min(first + self.batch_size, stop)))
 
     def __len__(self) -> int:
-        return sum(-(-(stop - start) // self.batch_size) for start, stop in self.intervals)
+        return sum(len(range(*_batches(interval, self.batch_size))) for interval in self.intervals)
+
+
+def _batches(interval: Interval, batch_size: int) -> Interval:
+    """The batches, by their numbers, that some photograph of the interval is in."""
+    return interval[0] // batch_size, -(-interval[1] // batch_size)
 
 
 def _collate(items: Sequence[_Item]) -> Batch:
@@ -211,21 +221,22 @@ def left(count: int, done: Iterable[Interval]) -> list[Interval]:
 
 
 def shared_out(intervals: Sequence[Interval], batch_size: int) -> list[Interval]:
-    """This process's share, in pieces: every n-th batch, and as many photographs as the other processes have."""
+    """This process's share, in pieces of whole batches; no process has more than one batch more than another."""
     size, rank = distributed.world_size(), distributed.rank()
-    whole = sum(stop - start for start, stop in intervals)
-    turns = max(1, round(whole / (size * CHUNK)))
-    piece = max(batch_size, -(-whole // (size * turns)))
-    found, before = [], 0
+    whole = sum(len(range(*_batches(interval, batch_size))) for interval in intervals)
+    turns = max(1, round(whole * batch_size / (size * CHUNK)))
+    piece, rest = divmod(whole, size * turns)
+    pieces = iter([piece] * (size * turns) + [rest // size] * size + [1] * (rest % size))
+    found, number, room = [], -1, 0
     for start, stop in intervals:
-        first = start
-        while first < stop:
-            number, into = divmod(before + first - start, piece)
-            last = min(stop, first + piece - into)
+        batch, end = _batches((start, stop), batch_size)
+        while batch < end:
+            while not room:
+                number, room = number + 1, next(pieces)
+            taken = min(room, end - batch)
             if number % size == rank:
-                found.append((first, last))
-            first = last
-        before += stop - start
+                found.append((max(start, batch * batch_size), min(stop, (batch + taken) * batch_size)))
+            batch, room = batch + taken, room - taken
     return found
 
 

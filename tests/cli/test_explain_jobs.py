@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from attrib_zoo import TTAME, GradCAM, LayerCAM, models
 from attrib_zoo.cli import main, parts, stream
 from attrib_zoo.cli.parts import halves
-from attrib_zoo.cli.stream import Names, left, shared_out
+from attrib_zoo.cli.stream import Names, _Steps, left, shared_out
 from attrib_zoo.training import distributed
 
 
@@ -368,6 +368,24 @@ def test_what_is_left_is_shared_out_whole(monkeypatch) -> None:
         assert sum(map(len, got)) == len(set().union(*got)) == 580 + 1100
         assert max(map(len, got)) - min(map(len, got)) <= 8
         assert set().union(*got) == {*range(20, 600), *range(900, 2000)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("done", [[], [(0, 6)], [(4, 8), (12, 14), (22, 30)], [(0, 1200)], [(0, 3), (9, 10)]])
+def test_a_photograph_has_the_same_batch_whoever_takes_it_and_whenever(size, done, monkeypatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
+    rest, got = left(2001, done), []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        mine = shared_out(rest, 2)
+        steps = _Steps(mine, 2)
+        assert len(list(steps)) == len(steps)
+        got.append(list(steps))
+    whole = [[first, first + 1] for first in range(0, 2000, 2)] + [[2000]]
+    finished = {i for start, stop in done for i in range(start, stop)}
+    wanted = [[i for i in batch if i not in finished] for batch in whole]
+    assert sorted(batch for batches in got for batch in batches) == [batch for batch in wanted if batch]
+    assert max(map(len, got)) - min(map(len, got)) <= 1
 
 
 @pytest.mark.slow
