@@ -3,9 +3,10 @@
 Usage: python benchmarks/faults.py [PART ...] [--times 20] [--work FOLDER] [--page docs/explanation/faults.md]
 
 Kills fits, evaluations and explanations at random moments and runs them again; flips bits, cuts and edits files; gives
-hostile photographs, names and options; starts two runs at once; measures memory and time against the number of
-classes. Every part keeps what it found in FOLDER/faults.json and is not done again, so that the whole may be run in
-pieces; --page writes the table of all that is known. Everything is on the CPU, with models of a few kilobytes.
+hostile photographs, names and options; starts two runs at once, and calls from many threads; measures memory and time
+against the number of classes. Every part keeps what it found in FOLDER/faults.json and is not done again, so that the
+whole may be run in pieces; --page writes the table of all that is known. Everything is on the CPU, with models of a few
+kilobytes.
 """
 
 # ruff: noqa: B023  # what is defined in a loop here is called in the same turn
@@ -46,6 +47,7 @@ from attrib_zoo.errors import AttribZooError, CheckpointError, DataError, shown
 from attrib_zoo.models.photos import find_photos, is_photo, open_photo, own_stems
 from attrib_zoo.training.checkpoint import Checkpoint, read, write
 from attrib_zoo.training.sealed import read_metadata
+from threads import others, wrong_maps
 
 MODEL = "test_resnet"
 PLACES = ("fit", "evaluate", "explain")
@@ -544,6 +546,25 @@ def locks(files: Files, work: Path, times: int) -> list[Row]:
     return rows
 
 
+def many_threads(files: Files, work: Path, times: int) -> list[Row]:
+    """Explain one model from 1 to 16 threads at once; predict with it and train it meanwhile."""
+    found: dict[str, Counter[str]] = {}
+    for name, counts in wrong_maps(times).items():
+        mode, method, _ = name.split(", ", 2)
+        what = f"threads, {method}, model in {mode} mode: maps of 1, 2, 4, 8 and 16 at once"
+        rest = found.setdefault(what, Counter())
+        bad = counts["raised"] + counts["wrong"]
+        rest["bitwise those of serial calls"] += times - bad
+        rest["NOT those of serial calls"] += bad
+        rest["model CHANGED"] += counts["buffers moved"] + counts["modes changed"]
+    rows = [row(name, +counts) for name, counts in found.items()]
+    for mode, counts in others(times).items():
+        bad = counts["raised"] + counts["wrong"] + (mode == "training" and 30 - counts["batches counted, of 30"])
+        said = Counter({"as without it": 30 - bad, "NOT as without it": bad})
+        rows.append(row(f"threads: passes of a model in {mode} mode while RISE explains it", +said))
+    return rows
+
+
 def scale(files: Files, work: Path, times: int) -> list[Row]:
     """Memory and time against the number of classes, each in a process of its own."""
     rows = []
@@ -561,12 +582,12 @@ def scale(files: Files, work: Path, times: int) -> list[Row]:
 
 
 def peak_of(call: Callable[[], Any]) -> tuple[float, float]:
-    """Bytes of memory that a call holds at its peak beyond what was there, and its seconds."""
+    """Bytes of memory that a call holds at its peak beyond what was there, and its seconds of CPU time."""
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = status("VmRSS")
-    begun = time.monotonic()
+    begun = time.process_time()
     kept = call()
-    took = time.monotonic() - begun
+    took = time.process_time() - begun
     found = status("VmHWM") - before
     del kept
     return found, took
@@ -624,12 +645,34 @@ def measure_checkpoint(classes: int, work: Path, path: Path) -> int:
     return told(path, f"{text}; read in {slow:.2f} s, {back / size:.2f} x")
 
 
+def measure_saving(classes: int, work: Path, path: Path) -> int:
+    """What a checkpoint costs a fit: 8 steps without any, and with one after each step."""
+    warnings.simplefilter("ignore")
+    loader, folder = [torch.randn(8, 3, 64, 64) for _ in range(4)], fresh(work / "saving")
+    begin: Any = {"show_progress": False, "schedule": "short", "max_steps": 8, "checkpoint_every": 1}
+    said = []
+    for recipe in ("rows", "paper"):
+        explainer = TTAME(Wide(classes), ["stem"], recipe=recipe).fit(loader, **{**begin, "max_steps": 1})
+        without = peak_of(lambda: explainer.fit(loader, **begin))
+        within = peak_of(lambda: explainer.fit(loader, **begin, checkpoint_dir=folder))
+        size = (folder / "checkpoint.safetensors").stat().st_size
+        took, more = (within[1] - without[1]) / 8, max(0.0, within[0] - without[0])
+        said.append(f"recipe {recipe}: {size / 1e6:.0f} MB, {took:.2f} s each, {more / size:.2f} x of memory more")
+    shutil.rmtree(folder)
+    return told(path, "; ".join(said))
+
+
 def told(path: Path, said: str) -> int:
     path.write_text(json.dumps({"said": said}))
     return 0
 
 
-SCALE = {"maps of all classes": measure_maps, "a fit": measure_steps, "a checkpoint": measure_checkpoint}
+SCALE = {
+    "maps of all classes": measure_maps,
+    "a fit": measure_steps,
+    "a checkpoint after each step of a fit": measure_saving,
+    "a file of three times K rows": measure_checkpoint,
+}
 
 
 # ---------------------------------------------------------------------- hostile things
@@ -832,6 +875,9 @@ not ended by itself ten seconds later it gets SIGTERM, as it would from `torchru
 fits and evaluations of two processes are calls from Python, all else is commands. "The same result" is the same bits of
 an explainer and its facts, the same `table.csv`, the same pixels, maps and lines of the table.
 
+Steps, maps and checkpoints are timed in seconds of CPU time, on one thread, with a model of one convolution and 512
+channels; memory is what is held at the peak beyond what was held before.
+
 | what was done | times | what happened |
 |---|---|---|
 """
@@ -853,7 +899,7 @@ of 512 numbers, on one thread (seconds of CPU time):
 
 The optimiser goes over the rows once (`fused=True`) and makes no temporary tensors of their size. In 50 steps on 2000
 rows of 64 with random gradients SGD came to the same bits as PyTorch's default, Adam to 2.4e-7 at most; a checkpoint
-from before is continued as it was begun. The row "a fit" of 21 841 classes above is from before.
+from before is continued as it was begun.
 
 Rows that a batch does not touch are not passed over, since the result would not be the same. Momentum goes on moving
 every row that ever had a gradient, and the random other classes of Ψ, B - 1 for each of B images, leave hardly any row
@@ -885,6 +931,7 @@ PARTS: dict[str, Callable[[Files, Path, int], list[Row]]] = {
     "results": results,
     "photographs": photographs,
     "names": names,
+    "threads": many_threads,
     "scale": scale,
 }
 
@@ -897,6 +944,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--page", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, here and in the children
     options.work.mkdir(parents=True, exist_ok=True)
     kept = options.work / "faults.json"
     found: dict[str, list[Row]] = json.loads(kept.read_text()) if kept.exists() else {}
