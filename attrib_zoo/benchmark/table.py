@@ -188,14 +188,12 @@ class Table:
 
     def to_csv(self) -> str:
         """One line per method and measure: mean, low, high, images; names cannot act as spreadsheet formulas."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["method", "measure", "mean", "low", "high", "images"])
+        lines = [_csv(["method", "measure", "mean", "low", "high", "images"])]
         for method in self.methods:
             for measure in self.measures:
                 e = self.estimate(method, measure.name)
-                writer.writerow([cell(method), cell(measure.name), e.mean, e.low, e.high, e.images])
-        return text.getvalue()
+                lines.append(_csv([cell(method), cell(measure.name), e.mean, e.low, e.high, e.images]))
+        return "".join(lines)
 
     def to_json(self) -> str:
         """Setting, means with intervals, and costs."""
@@ -253,6 +251,13 @@ class Table:
             if measure.name == name:
                 return measure
         raise OptionError(f"measure: must be one of {', '.join(m.name for m in self.measures)}, got {name!r}")
+
+
+def _csv(cells: Sequence[Any]) -> str:
+    """One line of a CSV file."""
+    line = io.StringIO()
+    csv.writer(line).writerow(cells)  # with its own line end, since before Python 3.13 only what is in that is quoted
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _digits(measure: Measure) -> int:

@@ -173,9 +173,11 @@ def test_text_has_a_column_for_each_method():
 
 
 def test_csv_reads_back():
-    table = by_hand(FOUR, [LOW, AREA], curve=(1, 1, 1))
-    rows = list(csv.DictReader(io.StringIO(table.to_csv())))
-    assert len(rows) == 6
+    odd = {name: [1.0, 2.0, 3.0, 4.0] for name in ("a\rb", "a\nb", 'a "b", c', "a\r\n")}
+    table = by_hand(FOUR | odd, [LOW, AREA], curve=(1, 1, 1))
+    rows = list(csv.DictReader(io.StringIO(table.to_csv(), newline="")))
+    assert len(rows) == 14
+    assert "\r\n" not in table.to_csv().replace('a\r\n"', "")
     for row in rows:
         found = table.estimate(row["method"], row["measure"])
         assert same([float(row[k]) for k in ("mean", "low", "high")], [found.mean, found.low, found.high])
