@@ -2,8 +2,8 @@
 
     python benchmarks/dots.py resnet10t vit squeezenet
 
-A row for each method, a panel for each measure, a line through T-TAME. Methods that were measured on fewer images are
-left out, as means of other images compare badly; so are further seeds.
+A row for each method, a panel for each measure, a line through T-TAME's mean. Methods that were measured on fewer
+images are left out, as means of other images compare badly; so are further seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 ROOT = Path(__file__).resolve().parent.parent
-PANELS = ("AD(100)", "AD(50)", "AD(15)", "cost", "ROAD MoRF", "ROAD LeRF", "insertion", "deletion")
+PANELS = ("AD(100)", "cost", "AD(50)", "AD(15)", "ROAD MoRF", "ROAD LeRF", "insertion", "deletion")
 MORE = ("ROAD LeRF", "insertion")
 FITTED, OTHER, CONTROL = ("#0072b2", "o"), ("#d55e00", "D"), ("#777777", "x")
 MEANT = {FITTED: "fitted once", OTHER: "not fitted", CONTROL: "control"}
@@ -38,12 +38,13 @@ def rows(numbers: dict[str, Any]) -> dict[str, tuple[str, str]]:
 def picture(numbers: dict[str, Any]) -> Figure:
     """Dots with 95 % intervals."""
     shown = rows(numbers)
-    sheet = Figure(figsize=(12.4, 2 * (0.75 + 0.185 * len(shown))), dpi=110, facecolor="white", layout="constrained")
-    axes = sheet.subplots(2, 4, sharey=True)
+    tall = 4 * (0.6 + 0.17 * len(shown)) + 0.3
+    sheet = Figure(figsize=(7.6, tall), dpi=120, facecolor="white", layout="constrained")  # as wide as a page's text
+    axes = sheet.subplots(4, 2, sharey=True)
     for panel, name in zip(axes.flat, PANELS, strict=True):
         for place, (method, (colour, marker)) in enumerate(shown.items()):
             held = numbers["methods"][method]
-            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5}
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5}
             if name == "cost":
                 panel.plot([max(0.01, held["cost"]["seconds"] / held["cost"]["plain"])], [place], **style)
                 continue
