@@ -405,7 +405,9 @@ class Attribution(_CaptumAttribution, ABC):
         """For notebooks: what is explained, how, and by which paper."""
         parameters = inspect.signature(type(self).__init__).parameters
         changed = [(k, v) for k, v in self.options().items() if isinstance(v, Tensor) or v != parameters[k].default]
-        shown = [("model", type(self.model).__name__), ("layers", _brief(self.named_layers()))]
+        shown, layers = [("model", type(self.model).__name__)], self.named_layers()
+        if layers is not None or self.default_layers is not None:
+            shown.append(("layers", "found in the model" if layers is None else _brief(layers)))
         shown += [(name, _brief(value)) for name, value in changed]
         if self.needs_fit:
             shown.append(("fitted", repr(self).partition(" fitted: ")[2] or "not yet: call fit"))

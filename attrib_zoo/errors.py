@@ -163,6 +163,7 @@ def html_table(lines: Sequence[Sequence[str]], *, head: bool = False, title: str
         title: a line above the table.
     """
     style = "text-align: left; padding: .15em .8em .15em 0; font-variant-numeric: tabular-nums;"
+    style += " white-space: nowrap;" if head else ""  # on a phone such a table scrolls, and its lines stay lines
     rows = []
     for number, line in enumerate(lines):
         tags = ["th" if (number == 0 if head else place == 0) else "td" for place in range(len(line))]

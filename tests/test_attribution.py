@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attrib_zoo import TTAME, GradCAM
+from attrib_zoo import RISE, TTAME, GradCAM
 from attrib_zoo.attribution import Attribution, check_images
 from attrib_zoo.backbone.capture import forward_args, run
 from attrib_zoo.errors import (
@@ -402,7 +402,9 @@ def test_an_ordinary_call_warns_of_nothing():
 
 def test_notebooks_show_what_an_explainer_is():
     text = GradCAM(zoo.small_cnn(), smooth=3)._repr_html_()
-    for words in ("GradCAM", "smooth</th>", ">3<", "layers</th>", GradCAM.paper, GradCAM.cost):
+    for words in ("GradCAM", "smooth</th>", ">3<", "layers</th>", ">found in the model<", GradCAM.paper, GradCAM.cost):
         assert words in text
     assert "fitted" not in text
+    assert "layer1" in GradCAM(zoo.small_cnn(), "layer1")._repr_html_()
+    assert "layers</th>" not in RISE(zoo.small_cnn())._repr_html_()
     assert "not yet: call fit" in TTAME(zoo.small_cnn())._repr_html_()
