@@ -3,14 +3,16 @@
 Usage: python benchmarks/export.py [--models resnet50 vit_s] [--runtimes eager compiled onnxruntime] [--batch 4]
 
 Each pair is timed in one run, alternately, by the process's CPU time on one thread; the ratio is the median of the
-rounds' ratios. Weights are random (time does not depend on them), the explainer is T-TAME from rows with all of the
-model's 1000 classes. ``attribute`` is the ordinary call, which also makes the mirror and checks its arguments.
+rounds' ratios, with a 95 % interval of that median. Weights are random (time does not depend on them), the explainer is
+T-TAME from rows with all of the model's 1000 classes. ``attribute`` is the ordinary call, which also makes the mirror
+and checks its arguments.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -58,12 +60,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["resnet50", "vit_s"])
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=51)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"setting": f"one thread, batch {options.batch}, 224 px, torch {torch.__version__}"}
+    setting = f"one thread, batch {options.batch}, 224 px, {options.rounds} rounds, torch {torch.__version__}"
+    found: dict[str, Any] = {"setting": setting}
     for name in options.models:
         torch.manual_seed(0)
         model, images = MODELS[name]().eval(), torch.randn(options.batch, 3, 224, 224)
@@ -80,17 +83,18 @@ def main(arguments: list[str]) -> None:
 
 
 def compare(alone: Call, explained: Call, rounds: int) -> dict[str, float]:
-    """CPU milliseconds of both, and the median ratio."""
+    """CPU milliseconds of both, and the median ratio with its interval, which two of the sorted ratios bound."""
     for call in (alone, explained, alone, explained):
         call()
     pairs = [(cpu(alone), cpu(explained)) for _ in range(rounds)]
     ratios = sorted(b / a for a, b in pairs)
+    outside = max(0, int((rounds - 1.96 * math.sqrt(rounds)) / 2))  # on each side; signs of a fair coin
     return {
         "alone_ms": round(1000 * statistics.median(a for a, _ in pairs), 1),
         "with_map_ms": round(1000 * statistics.median(b for _, b in pairs), 1),
         "ratio": round(statistics.median(ratios), 3),
-        "lower_quartile": round(ratios[len(ratios) // 4], 3),
-        "upper_quartile": round(ratios[-1 - len(ratios) // 4], 3),
+        "low": round(ratios[outside], 3),
+        "high": round(ratios[-1 - outside], 3),
     }
 
 
@@ -141,12 +145,12 @@ PAIRS = {"eager": eager, "attribute": attribute, "compiled": compiled, "onnxrunt
 
 
 def table(found: dict[str, Any]) -> str:
-    lines = ["| model | runtime | model alone, ms | with map, ms | ratio (quartiles) |", "|---|---|---|---|---|"]
+    lines = ["| model | runtime | model alone, ms | with map, ms | ratio [95 %] |", "|---|---|---|---|---|"]
     for name, runtimes in found.items():
         if isinstance(runtimes, dict):
             lines += [
                 f"| {name} | {runtime} | {row['alone_ms']} | {row['with_map_ms']} | {row['ratio']} "
-                f"({row['lower_quartile']}-{row['upper_quartile']}) |"
+                f"[{row['low']}, {row['high']}] |"
                 for runtime, row in runtimes.items()
             ]
     return "\n".join(lines)
