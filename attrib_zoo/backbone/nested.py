@@ -24,7 +24,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
     """Every tensor, at any depth."""
     if isinstance(value, Tensor):
         yield value
-    for _, entry in items(value):
+        return
+    entries = value if type(value) in (tuple, list) else [entry for _, entry in items(value)]
+    for entry in entries:
         if isinstance(entry, Tensor):
             yield entry
         elif type(entry) not in _ATOMS:

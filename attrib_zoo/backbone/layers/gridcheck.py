@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -136,7 +136,9 @@ def check_grids(
 ) -> None:
     """Refuse a layer whose map is not where the image is; each layer once per model and input size.
 
-    One pass over five images, three more in case of doubt; none for layers that were tested before.
+    One pass over five images, three more in case of doubt; none for layers that were tested before. Where ``traced``
+    shows that a layer is made cell by cell from an earlier one, as the blocks of a transformer are by adding to their
+    input, the earlier one is tested, and the pass ends there.
 
     Args:
         model: the classifier; wrappers are removed.
@@ -154,21 +156,39 @@ def check_grids(
         return
     bare = original(model)
     done: set[Tap] = known(bare).get(("tested grids", situation(inputs, args)), set)
-    open_taps = [tap for tap in taps if tap not in done]
+    open_taps = taps
     if not everything and traced is not None:
-        open_taps = [tap for tap in open_taps if not _beyond_doubt(traced, tap)]
-    if not open_taps:
+        open_taps = [tap for tap in taps if not _beyond_doubt(traced, tap)]
+    tested: dict[Tap, Tap] = {}  # of layers with one order of cells the last, by the first of them
+    for tap in open_taps:
+        tested[tap if traced is None else _first_like(traced, tap)] = tap
+    firsts = [first for first in tested if first not in done]
+    if not firsts:
         return
-    for verdict in probe(bare, open_taps, inputs, args, traced=traced):
+    for verdict in probe(bare, firsts, inputs, args, traced=traced):
+        named = replace(verdict, tap=tested[verdict.tap])
         if verdict.said == "wrong":
-            raise LayerError(_refusal(bare, verdict, traced))
+            raise LayerError(_refusal(bare, named, traced))
         if verdict.said == "undecided":
             _log.info(
                 "layers: %r of %s mixes the whole image, so that its grid cannot be tested",
-                verdict.tap.label,
+                named.tap.label,
                 type(bare).__name__,
             )
         done.add(verdict.tap)
+
+
+def _first_like(traced: Trace, tap: Tap) -> Tap:
+    """The first layer whose cells are made into this one's cell by cell: it mixes least, and costs least to reach."""
+    calls = traced.calls()
+    of_tap = [call for call in calls if call.name == tap.name]
+    wanted = next((o.order for o in of_tap[tap.call % tap.calls].outputs if o.element == tap.element), None)
+    if wanted is None:
+        return tap
+    call, output = next((c, o) for c in calls for o in c.outputs if o.order == wanted)
+    runs = traced.count(call.module)
+    number = -1 if call.number == runs - 1 else call.number
+    return replace(tap, name=call.name, element=output.element, calls=runs, call=number)
 
 
 def probe(
@@ -219,12 +239,19 @@ def _moved(
         taps[position].grid.to_map(activation)  # refuses what has another shape
         output = activation.detach().to(torch.float64)
         outputs[position] = (output[1:] - output[:1]).square()
+        if len(outputs) == len(taps) and bare is not own:
+            raise _Enough  # what a mirror would do from here on is of no interest
 
+    own = original(model)
     with torch.inference_mode(False), torch.no_grad(), draws_taken_back(inputs.device), frozen(model) as bare:
         images, boxes = _changed(inputs.detach()[rows], places, finest)
-        with listening(bare, taps, keep):
+        with suppress(_Enough), listening(bare, taps, keep):
             call_model(bare, images, select_args(args, rows, len(inputs)))
     return [outputs[position] for position in range(len(taps))], boxes
+
+
+class _Enough(BaseException):
+    """Ends a pass; no ``Exception``, which a model may catch."""
 
 
 def _changed(images: Tensor, places: Sequence[tuple[float, float]], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -262,7 +289,11 @@ def _judge(tap: Tap, change: Tensor, boxes: Tensor, shape: Sequence[int], traced
         low = boxes.new_tensor([top, top, left, left])
         span = boxes.new_tensor([bottom - top, bottom - top, right - left, right - left])
         boxes = (boxes - low) / span  # of what the grid covers, not of the image
-    scores = [_score(reading.cells(change), reading.hw, boxes) for reading in readings]
+    predictions: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}  # many readings have the same cells
+    for reading in readings:
+        if reading.hw not in predictions:
+            predictions[reading.hw] = _predictions(reading.hw, boxes.to(change.device))
+    scores = [_score(reading.cells(change), predictions[reading.hw]) for reading in readings]
     own, other = scores[0], max(scores[1:], default=0.0)
     sharpness = _sharpness(readings[0].cells(change), readings[0].hw, boxes)
     enough = readings[0].hw[0] * readings[0].hw[1] >= _FEWEST
@@ -273,7 +304,7 @@ def _judge(tap: Tap, change: Tensor, boxes: Tensor, shape: Sequence[int], traced
         winners.sort(key=lambda i: (readings[i].rest, -readings[i].hw[0] * readings[i].hw[1], -scores[i]))
         better = tuple(readings[i] for i in winners)
     scattered = enough and sharpness >= _SHARP and own < _SCATTERED * sharpness
-    seen = own >= max(_SEEN, _by_chance(readings[0].cells(change), readings[0].hw, boxes))
+    seen = own >= max(_SEEN, _by_chance(readings[0].cells(change), predictions[readings[0].hw]))
     said = "wrong" if wins or scattered else "right" if seen else "undecided"
     return Verdict(tap, said, own, other, better, sharpness)
 
@@ -298,31 +329,32 @@ def _readings(grid: Grid, shape: tuple[int, ...], image: tuple[int, int]) -> lis
     return [own, *(reading for reading in dict.fromkeys(found) if reading != own)]
 
 
-def _score(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
-    """How well a reading predicts which cells ``(Q, h*w)`` change: a correlation, of sharp and of broad answers.
+def _predictions(hw: tuple[int, int], boxes: Tensor) -> list[tuple[Tensor, ...]]:
+    """What :func:`_wanted` says, centred, for each shift of the grid.
 
     Padded convolutions of stride 2 shift their input by up to half a cell, so a shift of half a cell costs nothing.
     """
+    aside = [(i / 2 / hw[0], j / 2 / hw[1]) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    moved = [boxes + boxes.new_tensor([y, y, x, x]) for y, x in aside]
+    return [tuple(_centred(each) for each in _wanted(hw, places)) for places in moved]
+
+
+def _score(cells: Tensor, predictions: Sequence[Sequence[Tensor]]) -> float:
+    """How well a reading predicts which cells ``(Q, h*w)`` change: a correlation, of sharp and of broad answers."""
     total = cells.sum(1, keepdim=True)
     if cells.shape[1] < 2 or not bool(torch.isfinite(cells).all()) or not bool((total > 0).all()):
         return 0.0
     answer = _centred(cells / total)
-    aside = [(i / 2 / hw[0], j / 2 / hw[1]) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    moved = [boxes + torch.tensor([y, y, x, x], dtype=torch.float64) for y, x in aside]
-    return max(_fit(answer, _wanted(hw, places.to(cells.device))) for places in moved)
+    return max(sum(_alike(answer, each) for each in wanted) / len(wanted) for wanted in predictions)
 
 
-def _by_chance(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
+def _by_chance(cells: Tensor, predictions: Sequence[Sequence[Tensor]]) -> float:
     """The best score of answers that belong to other places; 0 where there are too few places to tell."""
     if len(cells) <= len(_PLACES):
         return 0.0
     generator = torch.Generator().manual_seed(0)
     shuffles = [torch.randperm(len(cells), generator=generator) for _ in range(_SHUFFLES)]
-    return max(_score(cells[order.to(cells.device)], hw, boxes) for order in shuffles)
-
-
-def _fit(answer: Tensor, wanted: Sequence[Tensor]) -> float:
-    return sum(_alike(answer, _centred(each)) for each in wanted) / len(wanted)
+    return max(_score(cells[order.to(cells.device)], predictions) for order in shuffles)
 
 
 def _wanted(hw: tuple[int, int], boxes: Tensor) -> tuple[Tensor, ...]:

@@ -7,7 +7,8 @@ A layer is given as its dotted name, as the module, as a negative index into the
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, TypeAlias, cast
@@ -144,9 +145,13 @@ def _with_gradient(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence
     found: Item | None = traced.derived.get("deepest with gradient")
     if found is not None:
         return found
-    for item, reached in zip(candidates, _reached(traced, candidates, inputs, args), strict=True):
-        if reached:  # only a positive answer is kept: once the head is trained, a layer without a gradient may get one
-            return cast("Item", traced.derived.setdefault("deepest with gradient", item))
+    with _scored(traced, candidates, inputs, args) as (score, maps):
+        for item, each in zip(
+            candidates, maps, strict=True
+        ):  # the first ones are close to the outputs, and cost little
+            if _moves(torch.autograd.grad(score, each, allow_unused=True, retain_graph=True)[0]):
+                # only a positive answer is kept: once the head is trained, a layer without a gradient may get one
+                return cast("Item", traced.derived.setdefault("deepest with gradient", item))
     _log.info("no layer of %s gets a gradient; is its head untrained?", type(traced.model).__name__)
     return stages.norm(stages.last(1)[0])
 
@@ -170,6 +175,15 @@ def _live(traced: Trace, stages: Stages, inputs: Tensor, args: Sequence[Any], co
 
 def _reached(traced: Trace, items: Sequence[Item], inputs: Tensor, args: Sequence[Any]) -> list[bool]:
     """Whether the outputs have a gradient to each map, on the first image."""
+    with _scored(traced, items, inputs, args) as (score, maps):
+        return [_moves(gradient) for gradient in torch.autograd.grad(score, maps, allow_unused=True)]
+
+
+@contextmanager
+def _scored(
+    traced: Trace, items: Sequence[Item], inputs: Tensor, args: Sequence[Any]
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """A sum of the outputs for the first image, and the maps of these layers in its graph."""
     taps = [item.tap(traced) for item in items]
     rows = torch.zeros(1, dtype=torch.long, device=inputs.device)
     with draws_taken_back(inputs.device), frozen(traced.model) as bare:
@@ -177,9 +191,11 @@ def _reached(traced: Trace, items: Sequence[Item], inputs: Tensor, args: Sequenc
         with run_with_graph(bare, inputs[:1], extra, taps) as (outputs, maps):
             scores = outputs.flatten()
             # unequal weights: the sum of a softmax has no gradient
-            score = (scores * torch.linspace(1, 2, len(scores), dtype=scores.dtype, device=scores.device)).sum()
-            gradients = torch.autograd.grad(score, maps, allow_unused=True)
-    return [gradient is not None and bool(gradient.ne(0).any()) for gradient in gradients]
+            yield (scores * torch.linspace(1, 2, len(scores), dtype=scores.dtype, device=scores.device)).sum(), maps
+
+
+def _moves(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.ne(0).any())
 
 
 # --- what is there --------------------------------------------------------------------------------------------

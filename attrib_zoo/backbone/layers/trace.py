@@ -44,6 +44,7 @@ class Output:
         element: its place in a tuple, list or dict; None where the output is the tensor itself.
         shape: with the trace's batch of 1.
         same: whether the call got this tensor, or a view of it, as input and returns it.
+        order: equal for outputs whose entries lie in the same places: each was made from the other's entry by entry.
         on_path: whether the model's outputs depend on it.
         grid: how it holds a map; None where it does not.
         hw: rows and columns of that map.
@@ -54,6 +55,7 @@ class Output:
     shape: tuple[int, ...]
     node: int | None
     same: bool = False
+    order: Hashable = None
     on_path: bool = False
     grid: Grid | None = None
     hw: tuple[int, int] = (0, 0)
@@ -214,21 +216,37 @@ class _Recorder:
         found = elements(output)
         nodes.discard(None)
         same = {key for key, tensor in found.items() if self._flow.node(tensor) in nodes}
-        own = self._own(output, found, places)
+        own = self._own(output, found, places, nodes | {None})
         call.outputs = [
-            Output(element, tuple(tensor.shape), self._flow.node(tensor), same=element in same)
+            Output(
+                element,
+                tuple(tensor.shape),
+                self._flow.node(tensor),
+                same=element in same,
+                order=self._flow.order(tensor),
+            )
             for element, tensor in (found if own is output else elements(own)).items()
         ]
         return own
 
-    def _own(self, output: Any, found: Mapping[int | str | None, Tensor], given: set[int | None]) -> Any:
+    def _own(
+        self,
+        output: Any,
+        found: Mapping[int | str | None, Tensor],
+        given: set[int | None],
+        nodes: set[int | None],
+    ) -> Any:
         """The output with a node of its own for each tensor, which stands for what the module returns.
 
         A tensor that shares its memory, because it was also an input or is returned twice, is copied: otherwise
-        operations on the other one would count for this one. For all others a new node is enough.
+        operations on the other one would count for this one. For all others a new node is enough, also where the
+        module has worked in place: its input is then what it returns.
         """
         places = [_address(tensor) for tensor in found.values()]
-        if any(place is None or place in given or places.count(place) > 1 for place in places):
+        shared = [
+            place in given and self._flow.node(t) in nodes for place, t in zip(places, found.values(), strict=True)
+        ]
+        if any(place is None or places.count(place) > 1 for place in places) or any(shared):
             return _copied(output)
         for tensor in found.values():
             self._flow.renew(tensor)
@@ -266,6 +284,7 @@ def _mark_paths(root: Call, flow: Flow, outputs: Any) -> None:
 
 # ---------------------------------------------------------------------- what the outputs depend on
 
+_ENTRYWISE_OPERATORS = ("clone", "_to_copy", "layer_norm", "batch_norm", "group_norm")  # and those that torch marks
 _SPATIAL_OPERATORS = ("conv", "pool2d", "upsample", "batch_norm")
 
 
@@ -286,6 +305,7 @@ class Flow(TorchDispatchMode):
         self.clock = 0
         self.sizes: list[tuple[int, tuple[int, int]]] = []
         self._parents: list[tuple[int, ...]] = [()]  # node 0 is the source
+        self._orders = [0]  # for each node the first one whose entries lie in the same places of their memory
         self._nodes: dict[int | None, tuple[StorageWeakRef, int]] = {}
         self._operators: dict[Any, _Operator] = {}
         self._batch = len(source)
@@ -297,37 +317,53 @@ class Flow(TorchDispatchMode):
         found = self._nodes.get(_address(tensor))
         return None if found is None else found[1]
 
+    def order(self, tensor: Tensor) -> Hashable:
+        """Equal for two tensors of one shape if each entry of one was made from the entry in its place of the other."""
+        node = self.node(tensor)
+        return None if node is None else (self._orders[node], tuple(tensor.shape), _places(tensor))
+
     def renew(self, tensor: Tensor) -> None:
         """Give the tensor's contents a node of their own, as a copy would have."""
         node = self.node(tensor)
         if node is not None:
             self._parents.append((node,))
+            self._orders.append(self._orders[node])
             self._set(tensor, len(self._parents) - 1)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and record what its outputs depend on."""
         kwargs = kwargs or {}
         self.clock += 1
-        before = {_address(tensor) for tensor in tensors((args, kwargs))}
-        parents = {found[1] for place in before if (found := self._nodes.get(place)) is not None}
+        given = [(tensor, _address(tensor)) for tensor in tensors((*args, *kwargs.values()))]
+        nodes = self._nodes
+        parents = {nodes[place][1] for _, place in given if place in nodes}
         out = self._draws.call(func, args, kwargs)
         if not parents:
             return out
         operator = self._operators.get(func) or self._operators.setdefault(func, _Operator(func))
-        results = list(tensors(out))
-        before.add(None)
+        results = [out] if isinstance(out, Tensor) else list(tensors(out))
+        before = {None, *(place for _, place in given)}
         written = [tensor for tensor in results if _address(tensor) not in before]
         for position, name in operator.writes:
             written += tensors(args[position] if position < len(args) else kwargs.get(name))
         if written:
+            node = len(self._parents)
             self._parents.append(tuple(parents))
+            kept = self._kept(given, _places(results[0])) if operator.entrywise and results else ()
+            self._orders.append(min((node, *kept)))
             for tensor in written:
-                self._set(tensor, len(self._parents) - 1)
+                self._set(tensor, node)
         if operator.spatial:
             self._note_size(results)
         if operator.placed:
             self.extents.see(operator.name, args, results)
         return out
+
+    def _kept(self, given: Iterable[tuple[Tensor, int | None]], where: Hashable) -> Iterator[int]:
+        """The orders of what an entry-by-entry operation was given, where it lies as its result does."""
+        for tensor, place in given:
+            if place in self._nodes and _places(tensor) == where:
+                yield self._orders[self._nodes[place][1]]
 
     def paths(self, sinks: Iterable[int]) -> tuple[list[int], int]:
         """For each node, how many ways from the source to the sinks lead through it; and how many there are.
@@ -366,6 +402,15 @@ class _Operator:
         self.writes = [(i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write]  # in place
         self.spatial = any(word in self.name for word in _SPATIAL_OPERATORS) and "backward" not in self.name
         self.placed = Extents.concerns(self.name)
+        self.entrywise = torch.Tag.pointwise in getattr(func, "tags", ()) or any(
+            word in self.name for word in _ENTRYWISE_OPERATORS
+        )
+
+
+def _places(tensor: Tensor) -> Hashable:
+    """Where in its memory each entry of a tensor lies."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.storage_offset(), tuple(size for size in sizes if size[0] != 1)
 
 
 def _alive(reference: ReferenceType[nn.Module]) -> nn.Module:
