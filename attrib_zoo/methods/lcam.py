@@ -22,9 +22,9 @@ from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import FIT_SCORES, area, cross_entropy, two_logits, variation
+from attrib_zoo.training.maps import head_maps
 from attrib_zoo.training.rows import ROW_IMAGES, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
-from attrib_zoo.training.session import head_maps
 
 _RECIPES = ("paper", "released")
 _BORDER, _OFFSET = 0.3, 5e-4  # of the released loss

@@ -20,10 +20,10 @@ from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import FIT_SCORES, area, cross_entropy, gone, order_mask, two_logits, variation
+from attrib_zoo.training.maps import class_count, head_maps
 from attrib_zoo.training.recipe import RECIPES, Recipe, as_recipe
 from attrib_zoo.training.rows import ROW_IMAGES, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
-from attrib_zoo.training.session import class_count, head_maps
 from attrib_zoo.training.teacher import TEACHER_IMAGES, Teacher, learn_common_row, place_means
 
 _BRANCH_LR = 1e-3

@@ -17,7 +17,7 @@ import torch
 from attrib_zoo import TTAME, LCAMImg
 from attrib_zoo.errors import BackboneMismatchError, CheckpointError, DataError, NotFittedError, OptionError
 from attrib_zoo.hub.card import about, card
-from attrib_zoo.training.session import to_checkpoint
+from attrib_zoo.training.resume import to_checkpoint
 
 TOLD = {
     "model": "timm/resnet18.a1_in1k",

@@ -12,7 +12,8 @@ from torch import nn
 from attrib_zoo import TTAME, LCAMFm
 from attrib_zoo.errors import InputError, TargetError
 from attrib_zoo.masking import free_bytes
-from attrib_zoo.training import session
+from attrib_zoo.methods.bases import trainable
+from attrib_zoo.training import maps as maps_
 
 IMAGES = zoo.batch(3)
 
@@ -29,7 +30,7 @@ def explainers():
 def test_parts_are_the_whole(explainers, name, images, monkeypatch):
     explainer = explainers[name]
     whole = explainer.maps(images)
-    monkeypatch.setattr(session, "_SMALL", 0)
+    monkeypatch.setattr(maps_, "_SMALL", 0)
     torch.testing.assert_close(explainer.maps(images), whole, rtol=0, atol=2e-6)
     monkeypatch.undo()
     for classes in ([3, 0], torch.tensor([4]), [1, 1, 2]):
@@ -54,18 +55,18 @@ def test_a_method_that_knows_all_maps_only_at_once_is_left_to_it(monkeypatch):
 
     model = zoo.small_cnn()
     made = zoo.fit(Doubled(model, recipe="paper"), [IMAGES], max_steps=1)
-    monkeypatch.setattr(session, "in_parts", lambda *_: pytest.fail("in parts"))
+    monkeypatch.setattr(trainable, "in_parts", lambda *_: pytest.fail("in parts"))
     assert made.maps(IMAGES).shape[1] == 5
     torch.testing.assert_close(made.maps(IMAGES, classes=[3]), made.maps(IMAGES)[:, [3]])
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence(explainers, monkeypatch):
-    monkeypatch.setattr(session, "_SMALL", 0)
-    monkeypatch.setattr(session, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(maps_, "_SMALL", 0)
+    monkeypatch.setattr(maps_, "free_bytes", lambda device: 1000)
     words = r"inputs: 3 images with maps of 5 classes, \d+ x \d+ each, take .* GB, and 1e-06 GB of memory are free"
     with pytest.raises(InputError, match=words):
         explainers["paper"].maps(IMAGES)
-    monkeypatch.setattr(session, "free_bytes", lambda device: None)  # nobody knows
+    monkeypatch.setattr(maps_, "free_bytes", lambda device: None)  # nobody knows
     explainers["paper"].maps(IMAGES)
 
 

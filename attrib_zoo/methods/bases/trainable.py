@@ -6,7 +6,6 @@ import copy
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,36 +14,27 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward_args, frozen, run
 from attrib_zoo.backbone.grid import Tap
-from attrib_zoo.backbone.module import original, unwrap
-from attrib_zoo.errors import (
-    BackboneMismatchError,
-    CheckpointError,
-    NotFittedError,
-    OptionError,
-    check_choice,
-    check_number,
-    warn,
-)
+from attrib_zoo.backbone.module import original
+from attrib_zoo.errors import BackboneMismatchError, OptionError, check_choice, check_number, warn
 from attrib_zoo.export.program import ClassMaps, Enlargement, own_modules
-from attrib_zoo.hub import card, repository
-from attrib_zoo.masking import at_least_float32, black, channel_stats
-from attrib_zoo.methods.bases.one_pass import OnePass
+from attrib_zoo.masking import at_least_float32
+from attrib_zoo.methods.bases.fitted import FittedAttribution
 from attrib_zoo.targets import Target, TargetQuery, class_list
-from attrib_zoo.training import distributed, session
+from attrib_zoo.training import distributed, resume, session, validation
 from attrib_zoo.training.callbacks import Callback, Watchers, check_callbacks
-from attrib_zoo.training.checkpoint import Checkpoint, Fitted, fingerprint, packed, read, write
+from attrib_zoo.training.checkpoint import Checkpoint, fingerprint, write
 from attrib_zoo.training.data import check_repeatable, total_steps
 from attrib_zoo.training.fit import State, Terms, autocast, train
-from attrib_zoo.training.history import History
+from attrib_zoo.training.maps import check_same, head_maps, in_parts, is_small
 from attrib_zoo.training.schedule import OptimizerFactory, Schedule, check_optimizer
-from attrib_zoo.training.vetting import believing, told_unsealed, vet, vet_network
+from attrib_zoo.training.vetting import believing
 from attrib_zoo.training.watch import Watch
 
 _Self = TypeVar("_Self", bound="TrainableAttribution")
 _SCHEDULES = ("auto", "paper", "short")
 
 
-class TrainableAttribution(OnePass):
+class TrainableAttribution(FittedAttribution):
     """Base of the methods with ``fit``: trained once for a model, then they explain in one forward pass.
 
     A small network reads the frozen model's features and returns a map per class, scaled to [0, 1] over space.
@@ -60,27 +50,9 @@ class TrainableAttribution(OnePass):
         schedule_: name of the schedule that was used.
     """
 
-    needs_fit: ClassVar[bool] = True
-    own_scale: ClassVar[str | None] = "min-max"
-    cost: ClassVar[str] = "1F"
     default_epochs: ClassVar[int] = 8
 
-    def __init__(self, model: nn.Module, layers: Any = None, **shown: Any) -> None:
-        super().__init__(model, layers, **shown)
-        self._fitted: Fitted | None = None
-        self._watch: Watch | None = None
-        self._strict = True
-        self._warned = False
-
     # ------------------------------------------------------------------ hooks
-
-    @abstractmethod
-    def build_network(self, channels: Sequence[int], num_classes: int, generator: torch.Generator | None) -> nn.Module:
-        """A network ``(features, rows) -> (N, M, h, w)`` for layers with these channels, drawn from the generator."""
-        raise NotImplementedError
-
-    def finish_network(self, network: nn.Module) -> None:
-        """Convert a trained network into the form used for explaining."""
 
     @abstractmethod
     def loss_terms(
@@ -210,7 +182,7 @@ class TrainableAttribution(OnePass):
         twin._fitted, twin._resolved, twin._warned, twin._strict = None, {}, False, True
         unasked = epochs is None and max_steps is None
         with session.reserved(folder), session.ground(self.model) as like, autocast(precision, like.device):
-            saved = None if resume_from is None else session.read_resume(twin, resume_from, plan, folder, unasked)
+            saved = None if resume_from is None else resume.read_resume(twin, resume_from, plan, folder, unasked)
             batches = session.batches_of(loader, seed, like, saved)
             args = forward_args(additional_forward_args)
             twin.settle(batches.peek(), args, steps, saved)
@@ -221,7 +193,7 @@ class TrainableAttribution(OnePass):
             )
             if saved is not None:
                 with believing(saved, "resume_from"):
-                    session.try_out(twin)
+                    resume.try_out(twin)
             try:
                 train(
                     state,
@@ -230,7 +202,7 @@ class TrainableAttribution(OnePass):
                     show_progress=show_progress,
                     validate=None
                     if val_loader is None
-                    else (lambda: session.validate(twin, val_loader, seed, like, args)),
+                    else (lambda: validation.validate(twin, val_loader, seed, like, args)),
                     save=None if folder is None else (lambda: twin._checkpoint(folder, state, plan)),
                     save_every=checkpoint_every,
                     watchers=Watchers(callbacks, twin._explaining(state.network)),
@@ -240,7 +212,7 @@ class TrainableAttribution(OnePass):
                     self.__dict__.update(twin._finished(state).__dict__)
                 raise
         self.__dict__.update(twin._finished(state).__dict__)
-        session.judge(state.history)
+        validation.judge(state.history)
         return self
 
     def _terms(self, network: nn.Module, images: Tensor, args: tuple[Any, ...], generator: torch.Generator) -> Terms:
@@ -281,23 +253,11 @@ class TrainableAttribution(OnePass):
         """Write everything that :meth:`save` writes, and what a resumed fit needs."""
         if not distributed.is_first():
             return
-        explainer, progress = session.to_checkpoint(self, self._so_far(state)._ready()), state.snapshot()
+        explainer, progress = resume.to_checkpoint(self, self._so_far(state)._ready()), state.snapshot()
         facts = {**explainer.facts, "plan": plan, "state": progress.facts}
-        write(folder / session.CHECKPOINT, Checkpoint({**explainer.tensors, **progress.tensors}, facts))
+        write(folder / resume.CHECKPOINT, Checkpoint({**explainer.tensors, **progress.tensors}, facts))
 
     # ------------------------------------------------------------------ explain
-
-    def check_ready(self) -> None:
-        self._ready()
-
-    def _ready(self) -> Fitted:
-        if self._fitted is None:
-            name = type(self).__name__
-            raise NotFittedError(
-                f"{name} must be trained for this model before it can explain: call fit(loader), or load a file with "
-                f"{name}.load(path, model)"
-            )
-        return self._fitted
 
     def compute_maps(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...], show_progress: bool) -> Tensor:
         outputs, features = self._features(inputs, args)
@@ -319,7 +279,7 @@ class TrainableAttribution(OnePass):
     def _class_maps(network: nn.Module, features: Sequence[Tensor], target: Target) -> Tensor:
         """The targets' maps ``(N, T, h, w)``, before smoothing and scaling."""
         rows = target.terms
-        found = session.head_maps(network, features, rows.flatten(1))
+        found = head_maps(network, features, rows.flatten(1))
         return target.combine(found.unflatten(1, rows.shape[1:]))
 
     def all_maps(self, outputs: Tensor, maps: Tensor) -> Tensor:
@@ -329,7 +289,7 @@ class TrainableAttribution(OnePass):
     def program_head(
         self, images: Tensor, taps: Sequence[Tap], outputs: Tensor, features: Sequence[Tensor]
     ) -> nn.Module:
-        session.check_same(type(self).__name__, self._ready(), outputs, features)
+        check_same(type(self).__name__, self._ready(), outputs, features)
         sizes = [f.shape[-2:] for f in features]
         whole = [max(size[axis] for size in sizes) for axis in (0, 1)]
         places = [Enlargement(size, whole, self.extents(images).of) for size in sizes]
@@ -337,7 +297,7 @@ class TrainableAttribution(OnePass):
 
     def some_maps(self, outputs: Tensor, network: nn.Module, features: Sequence[Tensor], classes: Tensor) -> Tensor:
         """The same for the classes ``(M,)`` alone, as ``(N, M, h, w)``; override it together with :meth:`all_maps`."""
-        return session.head_maps(network, features, classes.expand(len(outputs), -1))
+        return head_maps(network, features, classes.expand(len(outputs), -1))
 
     def maps(
         self, inputs: Any, additional_forward_args: Any = None, *, classes: Sequence[int] | Tensor | None = None
@@ -369,11 +329,11 @@ class TrainableAttribution(OnePass):
             network = self._network_for(features)
             base = TrainableAttribution
             at_once = type(self).some_maps is base.some_maps and type(self).all_maps is not base.all_maps
-            if at_once or (wanted is None and session.is_small(network, features, self._ready().num_classes)):
-                maps = self.all_maps(outputs, session.head_maps(network, features, None))
+            if at_once or (wanted is None and is_small(network, features, self._ready().num_classes)):
+                maps = self.all_maps(outputs, head_maps(network, features, None))
                 return self._as_asked(maps if wanted is None else maps[:, wanted]).to(images.dtype)
             every = torch.arange(self._ready().num_classes, device=images.device) if wanted is None else wanted
-            return session.in_parts(
+            return in_parts(
                 lambda part: self._as_asked(self.some_maps(outputs, network, features, part)), every, images.dtype
             )
 
@@ -381,7 +341,7 @@ class TrainableAttribution(OnePass):
         """Outputs and features of one pass, checked to be those of the layers that the network was trained on."""
         self._ready()
         outputs, features = run(self.model, inputs, args, self.taps(inputs, args))
-        session.check_same(type(self).__name__, self._ready(), outputs, features)
+        check_same(type(self).__name__, self._ready(), outputs, features)
         return outputs, [at_least_float32(f) for f in features]
 
     def _check_model(self) -> None:
@@ -408,11 +368,6 @@ class TrainableAttribution(OnePass):
     def _network_for(self, features: Sequence[Tensor]) -> nn.Module:
         return self._ready().network.to(features[0])
 
-    def has_map_of(self, target: int) -> bool:
-        """Whether the map of this class is trained: ``fit`` saw the class, or gave every class a map."""
-        ready = self._ready()
-        return "rows" in ready.decisions or bool(ready.counts[target])
-
     def _warn_unseen(self, rows: Tensor) -> None:
         unseen = [c for c in rows.unique().tolist() if not self.has_map_of(c)]
         if unseen and not self._warned:
@@ -426,240 +381,6 @@ class TrainableAttribution(OnePass):
         if self._fitted is None:
             return super().resolve_layers(inputs, args)
         return self._tested(self.named_layers(), inputs, args)
-
-    def named_layers(self) -> Any:
-        """The layers of the fit, so that an explainer and its reloaded copy show the same ones."""
-        if self._fitted is None:
-            return self.layers
-        return [name if grid is None else (name, grid) for name, grid in self._fitted.layers]
-
-    # ------------------------------------------------------------------ what was learned
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the explainer was fitted or loaded."""
-        return self._fitted is not None
-
-    @property
-    def network_(self) -> nn.Module:
-        """The trained network."""
-        return self._ready().network
-
-    @property
-    def history_(self) -> History:
-        """The record of the fit."""
-        return self._ready().history
-
-    @property
-    def class_counts_(self) -> Tensor:
-        """``(K,)``: how many training images the model assigned to each class."""
-        return self._ready().counts
-
-    @property
-    def n_steps_(self) -> int:
-        """Optimiser steps taken."""
-        return self._ready().steps
-
-    @property
-    def schedule_(self) -> str:
-        """Name of the schedule that was used."""
-        return self._ready().schedule.name
-
-    @property
-    def masking_(self) -> str | Tensor:
-        """How the fit hid pixels, as ``masking`` of the measures, which should hide them in the same way.
-
-        ``"raw"`` or ``"standardized"``; black as a tensor ``(1, C, 1, 1)`` where the fit was given a standardisation
-        other than the model's own; ``"auto"`` for a method that hides no pixels.
-        """
-        decided = self._ready().decisions
-        rule: str = decided.get("masking", "auto")
-        if rule != "raw":
-            return rule
-        mean, std = tuple(decided["mean"]), tuple(decided["std"])
-        own = tuple(map(tuple, channel_stats(self.model, len(mean))))
-        return rule if (mean, std) == own else black(mean, std, torch.zeros(1, len(mean), 1, 1))
-
-    def report(self) -> str:
-        """The fit in a few lines: steps, schedule, loss, classes seen, validation, warnings."""
-        return session.report(self, self._ready())
-
-    def __repr__(self) -> str:
-        text = super().__repr__()
-        if self._fitted is None:
-            return text
-        seen = int((self._fitted.counts > 0).sum())
-        decided = "".join(f", {k} {v}" for k, v in self._fitted.decisions.items() if isinstance(v, str))
-        return (
-            f"{text} fitted: {self._fitted.steps} steps, {self._fitted.schedule.name} schedule{decided}, "
-            f"{seen} of {self._fitted.num_classes} classes seen"
-        )
-
-    def untrained(self: _Self, seed: int = 0) -> _Self:
-        """The same explainer with untrained weights: the difference is what the fit contributes.
-
-        Args:
-            seed: for the weights.
-
-        Returns:
-            A copy; the explainer itself stays as it is.
-        """
-        fitted = self._ready()
-        network = self.build_network(fitted.channels, fitted.num_classes, torch.Generator().manual_seed(seed)).eval()
-        twin = copy.copy(self)
-        twin._fitted = replace(fitted, network=network, steps=0, history=History())
-        twin.finish_network(network)
-        network.to(next(fitted.network.parameters()))
-        return twin
-
-    # ------------------------------------------------------------------ files
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the fitted explainer to one safetensors file, completely or not at all.
-
-        Args:
-            path: the file; its folder must exist.
-
-        Returns:
-            The path.
-        """
-        return write(path, session.to_checkpoint(self, self._ready()))
-
-    def save_pretrained(self, folder: str | os.PathLike[str], **about: Any) -> Path:
-        """Write what :meth:`push_to_hub` uploads into a folder: the explainer and its card.
-
-        Args:
-            folder: made where there is none.
-            about: what the card says beside what the explainer knows itself; see :class:`attrib_zoo.hub.card.About`.
-
-        Returns:
-            The folder.
-        """
-        told, saved = card.about(**about), session.to_checkpoint(self, self._ready())
-        return repository.write_folder(folder, packed(saved), card.card(saved, told, Path(folder).name))
-
-    def push_to_hub(
-        self,
-        repo: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        message: str = "A fitted explainer",
-        token: str | bool | None = None,
-        endpoint: str | None = None,
-        **about: Any,
-    ) -> str:
-        """Share the explainer and its card on the Hugging Face Hub, in one commit.
-
-        Args:
-            repo: ``"owner/name"``; made where there is none.
-            private: of a new repository; ``None`` for the owner's default.
-            revision: a branch, made where there is none; ``None`` for the main one.
-            message: of the commit.
-            token: ``None`` for that of ``hf auth login``.
-            endpoint: another server than ``HF_ENDPOINT`` says.
-            about: what the card says beside what the explainer knows itself; see :class:`attrib_zoo.hub.card.About`.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            NotFittedError: there is nothing to share yet.
-            OptionError: something that the card has no place for.
-            DataError: the Hub did not take it.
-        """
-        told, saved = card.about(**about), session.to_checkpoint(self, self._ready())
-        return repository.upload(
-            repo,
-            packed(saved),
-            card.card(saved, told, repo),
-            message=message,
-            private=private,
-            revision=revision,
-            token=token,
-            endpoint=endpoint,
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls: type[_Self],
-        repo_or_folder: str | os.PathLike[str],
-        model: nn.Module,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        endpoint: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        strict_backbone: bool = True,
-    ) -> _Self:
-        """Read a shared explainer, from a folder or from the Hugging Face Hub, for the model it was fitted for.
-
-        Args:
-            repo_or_folder: a folder that exists, else a repository ``"owner/name"``.
-            model: as in :meth:`load`.
-            revision: a branch, a tag or a commit; a commit's hash is for ever the same explainer.
-            token: ``None`` for that of ``hf auth login``.
-            endpoint: another server than ``HF_ENDPOINT`` says.
-            cache_dir: where downloads are kept; ``None`` for the Hub's own place.
-            strict_backbone: as in :meth:`load`.
-
-        Raises:
-            CheckpointError: there is no explainer, or one of another class.
-            BackboneMismatchError: the model has other weights.
-        """
-        path = repository.fetch(repo_or_folder, revision=revision, token=token, endpoint=endpoint, cache_dir=cache_dir)
-        try:
-            return cls.load(path, model, strict_backbone=strict_backbone)
-        except CheckpointError as error:
-            text = str(error).replace(f"path: {path}", f"repo_or_folder: the explainer in {repo_or_folder}")
-            raise type(error)(text.replace(".load", ".from_pretrained")) from error
-
-    @classmethod
-    def load(
-        cls: type[_Self], path: str | os.PathLike[str], model: nn.Module, *, strict_backbone: bool = True
-    ) -> _Self:
-        """Read a fitted explainer for the model that it was fitted for.
-
-        Args:
-            path: a file that :meth:`save` or a fit's checkpoints wrote.
-            model: the model, with the same weights as in fit.
-            strict_backbone: ``False`` warns instead of raising where the model's weights differ.
-
-        Raises:
-            CheckpointError: damaged, edited, of another class, or of a newer format. A file of version 0.1 has no
-                checksum by which damage could be told, and a warning says so.
-            BackboneMismatchError: the model has other weights.
-        """
-        saved = read(path)
-        facts = saved.facts
-        if facts.get("method") != cls.__name__:
-            raise CheckpointError(
-                f"path: {path} must be a checkpoint of {cls.__name__}, got one of {facts.get('method')}; "
-                f"use {facts.get('method')}.load"
-            )
-        vet(saved)
-        unwrap(model)  # says what cannot be explained; all that fails from here on is the file's fault
-        with believing(saved):
-            explainer = cls(model, [layer for layer, _ in facts["layers"]], **facts["options"])
-        weights = fingerprint(explainer.model)
-        if weights != facts["backbone"]:
-            message = (
-                f"path: {path} was fitted for {facts['model']} with other weights than this "
-                f"{type(explainer.model).__name__} has; load the weights it was fitted for, or fit again"
-            )
-            if strict_backbone:
-                raise BackboneMismatchError(message + " (strict_backbone=False loads it all the same)")
-            warn(message)
-        vet_network(saved, explainer.build_network)
-        with believing(saved):
-            network = explainer.build_network(facts["channels"], facts["num_classes"], torch.Generator())
-            explainer._fitted = Fitted.read(saved, network)
-            explainer.finish_network(network)
-            session.try_out(explainer)
-        told_unsealed(saved)
-        explainer._strict = strict_backbone
-        explainer._watch = Watch(explainer.model, weights)
-        return explainer
 
 
 def _asked(schedule: str | Schedule, lr: float | None) -> str | dict[str, Any]:
