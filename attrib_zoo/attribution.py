@@ -18,7 +18,7 @@ from attrib_zoo.backbone.layers.extents import Extents
 from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.known import known, situation
 from attrib_zoo.backbone.layers.resolve import Tap
-from attrib_zoo.errors import InputError, ModelChangedError, OptionError, check_choice, html_table
+from attrib_zoo.errors import InputError, LayerError, ModelChangedError, OptionError, check_choice, html_table
 from attrib_zoo.masking import mean_filter, min_max, placed, positive_scale, rank_scale, upsample
 from attrib_zoo.targets import TargetQuery
 
@@ -116,6 +116,7 @@ class Attribution(_CaptumAttribution, ABC):
     own_scale: ClassVar[str | None] = None
     needs_fit: ClassVar[bool] = False
     default_layers: ClassVar[tuple[str, int] | None] = ("outputs", 1)
+    reads_attended: ClassVar[bool] = False
     multiplies_by_inputs: ClassVar[bool] = False
     cheap_options: ClassVar[Mapping[str, Any]] = {}
 
@@ -344,7 +345,14 @@ class Attribution(_CaptumAttribution, ABC):
         """The resolved layers, their grids tested where they could be misread."""
         traced = layer_rules.look(self.model, inputs, args)
         taps = layer_rules.resolve(self.model, layers, inputs, args, traced=traced, **choice)
-        check_grids(self.model, taps, inputs, args, traced=traced, everything=False)
+        outputs = [tap for tap in taps if not tap.attended]
+        if len(outputs) < len(taps) and not self.reads_attended:
+            label = next(tap.label for tap in taps if tap.attended)
+            raise LayerError(
+                f"layers: {label!r} is no layer's output, and only TTAME can read it; for {type(self).__name__} name "
+                "the block"
+            )
+        check_grids(self.model, outputs, inputs, args, traced=traced, everything=False)
         return taps
 
     def layer_rule(self) -> tuple[str, int] | None:

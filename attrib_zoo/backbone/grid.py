@@ -15,6 +15,9 @@ from torch import Tensor
 
 from attrib_zoo.errors import LayerError, OptionError
 
+ATTENDED = "attended"
+"""In a layer's label, ``"blocks.11.attn['attended']"``: see :attr:`Tap.attended`."""
+
 KINDS = {
     "nchw": "(N, C, h, w)",
     "nhwc": "(N, h, w, C)",
@@ -106,6 +109,11 @@ class Grid:
             cells = torch.cat([self._channel_major(like)[:, :, : self.prefix], cells], dim=2)
         return _with_strides_of(like, self._channel_major(cells))
 
+    def of_all_tokens(self) -> Grid:
+        """The same tokens, with those before the patches, as one row of cells."""
+        h, w = self._sizes()
+        return Grid(self.kind, hw=(1, self.prefix + h * w))
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain numbers, strings and lists, for JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -157,6 +165,8 @@ class Tap:
         element: which entry, where the layer outputs a tuple, list or dict.
         calls: how often the layer runs in one forward pass.
         call: which of these runs is meant, counted from 0, or from the end: -1 is the last.
+        attended: the layer is an attention module, and the map is not its output but what the class token takes from
+            each patch: :func:`~attrib_zoo.backbone.vit.attended.attended_values`. It can be read, not replaced.
     """
 
     name: str
@@ -165,8 +175,11 @@ class Tap:
     element: int | str | None = None
     calls: int = 1
     call: int = -1
+    attended: bool = False
 
     @property
     def label(self) -> str:
         """The name with the entry meant, ``"stage4[1]"``: what ``layers=`` takes for this output."""
+        if self.attended:
+            return f"{self.name}[{ATTENDED!r}]"
         return self.name if self.element is None else f"{self.name}[{self.element!r}]"

@@ -23,6 +23,7 @@ from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.backbone.nested import pick
+from attrib_zoo.backbone.vit.attended import attended_values, first_tensor
 from attrib_zoo.errors import UnsupportedModelError, reason
 from attrib_zoo.masking import Extent, at_least_float32, mean_filter, moving
 from attrib_zoo.targets import one_logit, scores_in
@@ -71,7 +72,8 @@ class ExplainingModel(nn.Module):
         self.by_counting = False  # ranks without searching, which ONNX lacks
         self._heard = Heard()
         for position, reading in enumerate(readings):
-            find(model, reading.name).register_forward_hook(Listener(self._heard, position, reading.element))
+            module, listener = find(model, reading.name), Listener(self._heard, position, reading)
+            module.register_forward_hook(listener, with_kwargs=reading.attended)
         self.eval()
 
     def forward(self, images: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,12 +172,17 @@ def _thread() -> int:
 class Listener:
     """A forward hook; an object, so that a copied or pickled program has its own."""
 
-    def __init__(self, heard: Heard, position: int, element: int | str | None) -> None:
-        self.heard, self.position, self.element = heard, position, element
+    def __init__(self, heard: Heard, position: int, reading: Reading) -> None:
+        self.heard, self.position = heard, position
+        self.name, self.element, self.attended = reading.name, reading.element, reading.attended
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep the layer's output."""
-        self.heard.add(self.position, pick(output, self.element))
+    def __call__(self, module: nn.Module, given: Any, *rest: Any) -> None:
+        """Keep the layer's output, or what the class token takes from each patch through it."""
+        if self.attended:
+            found = attended_values(module, self.name, first_tensor(given, rest[0]))
+        else:
+            found = pick(rest[-1], self.element)
+        self.heard.add(self.position, found)
 
 
 class Reading(nn.Module):
@@ -191,6 +198,7 @@ class Reading(nn.Module):
         grid = tap.grid
         self.name, self.element, self.run = tap.name, tap.element, tap.call % tap.calls
         self.kind, self.prefix, self.hw, self.size = grid.kind, grid.prefix, grid.hw, tuple(size)
+        self.attended = tap.attended
         self.order: Tensor | None
         self.register_buffer("order", None if grid.permutation is None else torch.tensor(grid.permutation))
 

@@ -128,7 +128,7 @@ def _with_prefix(tap: Tap) -> Tap:
     grid = tap.grid
     if not grid.is_tokens or grid.hw is None:
         return tap
-    return replace(tap, grid=Grid(grid.kind, hw=(1, grid.prefix + grid.hw[0] * grid.hw[1])))
+    return replace(tap, grid=grid.of_all_tokens())
 
 
 def _patches(maps: Tensor, grid: Grid) -> Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward, select_args
+from attrib_zoo.backbone.grid import ATTENDED
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.backbone.layers.resolve import Tap
+from attrib_zoo.backbone.vit.attention import attended_taps, check_attended
 from attrib_zoo.errors import AttribZooError, check_choice
 from attrib_zoo.masking import blend, blur, mean_filter, upsample
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
@@ -152,6 +155,7 @@ class TTAME(TrainableAttribution):
     """
 
     family: ClassVar[str] = "trained"
+    reads_attended: ClassVar[bool] = True
     paper: ClassVar[str] = "Ntrougkas et al., IEEE Access 2024"
     default_epochs: ClassVar[int] = 8
 
@@ -221,6 +225,17 @@ class TTAME(TrainableAttribution):
     def layer_rule(self) -> tuple[str, int]:
         return self.recipe.layer_rule, self.recipe.num_layers
 
+    def resolve_layers(self, inputs: Tensor, args: Sequence[Any]) -> tuple[Tap, ...]:
+        if self._fitted is not None or self.recipe.layer_rule != ATTENDED:
+            taps = super().resolve_layers(inputs, args)
+        elif self.layers is None:
+            return attended_taps(self.model, inputs, args, self.recipe.num_layers)
+        else:
+            taps = self._tested(self.layers, inputs, args)
+        if any(tap.attended for tap in taps):
+            check_attended(self.model, taps, inputs, args)
+        return taps
+
     # ------------------------------------------------------------------ explain
 
     @property
@@ -276,17 +291,20 @@ class TTAME(TrainableAttribution):
         if steps * len(images) >= _IMAGES_PER_CLASS * count:
             self._follow("paper")
         else:
-            self._follow("taught" if self._can_be_taught(images[:1], one) else "rows")
+            self._follow(self._best_start(images[:1], one))
 
-    def _can_be_taught(self, image: Tensor, args: tuple[Any, ...]) -> bool:
-        """Whether the recipe's teacher explains this model."""
+    def _best_start(self, image: Tensor, args: tuple[Any, ...]) -> str:
+        """The recipe that was measured to be best among those that start from rows and are defined for this model."""
         if not is_transformer(self.model):
-            return False
-        try:
+            return "rows"
+        if self.layers is None:
+            with suppress(AttribZooError):
+                attended_taps(self.model, image, args)
+                return "attended"
+        with suppress(AttribZooError):
             self._teacher(RECIPES["taught"].teacher)(image, torch.zeros(1).long(), args)
-        except AttribZooError:
-            return False
-        return True
+            return "taught"
+        return "rows"
 
     def _teacher(self, name: str) -> Teacher:
         """Maps of a method by its name, at its own resolution."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from attrib_zoo.attribution import SCALES
+from attrib_zoo.backbone.grid import ATTENDED
 from attrib_zoo.errors import OptionError, check_choice, check_number
 from attrib_zoo.training.head import ACTIVATIONS
 
@@ -45,9 +46,10 @@ class Recipe:
         skip: the skip connection of the branches (Table 6).
         batch_norm: the batch normalisation of the branches (Table 6).
         branch_activation: ``"relu"`` or ``"sigmoid"`` (Table 6).
-        layer_rule: which layers are read where none are named: ``"outputs"``, ``"norms"`` or ``"live"``; see
-            ``docs/how-to/choose-layers.md``.
-        num_layers: 1, 2 or 3 of them, the last ones (Table 6).
+        layer_rule: which layers are read where none are named: ``"outputs"``, ``"norms"`` or ``"live"``, see
+            ``docs/how-to/choose-layers.md``; or ``"attended"``: what the class token takes from each patch in the last
+            attention modules, see :func:`~attrib_zoo.backbone.vit.attended.attended_values`.
+        num_layers: how many of them, the last ones; 1, 2 or 3 in the paper (Table 6).
         contrast: from each map, subtract the mean map of this many other classes, those with the largest logits; 0 in
             the paper.
         contrast_weight: the weight of that mean.
@@ -98,8 +100,8 @@ class Recipe:
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: must be True or False, got {getattr(self, name)!r}")
         check_choice("branch_activation", self.branch_activation, ACTIVATIONS)
-        check_choice("layer_rule", self.layer_rule, ("outputs", "norms", "live"))
-        check_choice("num_layers", self.num_layers, (1, 2, 3))
+        check_choice("layer_rule", self.layer_rule, ("outputs", "norms", "live", ATTENDED))
+        check_number("num_layers", self.num_layers, least=1)
         check_number("contrast", self.contrast, least=0)
         check_choice("scale", self.scale, tuple(SCALES))
         check_choice("variation", self.variation, ("mean", "sum"))
@@ -130,7 +132,8 @@ PAPER = Recipe("paper")
 RELEASED = Recipe("released", layer_rule="norms", variation="sum", border_penalty=0.3, area_offset=5e-4, psi="batch")
 ROWS = Recipe("rows", start="rows", loss="order", branches=False, layer_rule="live", contrast=3, smooth=3, psi="own")
 TAUGHT = replace(ROWS, name="taught", teacher="GenericAttention", forget_places=True)
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, TAUGHT, PAPER, RELEASED)}
+VALUES = replace(ROWS, name="attended", layer_rule=ATTENDED, num_layers=4)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, VALUES, TAUGHT, PAPER, RELEASED)}
 
 
 def as_recipe(given: str | Recipe | Mapping[str, Any]) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import run, run_with_graph, select_args
 from attrib_zoo.backbone.grid import Tap
-from attrib_zoo.backbone.module import unwrap
+from attrib_zoo.backbone.module import find, unwrap
+from attrib_zoo.backbone.vit.heads import heads_of
 from attrib_zoo.errors import TrainingError, listed
 from attrib_zoo.masking import at_least_float32
 from attrib_zoo.training.losses import two_logits
@@ -63,7 +64,8 @@ def class_rows(
 
     .. math:: w_c = \mathbb{E}_x \frac{1}{hw} \sum_{i,j} \frac{\partial S_c}{\partial A_{\cdot,i,j}}
 
-    up to a factor common to all classes. Where the model ends in a linear layer (or a 1x1 convolution to class maps),
+    up to a factor common to all classes; of attended values, which add up to the class token's context, the gradient at
+    that context. Where the model ends in a linear layer (or a 1x1 convolution to class maps),
     :math:`S = W z + b`, only the D gradients of z are taken if D < K, and :math:`w_c = W_c\, \mathbb{E}[\partial z]`:
     the same by the chain rule, at a cost that does not grow with the number of classes.
 
@@ -94,7 +96,11 @@ def class_rows(
                 counts = torch.zeros(len(values), device=values.device)
                 share = _affordable(values, maps, budget) / (len(values) * len(images))
             taken = _turn(len(values), number, min(1.0, max(share, 1 / len(images))), values.device)
-            found = _gradients(values, maps, taken)
+            found = _gradients(values, maps, taken, [tap.attended for tap in taps])
+        found = [
+            _at_values(model, tap, gradient) if tap.attended and gradient is not None else gradient
+            for tap, gradient in zip(taps, found, strict=True)
+        ]
         counts[taken] += 1
         for i, gradient in enumerate(found):
             if gradient is None:
@@ -219,8 +225,8 @@ def _affordable(values: Tensor, maps: Sequence[Tensor], budget: float) -> float:
     return budget / max(int(counter.get_total_flops()), sum(m.numel() for m in maps))
 
 
-def _gradients(values: Tensor, maps: Sequence[Tensor], taken: Tensor) -> list[Tensor | None]:
-    """For each map the gradients of some of the values, averaged over space: ``(len(taken), C_i)``."""
+def _gradients(values: Tensor, maps: Sequence[Tensor], taken: Tensor, at_first: Sequence[bool]) -> list[Tensor | None]:
+    """For each map the gradients of some of the values, ``(len(taken), C_i)``: averaged over space, or at token 0."""
     at_once = max(1, min(_MOST_AT_ONCE, _CHUNK_BYTES // max(1, 4 * sum(m.numel() for m in maps))))
     parts: list[list[Tensor | None]] = []
     for some in taken.split(at_once):
@@ -234,7 +240,12 @@ def _gradients(values: Tensor, maps: Sequence[Tensor], taken: Tensor) -> list[Te
         except RuntimeError:  # an operation without a batching rule
             each = [torch.autograd.grad(values, maps, c, retain_graph=True, allow_unused=True) for c in columns]
             found = tuple(None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True))
-        parts.append([None if g is None else g.mean(dim=(1, -2, -1)) for g in found])
+        parts.append(
+            [
+                None if g is None else g[:, 0, :, 0, 0] if first else g.mean(dim=(1, -2, -1))
+                for g, first in zip(found, at_first, strict=True)
+            ]
+        )
     return [
         None if column[0] is None else torch.cat([c for c in column if c is not None])
         for column in zip(*parts, strict=True)
@@ -244,6 +255,20 @@ def _gradients(values: Tensor, maps: Sequence[Tensor], taken: Tensor) -> list[Te
 # ---------------------------------------------------------------------- the classifier
 
 _Readout = tuple[Tensor, Tensor | None, str]
+
+
+def _in_graph(tap: Tap) -> Tap:
+    """What the gradient is taken at: of attended values, the output of their attention module, all of its tokens."""
+    return replace(tap, grid=tap.grid.of_all_tokens(), attended=False) if tap.attended else tap
+
+
+def _at_values(model: nn.Module, tap: Tap, gradient: Tensor) -> Tensor:
+    """From the class token's gradient behind an attention module, ``(M, D)``, to that at its attended values.
+
+    These add up to the class token's context, which the output projection reads: each value has the context's gradient.
+    """
+    weight = heads_of(find(unwrap(model), tap.name), tap.name, gradient.dtype).out_weight
+    return gradient @ weight.to(gradient)
 
 
 @contextmanager
@@ -256,7 +281,7 @@ def _graph(
     heads = [module for module in bare.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     handles = [m.register_forward_hook(lambda m, i, o: seen.append((m, i[0], o))) for m in heads]
     try:
-        with run_with_graph(model, image, args, taps) as (outputs, maps):
+        with run_with_graph(model, image, args, [_in_graph(tap) for tap in taps]) as (outputs, maps):
             yield _readout(outputs, seen[-1] if seen else None), maps
     finally:
         for handle in handles:

@@ -12,11 +12,13 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from attrib_zoo.backbone.grid import Grid, Tap
+from attrib_zoo.backbone.grid import ATTENDED, Grid, Tap
+from attrib_zoo.backbone.kind import attends
 from attrib_zoo.backbone.layers.layouts import fits
 from attrib_zoo.backbone.layers.stages import Item, Stages, spatial
 from attrib_zoo.backbone.layers.trace import Call, Output, Trace, layer_names
 from attrib_zoo.backbone.module import find, original
+from attrib_zoo.backbone.vit.attended import attended_channels
 from attrib_zoo.errors import LayerError, LayerNotFoundError, OptionError
 
 Layer: TypeAlias = str | nn.Module | int | Tap | tuple[str | nn.Module, Grid]
@@ -48,9 +50,26 @@ def find_layer(traced: Trace, layer: Layer) -> tuple[tuple[int, int], Tap]:
     call = calls[wanted.call % len(calls)] if wanted else calls[-1]
     if len(calls) > 1 and not wanted:
         _log.info("layers: %r runs %d times in a pass; the last run is explained", name, len(calls))
+    if element == ATTENDED:
+        return _attended(traced, call)
     output = _chosen_output(traced, call, element) if hint is None else _read_as(call, element, hint, traced.size)
     item = Item(call, output)
     return item.place, item.tap(traced)
+
+
+def _attended(traced: Trace, call: Call) -> tuple[tuple[int, int], Tap]:
+    """What the class token takes from the patches in this attention module, which is no output of it."""
+    tokens = [o for o in call.outputs if o.grid is not None and o.grid.kind == "tokens" and o.grid.prefix]
+    if not tokens or not attends(call.module):
+        modules = [c.name for c in traced.calls() if attends(c.module)]
+        known = f"such as {modules[-1]!r}" if modules else "and this model has none"
+        raise LayerError(
+            f"layers: ['{ATTENDED}'] is read from an attention module behind a class token, {known}; got {call.name!r} "
+            f"({type(call.module).__name__})"
+        )
+    item = Item(call, tokens[0])
+    channels = attended_channels(call.module, call.name)
+    return item.place, replace(item.tap(traced), channels=channels, attended=True)
 
 
 def _split(label: str) -> tuple[str, int | str | None]:

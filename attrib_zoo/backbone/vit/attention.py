@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +29,7 @@ from attrib_zoo.backbone.layers.trace import Call, Trace
 from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.backbone.nested import put
 from attrib_zoo.backbone.randomness import draws_taken_back
+from attrib_zoo.backbone.vit.attended import attended_channels, first_tensor
 from attrib_zoo.backbone.vit.heads import Heads, check, heads_of, precise, refuse
 from attrib_zoo.errors import UnsupportedModelError
 
@@ -111,8 +112,7 @@ def find_attention(
     for before, call in pairwise(calls):
         if block_of(before) is block_of(call) is not trace.root:
             raise refuse(call.name, call.module, f"it stands beside {before.name!r}, not behind it")
-    h, w = grids[0].hw or (0, 0)
-    everything = Grid("tokens", hw=(1, grids[0].prefix + h * w))
+    everything = grids[0].of_all_tokens()
     taps = tuple(Tap(c.name, everything, c.outputs[0].shape[-1], c.outputs[0].element) for c in calls)
     with draws_taken_back(inputs.device), frozen(trace.model) as bare:
         one = inputs[:1], select_args(args, torch.zeros(1, dtype=torch.long, device=inputs.device), len(inputs))
@@ -120,6 +120,34 @@ def find_attention(
         for _ in read_attention(bare, found, *one).matrices():
             pass  # the check is in the loop itself
     return found
+
+
+def attended_taps(model: nn.Module, inputs: Tensor, args: Sequence[Any] = (), count: int = 1) -> tuple[Tap, ...]:
+    """What the class token takes from the patches in the last blocks, as layers to read.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be read, or its head reads more than one class token.
+    """
+    bare = unwrap(model)
+    found = find_attention(bare, inputs, args)
+    if found.read != (0,) or not found.grid.prefix:
+        raise UnsupportedModelError(
+            f"model: its head must read the class token and no other, but that of {type(bare).__name__} reads "
+            f"{len(found.read)} token(s); name blocks, such as layers=[-3, -2, -1]"
+        )
+    channels = [attended_channels(find(bare, tap.name), tap.name) for tap in found.taps]
+    taps = [
+        replace(tap, grid=found.grid, channels=c, attended=True) for tap, c in zip(found.taps, channels, strict=True)
+    ]
+    return tuple(taps[-count:])
+
+
+def check_attended(model: nn.Module, taps: Sequence[Tap], inputs: Tensor, args: Sequence[Any] = ()) -> None:
+    """Raise unless the attended values among these layers are what the class token takes."""
+    known = attended_taps(model, inputs, args, len(list(model.modules())))
+    for tap in taps:
+        if tap.attended and tap not in known:
+            raise UnsupportedModelError(f"model: {tap.label!r} is not what the class token takes from each patch in it")
 
 
 def attention_calls(trace: Trace) -> list[Call]:
@@ -288,7 +316,7 @@ def read_attention(
     mixed: dict[nn.Module | None, Tensor] = {}
 
     def remember(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        tokens[module] = _first(given, named).detach().clone()
+        tokens[module] = first_tensor(given, named).detach().clone()
 
     def remember_mixed(module: nn.Module, _: Any, output: Tensor) -> None:
         mixed[module] = output.detach().clone()
@@ -335,7 +363,7 @@ def _holding(tap: Tap, factor: Tensor) -> Callable[..., Any]:
     """A hook that puts the constant ``factor * A`` in the place of a module's own attention."""
 
     def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
-        given_tokens = _first(given, named)
+        given_tokens = first_tensor(given, named)
         own: Tensor = output if tap.element is None else output[tap.element]
         with precise(own):
             heads = heads_of(module, tap.name, own.dtype)
@@ -346,8 +374,3 @@ def _holding(tap: Tap, factor: Tensor) -> Callable[..., Any]:
         return put(output, tap.element, held)
 
     return hook
-
-
-def _first(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
-    return tensors[0]

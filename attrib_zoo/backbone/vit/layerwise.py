@@ -71,8 +71,7 @@ def find_layers(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> L
     pool = calls.pop() if len(calls) > 1 and _pools(calls[-1]) else None
     found = find_attention(model, inputs, args, trace) if pool is None else None
     grid = found.grid if found is not None else _common_grid(calls, trace)
-    h, w = grid.hw or (0, 0)
-    everything = Grid("tokens", hw=(1, grid.prefix + h * w))
+    everything = grid.of_all_tokens()
     blocks = [_block(call, trace) for call in calls]
     taps = tuple(Tap(b.name, everything, b.outputs[0].shape[-1], b.outputs[0].element) for b in blocks)
     return Layers(taps, grid, found, None if pool is None else pool.name)

@@ -1,0 +1,53 @@
+"""What the class token takes from each patch through one attention module: attention times values.
+
+These values are no module's output, so they are computed again from the tokens that entered the module. They add up to
+what the module changes in the class token; so a class's score reads them, in the last blocks too, whose patch tokens it
+never sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attrib_zoo.backbone.vit.heads import heads_of, precise
+
+
+def attended_values(module: nn.Module, name: str, tokens: Tensor) -> Tensor:
+    r"""For each token j, :math:`A_{0j} v_j` of all heads; the sum over j is what the output projection gets at token 0.
+
+    Args:
+        module: an attention module that ``find_attention`` has accepted.
+        name: its name, for errors.
+        tokens: ``(N, T, D)``, what entered it; token 0 is the class token.
+
+    Returns:
+        ``(N, T, H d)``, in float32 or better.
+    """
+    heads = heads_of(module, name, tokens.dtype)
+    with precise(tokens):
+        tokens = tokens.to(heads.weight.dtype)
+        if heads.norms == (None, None):
+            to_q, to_k, to_v = heads.weight.chunk(3)
+            q_bias, _, v_bias = (None,) * 3 if heads.bias is None else heads.bias.chunk(3)
+            v = heads.apart(F.linear(tokens, to_v, v_bias))
+            q = heads.apart(F.linear(tokens[:, :1], to_q, q_bias))
+            # (W_k^T q) x costs one row where q (W_k x) costs all keys; their bias adds the same to every token
+            scores = q @ to_k.unflatten(0, (heads.count, -1)) @ tokens.unsqueeze(1).transpose(-2, -1)
+        else:
+            q, k, v = heads.split(tokens)
+            scores = q[:, :, :1] @ k.transpose(-2, -1)
+        shares = (scores * heads.scale).softmax(-1).transpose(-2, -1)
+        return heads.together(shares * v)
+
+
+def attended_channels(module: nn.Module, name: str) -> int:
+    """H d, the channels of :func:`attended_values`."""
+    return heads_of(module, name, next(module.parameters()).dtype).out_weight.shape[1]
+
+
+def first_tensor(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """The tokens among the arguments of an attention module."""
+    return next(value for value in (*given, *named.values()) if isinstance(value, Tensor))
