@@ -301,7 +301,7 @@ def _fit() -> ArgumentParser:
     add(
         "--recipe",
         metavar="NAME",
-        help="rows, taught, paper or released; auto, the default, takes the first two with few images per class",
+        help="rows, attended, paper or released; auto, the default: one of the first two with few images per class",
     )
     _layers(parser)
     add(

@@ -25,9 +25,8 @@ from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_maskin
 from attrib_zoo.training.losses import FIT_SCORES, area, cross_entropy, gone, order_mask, two_logits, variation
 from attrib_zoo.training.maps import class_count, head_maps
 from attrib_zoo.training.recipe import RECIPES, Recipe, as_recipe
-from attrib_zoo.training.rows import ROW_IMAGES, rows_schedule, start_from_rows
+from attrib_zoo.training.rows import PLACE_IMAGES, ROW_IMAGES, place_means, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
-from attrib_zoo.training.teacher import TEACHER_IMAGES, Teacher, learn_common_row, place_means
 
 _BRANCH_LR = 1e-3
 _MOST_STEPS = 200  # of a fit without ``epochs`` and ``max_steps``, where it starts from rows
@@ -55,14 +54,19 @@ class TTAME(TrainableAttribution):
               \mathcal{E}_c = e_c - \frac{0.6}{3} \sum_{j \in R} e_j
 
     with s_i the layer's mean spread over space, R the three other classes with the largest logits, and a 3x3 mean
-    filter on the result. Where the model ends in pooling and a linear layer that is CAM, exactly; in a transformer it
-    is the sum over the last three blocks that the class token still reads. So after :meth:`fit` *every* class has a
-    map, without a single training step.
+    filter on the result. Where the model ends in pooling and a linear layer that is CAM, exactly. So after :meth:`fit`
+    *every* class has a map, without a single training step.
 
-    **recipe="taught"**, the default for a vision transformer with so few images, adds one row g to those of all
-    classes. It is learnt by least squares from :class:`~attrib_zoo.GenericAttention` on 128 images, see
-    :func:`~attrib_zoo.training.teacher.learn_common_row`: where the model looks, whatever it decides. The map still
-    takes one pass and no gradient.
+    **recipe="attended"**, the default for a vision transformer with so few images, reads what the class token takes
+    from each patch j in the last four attention modules, its attention times the patch's value, all heads side by side:
+
+    .. math:: L_{i,j} = A^{(i)}_{0j} v^{(i)}_j, \qquad
+              w_c = \mathbb{E}_x \frac{\partial S_c}{\partial \sum_j L_{i,j}}
+
+    These add up to what the class token becomes, so a class's row reads what each patch contributes to its score: with
+    the image's own gradient in place of the mean, :math:`w_c \cdot L_{i,j}` is attention times its gradient, summed
+    over heads. The mean needs no backward pass at explanation time. Models whose head reads other tokens than one class
+    token, or whose attention cannot be read, have ``"rows"``: the last three blocks that have a gradient.
 
     The steps of :meth:`fit` in these two, none unless ``epochs`` or ``max_steps`` ask for them, train one correction
     that all classes share, :math:`w_c \leftarrow w_c + w_c M + g`, so that what is learnt on one class serves those
@@ -94,11 +98,12 @@ class TTAME(TrainableAttribution):
     Args:
         model: see :class:`~attrib_zoo.attribution.Attribution`; must return ``(N, K)`` logits or one value per image.
         layers: see :class:`~attrib_zoo.attribution.Attribution`; ``None`` for the recipe's: ``"rows"`` reads the last
-            stage of a CNN and the last three blocks of a transformer that have a gradient; the paper's are the last
+            stage of a CNN and the last three blocks of a transformer that have a gradient, ``"attended"`` the last four
+            attention modules, named ``"blocks.11.attn['attended']"``; the paper's are the last
             three max-pools (VGG-16), stages (ResNet-50) or blocks (ViT-B-16), and the same rule elsewhere.
         recipe: ``"auto"``: the paper's in a fit that shows 100 images per class or more (steps times batch size, over
-            K), else ``"taught"`` for a vision transformer that generic attention explains and ``"rows"`` for any other
-            model, as was measured to be better on either side; or one of these by name; or
+            K), else ``"attended"`` for a vision transformer with a class token and ``"rows"`` for any other model, as
+            was measured to be better on either side; or one of these by name; or
             ``"released"``: what the authors' code does where it differs from their equations, i.e. the defaults of the
             next options marked †, ``norm1`` of the last blocks of vision transformers, and the long schedule unless
             ``fit`` is given ``schedule="short"``; or a :class:`~attrib_zoo.training.recipe.Recipe` of your own, such as
@@ -114,7 +119,7 @@ class TTAME(TrainableAttribution):
         area_offset: † added to the mask before the power, 0 or 5e-4.
         psi: † the other classes: ``"random"`` (Eq. 12), ``"batch"`` (decisions of the batch), ``"own"`` (none), or
             ``"auto"``: random, but none in a short fit with fewer than 100 images per class.
-        num_layers: 1, 2 or 3 layers when ``layers=None``, the last ones (Table 6).
+        num_layers: how many layers when ``layers=None``, the last ones; 1, 2 or 3 in the paper (Table 6).
         skip: the skip connection of the branches (Table 6).
         batch_norm: the batch normalisation of the branches (Table 6).
         branch_activation: ``"relu"`` or ``"sigmoid"`` (Table 6).
@@ -143,7 +148,7 @@ class TTAME(TrainableAttribution):
         Networks and Vision Transformers. IEEE Access, 2024.
 
     Deviations:
-        The recipes "rows" and "taught" are this library's: start, teacher, contrast, filter, layers and loss are not
+        The recipes "rows" and "attended" are this library's: start, features, contrast, filter, layers and loss are not
         the paper's, and they read the features without branches (these would be identities at the start, and the steps
         can train the shared matrix M just as well). With ``recipe="paper"`` the schedule differs: the paper's needs
         hundreds of thousands of steps; below 20 000 ``fit`` uses one that converges in few (Adam; the fusing
@@ -295,30 +300,17 @@ class TTAME(TrainableAttribution):
 
     def _best_start(self, image: Tensor, args: tuple[Any, ...]) -> str:
         """The recipe that was measured to be best among those that start from rows and are defined for this model."""
-        if not is_transformer(self.model):
-            return "rows"
-        if self.layers is None:
+        if self.layers is None and is_transformer(self.model):
             with suppress(AttribZooError):
                 attended_taps(self.model, image, args)
                 return "attended"
-        with suppress(AttribZooError):
-            self._teacher(RECIPES["taught"].teacher)(image, torch.zeros(1).long(), args)
-            return "taught"
         return "rows"
-
-    def _teacher(self, name: str) -> Teacher:
-        """Maps of a method by its name, at its own resolution."""
-        from attrib_zoo.methods import list_methods
-
-        untrained = {name: cls for name, cls in list_methods().items() if not cls.needs_fit}
-        explainer = untrained[check_choice("teacher", name, tuple(untrained))](self.model, upsample=False)
-        return lambda images, classes, args: explainer.attribute(images, classes, additional_forward_args=args)[:, :1]
 
     @property
     def start_images(self) -> int:
         if self.recipe.start != "rows":
             return 0
-        return TEACHER_IMAGES if self.recipe.teacher or self.recipe.forget_places else ROW_IMAGES
+        return PLACE_IMAGES if self.recipe.forget_places else ROW_IMAGES
 
     @property
     def most_steps(self) -> int | None:
@@ -332,31 +324,10 @@ class TTAME(TrainableAttribution):
     ) -> tuple[dict[str, Any], list[str]]:
         first, own = images[:ROW_IMAGES], select_args(args, torch.arange(min(len(images), ROW_IMAGES)), len(images))
         started, told = start_from_rows(self.model, network, first, own, taps, show_progress=show_progress)
-        name = self.recipe.teacher
         head: Any = network
         if self.recipe.forget_places and started and len(images) >= _LEAST_FOR_PLACES:
             head.forget_places(place_means(self.model, images, args, taps, show_progress=show_progress))
-        if not name or not started:
-            return started, told
-        lesson = learn_common_row(
-            self.model,
-            head,
-            images,
-            args,
-            taps,
-            self._teacher(name),
-            self.recipe.evidence,
-            show_progress=show_progress,
-        )
-        if lesson is None:
-            unrelated = (
-                f"fit: the classes' own maps are not positively related to those of the teacher {name}, so nothing is "
-                "learnt from it; the explainer is that of recipe='rows'"
-            )
-            return started, [*told, unrelated]
-        share = self.recipe.contrast_weight if self.recipe.contrast else 0.0
-        head.add_row(lesson.common / (1 - share if share < 1 else 1))  # compensates for what the contrast will subtract
-        return {**started, "teacher": lesson.described(name)}, told
+        return started, told
 
     def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         head: Any = network

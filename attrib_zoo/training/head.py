@@ -197,11 +197,6 @@ class AttentionHead(nn.Module):
         self.fuser.requires_grad_(False)
 
     @torch.no_grad()
-    def add_row(self, common: Tensor) -> None:
-        """Add one row ``(ΣC,)`` to the rows of all classes."""
-        self.fuser.weight.add_(common.to(self.fuser.weight)[None, :, None, None])
-
-    @torch.no_grad()
     def forget_places(self, means: Sequence[Tensor]) -> None:
         """Subtract from the features what a position has in every image, such as a transformer's position embedding.
 

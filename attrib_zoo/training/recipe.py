@@ -19,7 +19,6 @@ _WEIGHTS = {
     "area_power": 1e-6,
     "border_penalty": 0.0,
     "area_offset": 0.0,
-    "evidence": 1e-3,
 }
 """Fields that are numbers, and the least that each may be."""
 
@@ -34,10 +33,6 @@ class Recipe:
         name: its name.
         start: ``"random"``: PyTorch's initial weights; ``"rows"``: what the classifier itself reads from the layers,
             see :func:`~attrib_zoo.training.rows.class_rows`.
-        teacher: with ``start="rows"``, the class name of a method from whose maps of the decisions a common row is
-            learnt before the first step, see :func:`~attrib_zoo.training.teacher.learn_common_row`; empty for none.
-        evidence: the weight of the class's own row relative to the common one, as a multiple of what fits the teacher
-            best.
         forget_places: subtract from the features their mean over images at each position, such as position embeddings,
             which otherwise give every class's map a shape of its own; with ``start="rows"``.
         loss: ``"mask"``: Eq. 11 of the T-TAME paper; ``"order"``: the highest pixels of the map must suffice for the
@@ -68,8 +63,6 @@ class Recipe:
 
     name: str
     start: str = "random"
-    teacher: str = ""
-    evidence: float = 6.0
     forget_places: bool = False
     loss: str = "mask"
     branches: bool = True
@@ -94,8 +87,6 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("start", self.start, ("random", "rows"))
         check_choice("loss", self.loss, ("mask", "order"))
-        if self.teacher and self.start != "rows":
-            raise OptionError(f"teacher: needs start='rows', got teacher={self.teacher!r} with start={self.start!r}")
         for name in ("branches", "skip", "batch_norm", "forget_places"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: must be True or False, got {getattr(self, name)!r}")
@@ -131,9 +122,8 @@ class Recipe:
 PAPER = Recipe("paper")
 RELEASED = Recipe("released", layer_rule="norms", variation="sum", border_penalty=0.3, area_offset=5e-4, psi="batch")
 ROWS = Recipe("rows", start="rows", loss="order", branches=False, layer_rule="live", contrast=3, smooth=3, psi="own")
-TAUGHT = replace(ROWS, name="taught", teacher="GenericAttention", forget_places=True)
 VALUES = replace(ROWS, name="attended", layer_rule=ATTENDED, num_layers=4)
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, VALUES, TAUGHT, PAPER, RELEASED)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, VALUES, PAPER, RELEASED)}
 
 
 def as_recipe(given: str | Recipe | Mapping[str, Any]) -> Recipe:

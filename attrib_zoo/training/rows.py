@@ -21,10 +21,12 @@ from attrib_zoo.training.losses import two_logits
 from attrib_zoo.training.schedule import Schedule
 
 ROW_IMAGES = 32  # the most that class_rows takes, as far as its budget allows
+PLACE_IMAGES = 128  # that place_means takes
 _RATE = 0.012  # divided by the square root of the channels, so that a step turns rows of any length equally far
 _BUDGET = 1e12  # floating-point operations of all backward passes together: about half a minute of one core
 _CHUNK_BYTES = 64 * 2**20  # size of the gradients that one call returns
 _MOST_AT_ONCE = 64
+_AT_ONCE = 16  # images in a pass
 _EXACT = 1e-4  # rows of two images that differ by less, relative to the largest weight, come from a linear tail
 
 
@@ -189,6 +191,22 @@ def start_from_rows(
             "from, so its map starts as the mean of all classes'; fit on images of it, or on more images"
         )
     return {"rows": rows.described()}, told
+
+
+@torch.no_grad()
+def place_means(
+    model: Any, images: Tensor, args: Sequence[Any], taps: Sequence[Tap], *, show_progress: bool = False
+) -> list[Tensor]:
+    """The mean features of the images at each place, ``(C_i, h_i, w_i)`` for each layer."""
+    from tqdm.auto import tqdm
+
+    totals: list[Tensor] = []
+    parts = torch.arange(len(images), device=images.device).split(_AT_ONCE)
+    for rows in tqdm(parts, "places", unit="batch", leave=False, disable=not show_progress):
+        features = run(model, images[rows], select_args(args, rows, len(images)), taps)[1]
+        sums = [at_least_float32(f).sum(0) / len(images) for f in features]
+        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+    return totals
 
 
 def rows_schedule(channels: Sequence[int]) -> Schedule:

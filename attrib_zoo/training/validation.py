@@ -96,8 +96,8 @@ def report(explainer: Attribution, fitted: Fitted) -> str:
         f"max lr {fitted.schedule.lr:.3g})",
         f"  images       {int(fitted.counts.sum())}, classes seen {seen} of {fitted.num_classes}",
     ]
-    started = [fitted.decisions[name] for name in ("rows", "teacher") if name in fitted.decisions]
-    lines += [f"  {'start' if i == 0 else '':12} {text}" for i, text in enumerate(started)]
+    if "rows" in fitted.decisions:
+        lines.append(f"  start        {fitted.decisions['rows']}")
     if len(fitted.history):
         parts = ", ".join(f"{k} {fitted.history.last(k):.3g}" for k in fitted.history.steps if k != "lr")
         lines.append(f"  last tenth   {parts}")

@@ -595,7 +595,10 @@ def test_an_interrupted_fit_without_a_checkpoint_says_so(files, tmp_path, capsys
     [
         (["--output", "t.pth"], r"output: must end in \.safetensors, got 't\.pth'"),
         (["--method", "gradcam"], "gradcam needs no training; .*attrib-zoo explain PHOTO --method gradcam"),
-        (["--recipe", "secret"], "recipe: must be one of 'auto', 'rows', 'taught', 'paper', 'released', got 'secret'"),
+        (
+            ["--recipe", "secret"],
+            "recipe: must be one of 'auto', 'rows', 'attended', .* got 'secret'",
+        ),
         (["--data", "{bad}"], r"1 of 3 files are no images: .*b\.jpg; remove them, or --skip-bad"),
         (["--val", "{bad}"], r"1 of 3 files are no images: .*b\.jpg"),
         (["--data", "nowhere"], "no file or folder 'nowhere'"),

@@ -357,7 +357,7 @@ def test_recipes_are_values():
         ),
         (
             lambda: TTAME(zoo.small_cnn(), recipe="cold"),
-            "recipe: must be one of 'auto', 'rows', 'taught', 'paper', 'released', got 'cold'",
+            "recipe: must be one of 'auto', 'rows', 'attended', 'paper', 'released', got 'cold'",
         ),
         (lambda: zoo.fit(TTAME(zoo.small_cnn(), recipe="paper"), [IMAGES.float()], max_steps=0), "max_steps: must be"),
     ],

@@ -528,11 +528,11 @@ def test_recipes_are_the_table_of_constants():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"recipe": "papers"}, r"recipe: must be one of 'auto', 'rows', 'taught', 'paper', 'released', got 'papers'"),
+        ({"recipe": "papers"}, r"recipe: must be one of 'auto', 'rows', 'attended', 'paper', 'released', got 'papers'"),
         ({"variation": "median"}, "variation: must be one of 'mean', 'sum'"),
         ({"variation": ""}, "variation: must be one of"),
         ({"psi": "max"}, "psi: must be one of 'auto', 'random', 'batch', 'own'"),
-        ({"num_layers": 4}, "num_layers: must be one of 1, 2, 3, got 4"),
+        ({"num_layers": 0}, "num_layers: must be a positive integer, got 0"),
         ({"branch_activation": "gelu"}, "branch_activation: must be one of 'relu', 'sigmoid'"),
         ({"masking": "black"}, "masking: must be one of 'auto', 'raw', 'standardized'"),
         ({"lambda_ce": -1}, "lambda_ce: must be a number of at least 0, got -1"),
