@@ -122,7 +122,7 @@ class Recipe:
 PAPER = Recipe("paper")
 RELEASED = Recipe("released", layer_rule="norms", variation="sum", border_penalty=0.3, area_offset=5e-4, psi="batch")
 ROWS = Recipe("rows", start="rows", loss="order", branches=False, layer_rule="live", contrast=3, smooth=3, psi="own")
-VALUES = replace(ROWS, name="attended", layer_rule=ATTENDED, num_layers=4)
+VALUES = replace(ROWS, name="attended", layer_rule=ATTENDED, num_layers=4, forget_places=True)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, VALUES, PAPER, RELEASED)}
 
 
