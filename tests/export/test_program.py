@@ -186,6 +186,15 @@ def test_nothing_of_the_model_is_its_own():
     assert next(explainer.network_.parameters()).dtype == torch.float32
 
 
+@pytest.mark.gpu
+def test_moved_to_a_gpu():
+    explainer, images = some.rows(), some.images()
+    logits, maps, classes = explainer.as_module().to("cuda")(images.cuda())
+    close(maps.cpu(), explainer.attribute(images)[:, :1], 1e-4)
+    assert torch.equal(classes.cpu(), logits.argmax(1).cpu())
+    assert next(explainer.model.parameters()).device.type == "cpu"
+
+
 def test_it_costs_no_memory_until_it_is_moved():
     explainer = some.rows()
     module = explainer.as_module()
