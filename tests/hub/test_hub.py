@@ -130,10 +130,17 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
-    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install 'attrib_zoo[hub]'")
+    client = pytest.importorskip(
+        "huggingface_hub", reason="huggingface_hub is not installed: pip install 'attrib_zoo[hub]'"
+    )
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = Hub()
+    if tuple(map(int, client.__version__.split(".")[:3])) < (1, 3, 3):  # reads a commit's address with HF_ENDPOINT only
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in ("file_download", "constants"):  # which holds it differs
+            monkeypatch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     yield server
     server.shutdown()
     server.server_close()

@@ -82,7 +82,7 @@ def test_any_flipped_bit(folder, share, bit, part):
     data[first + int(share * (last - first))] ^= 1 << bit
     path = folder / "flipped.safetensors"
     path.write_bytes(data)
-    assert refused_or_the_same(path, torch.load(folder / "maps.pt"))
+    assert refused_or_the_same(path, torch.load(folder / "maps.pt", weights_only=True))
 
 
 @settings(max_examples=15)
@@ -91,9 +91,9 @@ def test_any_cut_and_any_addition(folder, share):
     data = (folder / "explainer.safetensors").read_bytes()
     path = folder / "cut.safetensors"
     path.write_bytes(data[: int(share * len(data))])
-    assert refused_or_the_same(path, torch.load(folder / "maps.pt"))
+    assert refused_or_the_same(path, torch.load(folder / "maps.pt", weights_only=True))
     path.write_bytes(data + data[: 1 + int(share * 99)])
-    assert refused_or_the_same(path, torch.load(folder / "maps.pt"))
+    assert refused_or_the_same(path, torch.load(folder / "maps.pt", weights_only=True))
 
 
 def test_a_file_is_written_without_a_copy_of_it(tmp_path, monkeypatch):
@@ -159,7 +159,7 @@ def test_any_edit_of_the_metadata(folder, data, value, delete):
     path = folder / "edited.safetensors"
     save_file(load_file(source), path, {"attrib_zoo": json.dumps(changed), "sha256": seal})
     same = json.dumps(changed) == json.dumps(facts)
-    assert refused_or_the_same(path, torch.load(folder / "maps.pt")) is not same
+    assert refused_or_the_same(path, torch.load(folder / "maps.pt", weights_only=True)) is not same
 
 
 @settings(max_examples=80)
@@ -320,7 +320,7 @@ def test_files_without_a_checksum_load_with_a_warning(folder, tmp_path):
     with pytest.warns(UserWarning, match=r"old.safetensors was written by version 0.1, which kept no checksum") as told:
         loaded = TTAME.load(path, MODEL)
     assert told[0].filename == __file__
-    assert torch.equal(loaded.maps(IMAGES), torch.load(folder / "maps.pt"))
+    assert torch.equal(loaded.maps(IMAGES), torch.load(folder / "maps.pt", weights_only=True))
     assert torch.equal(TTAME.load(loaded.save(path), MODEL).maps(IMAGES), loaded.maps(IMAGES))  # and now it has one
 
 

@@ -196,7 +196,7 @@ class FittedAttribution(OnePass):
             revision: a branch, made where there is none; ``None`` for the main one.
             message: of the commit.
             token: ``None`` for that of ``hf auth login``.
-            endpoint: another server than ``HF_ENDPOINT`` says.
+            endpoint: another server than ``HF_ENDPOINT`` says; needs huggingface_hub 1.3.3.
             about: what the card says beside what the explainer knows itself; see :class:`attrib_zoo.hub.card.About`.
 
         Returns:
