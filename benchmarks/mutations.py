@@ -51,7 +51,7 @@ def of_backbone(file: str, old: str, new: str, test: str) -> Mutation:
 
 
 def of_training(file: str, old: str, new: str, test: str) -> Mutation:
-    return Mutation(f"training/{file}.py", old, new, f"tests/training/test_{test}.py")
+    return Mutation(f"training/{file}.py", old, new, f"tests/training/test_{test}")
 
 
 CONTRACT = "tests/testing/test_contract.py -k "
@@ -222,6 +222,10 @@ MUTATIONS = (
         "return attention",
         "backbone/test_layers.py tests/metrics/test_metrics",
     ),
+    of_backbone("layers/trace", "_places(tensor) == where", "True", "backbone/test_gridcheck"),
+    of_backbone(
+        "layers/gridcheck", "class _Enough(BaseException)", "class _Enough(Exception)", "backbone/test_gridcheck"
+    ),
     # ------------------------------------------------------------------ training
     of_training("losses", "(logits.sigmoid() + offset) ** power", "logits.sigmoid() ** power", "losses"),
     of_training("losses", "2 * masks[0].numel()", "masks[0].numel()", "losses"),
@@ -254,7 +258,7 @@ MUTATIONS = (
     of_training("files", "path.unlink(missing_ok=True)", "pass", "files"),
     of_training("files", "os.fsync(file.fileno())", "pass", "files"),
     of_training("data", "if self.position > skip:", "if self.position >= skip:", "fit"),
-    of_training("session", "parameter.requires_grad = True", "pass", "fit"),
+    of_training("session", "parameter.requires_grad = True", "pass", "fit.py -k unusual"),
     of_training("fit", "state.network.train(training)", "pass", "fit"),
 )
 

@@ -300,8 +300,13 @@ def test_blocks_are_tested_where_their_order_begins_and_the_pass_ends_there():
     assert not any(name.startswith("blocks.2") for name in ran)
 
 
-def test_tokens_in_another_order_are_tested_behind_it():
-    model, inputs = Behind(lambda t: t.flip(1), img_size=32).eval(), images(32)
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t.flip(1), lambda t: t.unflatten(1, (4, 4)).transpose(1, 2).contiguous().flatten(1, 2)],
+    ids=["reversed", "columns first"],
+)
+def test_tokens_in_another_order_are_tested_behind_it(change):
+    model, inputs = Behind(change, img_size=32).eval(), images(32)
     with pytest.raises(LayerError, match="'mix' of Behind must change where the image does"):
         GradCAM(model, ("mix", Grid("tokens", hw=(4, 4)))).taps(inputs)
 
