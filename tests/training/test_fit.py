@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import warnings
+from contextlib import nullcontext
 
 import engine_cases as cases
 import numpy as np
@@ -276,6 +277,29 @@ def test_the_model_comes_back_as_it_was_and_its_mode_does_not_matter(kind):
     with cases.untouched(model, IMAGES):
         again = zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=3)
     same(straight, again)
+
+
+class Annotated(nn.Parameter):
+    """A parameter of a class of the user's, which may hold more than its values: the model's own one is used."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_parameter_of_an_unusual_class_is_frozen_for_the_fit_only(fails):
+    model = zoo.small_cnn()
+    weight = model.head.weight = Annotated(model.head.weight.detach())
+    seen: list[bool] = []
+
+    def note(_):
+        seen.append(weight.requires_grad)
+        if fails:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop") if fails else nullcontext():
+        zoo.fit(TTAME(model, recipe="paper"), [IMAGES], max_steps=2, callbacks=[note])
+    assert seen == [False] * (1 if fails else 2)
+    assert model.head.weight is weight
+    assert weight.requires_grad
+    assert weight.grad is None
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
