@@ -104,6 +104,7 @@ class Attribution(_CaptumAttribution, ABC):
         needs_fit: the method must be trained before use.
         default_layers: ``(rule, count)`` used when ``layers=None``; see ``backbone.layers.resolve``. ``None``:
             the method reads no layers.
+        reads_attended: the method may read what the class token takes from each patch; see ``backbone.grid.Tap``.
         cheap_options: options that make a slow method fast, at the price of a coarse map; the contract suite builds
             explainers with them.
     """

@@ -21,6 +21,7 @@ from torch import nn
 
 from attrib_zoo import TTAME
 from attrib_zoo.backbone.capture import frozen
+from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.training.rows import ROW_IMAGES, class_rows
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -41,7 +42,7 @@ def main() -> None:
     found = []
     for name in sys.argv[1:] or MODELS:
         model = MODELS[name]().eval()
-        taps = TTAME(model).taps(images[:1])
+        taps = TTAME(model, recipe="attended" if is_transformer(model) else "rows").taps(images[:1])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with frozen(model), torch.no_grad():
             forward, _ = times([lambda model=model: model(images[:1]), lambda: None], rounds=3)
