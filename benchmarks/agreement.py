@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
     for name in options.models:
         make, size = MODELS[name]
         torch.manual_seed(0)
-        explainer = TTAME(make().eval(), recipe="rows")
+        explainer = TTAME(make().eval())
         explainer.fit([torch.randn(4, 3, size, size)], max_steps=0, show_progress=False)
         axes, found = agreement(explainer, size)
         print(f"| {name} | {axes} | {' | '.join(f'{value:.1e}' for value in found)} |", flush=True)

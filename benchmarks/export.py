@@ -4,7 +4,7 @@ Usage: python benchmarks/export.py [--models resnet50 vit_s] [--runtimes eager c
 
 Each pair is timed in one run, alternately, by the process's CPU time on one thread; the ratio is the median of the
 rounds' ratios, with a 95 % interval of that median. Weights are random (time does not depend on them), the explainer is
-T-TAME from rows with all of the model's 1000 classes. ``attribute`` is the ordinary call, which also makes the mirror
+T-TAME as it comes with all of the model's 1000 classes. ``attribute`` is the ordinary call, which also makes the mirror
 and checks its arguments.
 """
 
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
     for name in options.models:
         torch.manual_seed(0)
         model, images = MODELS[name]().eval(), torch.randn(options.batch, 3, 224, 224)
-        explainer = TTAME(model, recipe="rows").fit([images], max_steps=0, show_progress=False)
+        explainer = TTAME(model).fit([images], max_steps=0, show_progress=False)
         found[name] = {}
         for runtime in options.runtimes:
             with torch.no_grad():

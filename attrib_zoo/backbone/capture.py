@@ -23,7 +23,7 @@ from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, is_quantised, running, unwrap
 from attrib_zoo.backbone.nested import pick, put
-from attrib_zoo.backbone.vit.attended import attended_values, first_tensor
+from attrib_zoo.backbone.vit.attended import attended_in_pass, attended_source
 from attrib_zoo.errors import InputError, LayerError, ModelChangedError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs, scores_in
 
@@ -453,14 +453,14 @@ def listening(model: nn.Module, taps: Sequence[Tap], keep: Callable[[int, Tensor
     bare = unwrap(model)
     counts = [0] * len(taps)
 
-    def hook_for(position: int, tap: Tap) -> Callable[..., Any]:
-        def hook(module: nn.Module, given: Any, *rest: Any) -> Any:
+    def hook_for(position: int, tap: Tap, module: nn.Module) -> Callable[..., Any]:
+        def hook(_: nn.Module, given: Any, *rest: Any) -> Any:
             output = rest[-1]
             counts[position] += 1
             if counts[position] - 1 != tap.call % tap.calls:
                 return None
             if tap.attended:
-                keep(position, attended_values(module, tap.name, first_tensor(given, rest[0])))
+                keep(position, attended_in_pass(module, tap.name, given, *rest))
                 return None
             activation = pick(output, tap.element)
             if not isinstance(activation, Tensor):
@@ -477,8 +477,9 @@ def listening(model: nn.Module, taps: Sequence[Tap], keep: Callable[[int, Tensor
 
     with ExitStack() as stack:
         for position, tap in enumerate(taps):
-            hook = hook_for(position, tap)
-            handle = find(bare, tap.name).register_forward_hook(hook, with_kwargs=tap.attended)
+            module = find(bare, tap.name)
+            source = attended_source(module) if tap.attended else module
+            handle = source.register_forward_hook(hook_for(position, tap, module), with_kwargs=tap.attended)
             stack.callback(handle.remove)
         yield
     for count, tap in zip(counts, taps, strict=True):

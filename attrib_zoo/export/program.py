@@ -23,7 +23,7 @@ from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.backbone.nested import pick
-from attrib_zoo.backbone.vit.attended import attended_values, first_tensor
+from attrib_zoo.backbone.vit.attended import attended_in_pass, attended_source
 from attrib_zoo.errors import UnsupportedModelError, reason
 from attrib_zoo.masking import Extent, at_least_float32, mean_filter, moving
 from attrib_zoo.targets import one_logit, scores_in
@@ -72,8 +72,10 @@ class ExplainingModel(nn.Module):
         self.by_counting = False  # ranks without searching, which ONNX lacks
         self._heard = Heard()
         for position, reading in enumerate(readings):
-            module, listener = find(model, reading.name), Listener(self._heard, position, reading)
-            module.register_forward_hook(listener, with_kwargs=reading.attended)
+            module = find(model, reading.name)
+            listener = Listener(self._heard, position, reading, module if reading.attended else None)
+            source = attended_source(module) if reading.attended else module
+            source.register_forward_hook(listener, with_kwargs=reading.attended)
         self.eval()
 
     def forward(self, images: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,16 +174,16 @@ def _thread() -> int:
 class Listener:
     """A forward hook; an object, so that a copied or pickled program has its own."""
 
-    def __init__(self, heard: Heard, position: int, reading: Reading) -> None:
-        self.heard, self.position = heard, position
-        self.name, self.element, self.attended = reading.name, reading.element, reading.attended
+    def __init__(self, heard: Heard, position: int, reading: Reading, attention: nn.Module | None) -> None:
+        self.heard, self.position, self.attention = heard, position, attention
+        self.name, self.element = reading.name, reading.element
 
-    def __call__(self, module: nn.Module, given: Any, *rest: Any) -> None:
-        """Keep the layer's output, or what the class token takes from each patch through it."""
-        if self.attended:
-            found = attended_values(module, self.name, first_tensor(given, rest[0]))
-        else:
+    def __call__(self, _: nn.Module, given: Any, *rest: Any) -> None:
+        """Keep the layer's output, or what the class token takes from each patch through an attention module."""
+        if self.attention is None:
             found = pick(rest[-1], self.element)
+        else:
+            found = attended_in_pass(self.attention, self.name, given, *rest)
         self.heard.add(self.position, found)
 
 

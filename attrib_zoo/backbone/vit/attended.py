@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.vit.heads import heads_of, precise
 
 
-def attended_values(module: nn.Module, name: str, tokens: Tensor) -> Tensor:
+def attended_values(module: nn.Module, name: str, tokens: Tensor, mixed: Tensor | None = None) -> Tensor:
     r"""For each token j, :math:`A_{0j} v_j` of all heads; the sum over j is what the output projection gets at token 0.
 
     Args:
         module: an attention module that ``find_attention`` has accepted.
         name: its name, for errors.
         tokens: ``(N, T, D)``, what entered it; token 0 is the class token.
+        mixed: ``(N, T, 3 H d)``, its own queries, keys and values, where they are known; they are half of the cost.
 
     Returns:
         ``(N, T, H d)``, in float32 or better.
@@ -29,18 +31,33 @@ def attended_values(module: nn.Module, name: str, tokens: Tensor) -> Tensor:
     heads = heads_of(module, name, tokens.dtype)
     with precise(tokens):
         tokens = tokens.to(heads.weight.dtype)
-        if heads.norms == (None, None):
+        if mixed is not None or heads.norms != (None, None):
+            q, k, v = heads.split(tokens, mixed)
+            scores = (q[:, :, :1] @ k.transpose(-2, -1)).squeeze(2)
+        else:
             to_q, to_k, to_v = heads.weight.chunk(3)
             q_bias, _, v_bias = (None,) * 3 if heads.bias is None else heads.bias.chunk(3)
             v = heads.apart(F.linear(tokens, to_v, v_bias))
-            q = heads.apart(F.linear(tokens[:, :1], to_q, q_bias))
+            q = heads.apart(F.linear(tokens[:, :1], to_q, q_bias)).squeeze(2)
             # (W_k^T q) x costs one row where q (W_k x) costs all keys; their bias adds the same to every token
-            scores = q @ to_k.unflatten(0, (heads.count, -1)) @ tokens.unsqueeze(1).transpose(-2, -1)
-        else:
-            q, k, v = heads.split(tokens)
-            scores = q[:, :, :1] @ k.transpose(-2, -1)
-        shares = (scores * heads.scale).softmax(-1).transpose(-2, -1)
-        return heads.together(shares * v)
+            asked = torch.bmm(q.transpose(0, 1), to_k.unflatten(0, (heads.count, -1))).transpose(0, 1)
+            scores = torch.bmm(asked, tokens.transpose(1, 2))
+        shares = (scores * heads.scale).softmax(-1)  # (N, H, T)
+        return heads.together(shares.unsqueeze(-1) * v)
+
+
+def attended_source(module: nn.Module) -> nn.Module:
+    """Where a hook finds what :func:`attended_in_pass` needs: the layer that computes q, k and v, or the module."""
+    mixed = module._modules.get("qkv")
+    return mixed if isinstance(mixed, nn.Linear) else module
+
+
+def attended_in_pass(
+    module: nn.Module, name: str, given: tuple[Any, ...], named: dict[str, Any], output: Any
+) -> Tensor:
+    """:func:`attended_values`, from the arguments of a forward hook on :func:`attended_source`."""
+    mixed = None if attended_source(module) is module else output
+    return attended_values(module, name, first_tensor(given, named), mixed)
 
 
 def attended_channels(module: nn.Module, name: str) -> int:

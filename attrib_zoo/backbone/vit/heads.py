@@ -84,6 +84,11 @@ def _normed(norm: nn.Module | None, parts: Tensor) -> Tensor:
     return normed.to(parts.dtype)
 
 
+def _norm(module: nn.Module, name: str) -> Any:
+    norm = getattr(module, name, None)
+    return None if isinstance(norm, nn.Identity) else norm
+
+
 def heads_of(module: nn.Module, name: str, dtype: torch.dtype) -> Heads:
     """Read the weights of an attention module: timm's, Hugging Face's, or ``nn.MultiheadAttention``.
 
@@ -102,7 +107,7 @@ def heads_of(module: nn.Module, name: str, dtype: torch.dtype) -> Heads:
     else:
         weight, bias = _projections(module, name)
         out = next((o for n in _OUT if isinstance(o := getattr(module, n, None), nn.Linear)), None)
-        norms = (getattr(module, "q_norm", None), getattr(module, "k_norm", None))
+        norms = (_norm(module, "q_norm"), _norm(module, "k_norm"))
         counts = (getattr(module, attribute, None) for attribute in ("num_heads", "num_attention_heads"))
         count = next((value for value in counts if isinstance(value, int)), 0)
     taken = weight.shape[0] // 3 if out is None else out.in_features  # without it the heads' results are the output
