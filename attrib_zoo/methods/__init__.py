@@ -8,7 +8,8 @@ A method subclasses a base and implements its hooks; the base does the rest.
   :class:`BlockwiseSampling`: chosen feature maps of all stages, as SISE does.
 * :class:`AttentionMethod`: attention matrices of a vision transformer; ``relevance`` has the rules that propagate
     relevance back through its layers.
-* :class:`TrainableAttribution`: a network that is trained to explain.
+* :class:`TrainableAttribution`: a network that is trained to explain; :class:`FittedAttribution`: one that comes about
+  in a way of its own.
 * :class:`OnePass`: maps from one pass without a gradient, which can be exported with the model.
 
 ``docs/how-to/add-a-method.md`` lists the hooks of each. In this package a new method is a module here and a line in
@@ -35,6 +36,7 @@ from attrib_zoo.methods.bases.attention import not_zero as not_zero
 from attrib_zoo.methods.bases.attention import positive as positive
 from attrib_zoo.methods.bases.attention import with_identity as with_identity
 from attrib_zoo.methods.bases.blockwise import BlockwiseSampling as BlockwiseSampling
+from attrib_zoo.methods.bases.fitted import FittedAttribution as FittedAttribution
 from attrib_zoo.methods.bases.gradient_cam import GradientCAM as GradientCAM
 from attrib_zoo.methods.bases.gradient_cam import differentiate as differentiate
 from attrib_zoo.methods.bases.one_pass import OnePass as OnePass
