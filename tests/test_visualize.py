@@ -317,7 +317,9 @@ def test_of_many_bands_three_are_picked(bands):
 
 
 @pytest.mark.parametrize(
-    "name", ["$\\frac{", "$x$", "\ud800", "\x1b[2J", "x" * 5000], ids=["frac", "x", "half", "escape", "long"]
+    "name",
+    ["$\\frac{", "$x$", "\ud800", "\x1b[2J", pytest.param("x" * 5000, marks=pytest.mark.slow)],
+    ids=["frac", "x", "half", "escape", "long"],
 )
 def test_any_name_is_drawn_as_it_stands(name, monkeypatch) -> None:
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)

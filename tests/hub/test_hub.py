@@ -218,6 +218,7 @@ def test_no_such_repository(hub, tmp_path):
         pull(hub, tmp_path, "no/such/folder", some.cnn())
 
 
+@pytest.mark.slow  # the hub's client tries again for a while
 def test_no_connection(hub, tmp_path):
     hub.shutdown()
     hub.server_close()
