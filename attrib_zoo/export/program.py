@@ -243,6 +243,8 @@ class ClassMaps(nn.Module):
         super().__init__()
         self.network = network
         self.places = nn.ModuleList(places)
+        rows, columns = ([place.before[axis] for place in places] for axis in (0, 1))
+        self.largest = rows.index(max(rows)), columns.index(max(columns))  # here: torch 2.6 cannot trace max(key=)
         self.rivals, self.weight = rivals, weight
 
     def forward(self, outputs: Tensor, classes: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -270,9 +272,7 @@ class ClassMaps(nn.Module):
         weight, bias = fuser.weight.flatten(1)[rows], fuser.bias[rows]
         weights = weight.split([x.shape[1] for x in attended], dim=2)
         parts = [torch.bmm(w, x.flatten(2)).unflatten(2, x.shape[2:]) for w, x in zip(weights, attended, strict=True)]
-        before: list[Any] = [place.before for place in self.places]
-        highest, widest = (max(range(len(parts)), key=lambda i: before[i][axis]) for axis in (0, 1))
-        size = (parts[highest].shape[2], parts[widest].shape[3])
+        size = (parts[self.largest[0]].shape[2], parts[self.largest[1]].shape[3])
         logits = sum(place(part, size) for place, part in zip(self.places, parts, strict=True))
         whole: Tensor = logits + bias[:, :, None, None]
         return whole
