@@ -147,7 +147,10 @@ def check_attended(model: nn.Module, taps: Sequence[Tap], inputs: Tensor, args: 
     known = attended_taps(model, inputs, args, len(list(model.modules())))
     for tap in taps:
         if tap.attended and tap not in known:
-            raise UnsupportedModelError(f"model: {tap.label!r} is not what the class token takes from each patch in it")
+            raise UnsupportedModelError(
+                f"model: {tap.label!r} is not what the class token takes from each patch in it; name one of "
+                f"{', '.join(repr(own.label) for own in known)}"
+            )
 
 
 def attention_calls(trace: Trace) -> list[Call]:
