@@ -342,9 +342,6 @@ class _Owner:
 
 
 def test_compiled_functions_run_eagerly_until_the_last_thread_leaves():
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    if set_stance is None:
-        pytest.skip("this torch cannot set compiled code aside")
     runs: list[str] = []
 
     def backend(graph: Any, _: Any) -> Any:

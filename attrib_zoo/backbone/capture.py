@@ -151,17 +151,16 @@ def _alone(bare: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Functions that are compiled on their own run eagerly too, where torch has a setting for it (2.6 and later).
+    """Functions that are compiled on their own run eagerly too.
 
     The setting holds for all threads at once; so the first thread to enter makes it, and the last to leave undoes it.
     """
-    set_stance: Callable[[str], AbstractContextManager[Any]] | None = getattr(torch.compiler, "set_stance", None)
-    if set_stance is None or "torch._dynamo" not in sys.modules:
+    if "torch._dynamo" not in sys.modules:
         yield
         return
     with _lock:
         if not _stance:
-            _stance.append(set_stance("force_eager"))
+            _stance.append(torch.compiler.set_stance("force_eager"))
         _stance.append(None)
     try:
         yield

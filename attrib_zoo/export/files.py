@@ -38,15 +38,10 @@ def check_path(path: str | os.PathLike[str], opset: int | None) -> Path:
     """The file to write, its kind and its folder checked before anything else is done.
 
     Raises:
-        OptionError: the ending is another one, or does not take an opset, or torch is too old.
+        OptionError: the ending is another one, or does not take an opset.
         DataError: the folder does not exist or is not writable.
     """
     target = Path(path)
-    if not hasattr(torch.export.Dim, "DYNAMIC"):
-        raise OptionError(
-            f"path: a model can be written to a file with torch 2.6 or newer, got torch {torch.__version__}; upgrade "
-            "torch and torchvision together, or use as_module(), which needs no export"
-        )
     if target.suffix not in _TOLERANCE:
         raise OptionError(f"path: must end in .onnx or .pt2, which says what is written, got {str(path)!r}")
     if opset is not None:

@@ -204,12 +204,8 @@ class TestConditions:
         scale = expected.abs().max().item()
         torch.testing.assert_close(found, TOKENS.to_map(expected), rtol=0, atol=0.02 * scale)
 
-    @pytest.mark.parametrize(
-        ("form", "stance"),
-        [(form, stance) for form in ("wrapper", "in place", "submodule") for stance in (True, False)]
-        + [("function", True)],  # seen through only since torch 2.6, which has stances
-    )
-    def test_warm_compiled_model(self, form: str, stance: bool, monkeypatch: pytest.MonkeyPatch):
+    @pytest.mark.parametrize("form", ["wrapper", "in place", "submodule", "function"])
+    def test_warm_compiled_model(self, form: str):
         """A compiled model that has run fires no hook; nothing may be compiled again either."""
         compiled = []
 
@@ -217,10 +213,6 @@ class TestConditions:
             compiled.append(graph)
             return graph.forward
 
-        if not stance:  # torch before 2.6
-            monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
-        elif form == "function" and not hasattr(torch.compiler, "set_stance"):
-            pytest.skip("stances need torch 2.6")
         bare = model = cases.resnet()
         inputs = cases.images(2)
         if form == "wrapper":

@@ -346,12 +346,6 @@ def test_a_model_that_was_trained_further():
         explainer.as_module()
 
 
-def test_a_torch_that_cannot_write_files(monkeypatch, tmp_path):
-    monkeypatch.delattr(torch.export.Dim, "DYNAMIC", raising=False)
-    with pytest.raises(OptionError, match=r"torch 2\.6 or newer, got torch \d.*use as_module\(\)"):
-        some.rows().export(tmp_path / "m.pt2")
-
-
 def test_wrong_options():
     with pytest.raises(OptionError, match="preprocess: must be one of None, 'float', 'uint8', got 'bytes'"):
         some.rows().as_module(preprocess="bytes")
