@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_NAMES = {name: dtype for dtype, name in _TYPES.items()}
 _EMPTY = "0" * 64
 
 
@@ -95,29 +98,47 @@ def read_metadata(path: Path) -> tuple[str | None, str | None]:
 def read_tensors(path: Path, facts: str, seal: str | None) -> dict[str, Tensor]:
     """The tensors of a file, in memory of their own, after a check of the checksum.
 
+    Each is read into its own memory. A mapped file, which safetensors has, would be held twice: its pages and a copy.
+
     Args:
-        path: the file.
+        path: the file, of which :func:`read_metadata` has read the header.
         facts: from :func:`read_metadata`.
         seal: likewise; ``None`` for a file without a checksum, which is trusted.
 
     Raises:
-        SealError: the checksum is not that of the content.
+        SealError: the checksum is not that of the content; or a tensor is of another type, or not as large as the
+            header says.
     """
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt", device="cpu") as file:
-        found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a dict
+    found: dict[str, Tensor] = {}
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start, end = file.tell(), file.seek(0, 2)
+        for name, entry in header.items():
+            if name != "__metadata__":
+                found[name] = _read_one(file, name, entry, start, end)
     if seal is None:
         return found
     digest = _Digest(facts)
     for name in _in_order(found):
-        if found[name].dtype not in _TYPES:
-            raise SealError(f"{name} is of type {found[name].dtype}")
         digest.begin(name, found[name])
         digest.add(_bytes(found[name]))
     if digest.text() != seal:
         raise SealError("its checksum is not that of its content")
     return found
+
+
+def _read_one(file: BufferedReader, name: str, entry: dict[str, Any], start: int, end: int) -> Tensor:
+    """A tensor of a file whose tensors lie between these places; its memory is asked for only if it is all there."""
+    if entry["dtype"] not in _NAMES:
+        raise SealError(f"{name} is of type {entry['dtype']}")
+    dtype, (first, last) = _NAMES[entry["dtype"]], entry["data_offsets"]
+    if not 0 <= first <= last <= end - start or last - first != math.prod(entry["shape"]) * dtype.itemsize:
+        raise SealError(f"{name} is not as large as its header says")
+    tensor = torch.empty(entry["shape"], dtype=dtype)
+    file.seek(start + first)
+    if last > first and file.readinto(_bytes(tensor)) != last - first:
+        raise SealError(f"{name} is cut off")
+    return tensor
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:

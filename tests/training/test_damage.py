@@ -112,6 +112,25 @@ def test_a_file_is_written_without_a_copy_of_it(tmp_path, monkeypatch):
     assert written
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's measure of memory")
+def test_a_file_is_read_without_a_copy_of_it(tmp_path):
+    """At its peak, a process that reads 64 MB has little more than those 64 MB."""
+    size = 2**26
+    write(tmp_path / "x", Checkpoint({f"network/{i}": torch.ones(size // 32) for i in range(8)}, {"a": 1}))
+    write(tmp_path / "small", Checkpoint({"a": torch.ones(1)}, {"a": 1}))
+    read(tmp_path / "small")  # what is imported and made once
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _memory("VmRSS")
+    found = read(tmp_path / "x")
+    assert _memory("VmHWM") - before < 1.2 * size
+    assert all(bool((tensor == 1).all()) for tensor in found.tensors.values())
+
+
+def _memory(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+
 # ---------------------------------------------------------------------- what the header says
 
 JUNK = st.one_of(
@@ -234,6 +253,33 @@ def test_a_header_that_asks_for_much_gets_nothing(folder, classes, monkeypatch):
 def _only_hollow(module, device):
     assert torch.device(device).type == "meta", "memory for what the header says"
     return module
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": "F8_E4M3", "shape": [4, 3]}, "y is of type F8_E4M3"),
+        ({"shape": [2**40, 3]}, None),
+        ({"data_offsets": [0, 2**40], "shape": [2**38]}, None),
+    ],
+)
+def test_a_header_of_other_tensors(tmp_path, change, words):
+    path = tmp_path / "x"
+    save_file({"y": torch.ones(3, dtype=torch.float32)}, path, {"attrib_zoo": json.dumps({"format": 1})})
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + header_of(data)])
+    header["y"] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + header_of(data) :])
+    with pytest.raises(CheckpointError, match=words or "must be a whole safetensors file"):
+        read(path)
+
+
+def test_tensors_without_values_are_read(tmp_path):
+    write(tmp_path / "x", Checkpoint({"y": torch.ones(0, 3), "z": torch.tensor(2.0)}, {"a": 1}))
+    found = read(tmp_path / "x").tensors
+    assert found["y"].shape == (0, 3)
+    assert float(found["z"]) == 2.0
 
 
 def test_facts_nested_without_end(folder):
