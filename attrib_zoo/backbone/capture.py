@@ -23,6 +23,7 @@ from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, is_quantised, running, unwrap
 from attrib_zoo.backbone.nested import pick, put
+from attrib_zoo.backbone.projections import in_one_product
 from attrib_zoo.backbone.vit.attended import attended_in_pass, attended_source
 from attrib_zoo.errors import InputError, LayerError, ModelChangedError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs, scores_in
@@ -181,7 +182,9 @@ def forward(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Tenso
 def call_model(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> Any:
     """One pass of the bare model, whatever it returns; from an object with ``.logits``, only those."""
     try:
-        return scores_in(unwrap(model)(_ordinary(inputs), *map(_ordinary, args)))
+        bare = unwrap(model)
+        with in_one_product(bare) if torch.is_grad_enabled() else nullcontext():
+            return scores_in(bare(_ordinary(inputs), *map(_ordinary, args)))
     except RuntimeError as error:
         expected = _channels(model)
         if expected is not None and expected != inputs.shape[1]:
@@ -362,7 +365,7 @@ def run_with_graph(
         return grid.from_map(maps[position], kept).clone()
 
     with torch.inference_mode(False):
-        with torch.no_grad(), listening(bare, taps, keep), within or nullcontext():
+        with torch.no_grad(), listening(bare, taps, keep), in_one_product(bare), within or nullcontext():
             outputs = forward(bare, inputs.detach(), args)
         if not outputs.requires_grad:
             raise LayerError(
