@@ -120,6 +120,7 @@ class Attribution(_CaptumAttribution, ABC):
     reads_attended: ClassVar[bool] = False
     multiplies_by_inputs: ClassVar[bool] = False
     cheap_options: ClassVar[Mapping[str, Any]] = {}
+    __signature__: ClassVar[inspect.Signature]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Say what takes the place of an argument of Captum's layer methods."""
@@ -149,6 +150,9 @@ class Attribution(_CaptumAttribution, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__new__" not in cls.__dict__:  # else Python 3.10 shows the one above in place of an inherited __init__
+            _, *parameters = inspect.signature(cls.__init__).parameters.values()
+            cls.__signature__ = inspect.Signature(parameters)
         for name in ("attribute", "attribute_many"):
             if name in cls.__dict__:
                 raise TypeError(f"{cls.__name__}: {name} is final; fill the hook compute_maps instead")

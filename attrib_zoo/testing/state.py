@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
+from attrib_zoo.backbone.module import default_device
+
 _PLAIN = (bool, int, float, str, type(None))
 _INNER = ("_parameters", "_buffers", "_modules", "_is_full_backward_hook")  # the last outlives a removed hook
 
@@ -107,6 +109,14 @@ def _of(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]
     return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
 
 
+def _set_default_device(device: str | None) -> None:
+    torch.set_default_device(device)
+    try:
+        torch.get_default_device()
+    except AttributeError:  # torch 2.6 cannot read back that there is none: as if it had never been set
+        del torch._GLOBAL_DEVICE_CONTEXT.device_context
+
+
 _SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "torch.set_num_threads": (torch.get_num_threads, torch.set_num_threads),
     "torch.use_deterministic_algorithms": (
@@ -114,8 +124,8 @@ _SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
     "torch.set_default_device": (
-        lambda: str(torch.get_default_device()),
-        lambda value: torch.set_default_device(None if value == "cpu" else value),
+        lambda: str(default_device()),
+        lambda value: _set_default_device(None if value == "cpu" else value),
     ),
     "torch.set_default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "torch.autograd.set_detect_anomaly": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from attrib_zoo.backbone.module import default_device
 from attrib_zoo.masking import Enlarge, upsample, upsampler
 from attrib_zoo.training import distributed
 
@@ -119,6 +119,8 @@ class AttentionHead(nn.Module):
         limit = max(1, _GATHER_BYTES // (rows.shape[1] * self.fuser.weight.shape[1] * self.fuser.weight.element_size()))
         if len(rows) <= limit:
             return self._selected(rows, size, enlarge, *attended)
+        from torch.utils.checkpoint import checkpoint  # here: in torch 2.6 it loads sympy, half a second
+
         parts = []
         for start in range(0, len(rows), limit):
             some = slice(start, start + limit)
@@ -262,7 +264,7 @@ class AttentionHead(nn.Module):
 
 def _empty_conv(inputs: int, outputs: int) -> nn.Conv2d:
     """A 1x1 convolution whose weights are not drawn from the global generator; without storage on device "meta"."""
-    place = "meta" if torch.get_default_device().type == "meta" else "cpu"
+    place = "meta" if default_device().type == "meta" else "cpu"
     conv: nn.Conv2d = nn.Conv2d(inputs, outputs, 1, device="meta").to_empty(device=place)
     return conv
 

@@ -1,5 +1,6 @@
 """One answer to "CNN or transformer?": the fit and every measure hide pixels alike, on every family."""
 
+import engine_cases as cases
 import pytest
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.metrics._scores import hidden as hidden_by_measures
 from attrib_zoo.training.hidden import decide_masking, hidden
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
 
 HYBRIDS_AND_MIXERS = (
     "botnet26t_256",
@@ -26,11 +27,6 @@ HYBRIDS_AND_MIXERS = (
 )
 
 
-def hollow(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name)
-
-
 def hidden_by_both(model: nn.Module) -> list[torch.Tensor]:
     images = torch.zeros(1, 3, 8, 8)
     fit = hidden(decide_masking(model, images, "auto", None, None), images)
@@ -40,7 +36,7 @@ def hidden_by_both(model: nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", HYBRIDS_AND_MIXERS)
 def test_convolutional_hybrids_and_mixers_are_no_transformers(name):
-    model = hollow(name)
+    model = cases.hollow(name)
     assert not is_transformer(model)
     fit, measure = hidden_by_both(model)
     assert torch.equal(fit, measure)
@@ -49,6 +45,6 @@ def test_convolutional_hybrids_and_mixers_are_no_transformers(name):
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224"])
 def test_transformers_see_the_mean_colour(name):
-    fit, measure = hidden_by_both(hollow(name))
+    fit, measure = hidden_by_both(cases.hollow(name))
     assert torch.equal(fit, measure)
     assert not fit.any()

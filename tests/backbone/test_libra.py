@@ -76,7 +76,7 @@ def test_outputs_are_the_same_and_the_sum_is_complete(name):
     size = 16 if name == "windows" else 32
     images = sized_images(name) if name in ARCHITECTURES else zoo.normal(2, 3, size, size)
     plain, balanced, total = balanced_sum(model, images, 2)
-    if name == "torchvision":  # three products in the place of one
+    if name in ("torchvision", "attention pooling"):  # products in another order than the fused ones
         close(balanced, plain, 1e-12)
     else:
         assert torch.equal(balanced, plain)

@@ -91,12 +91,16 @@ def pooled(**options):
 
 
 def at_pool(model: nn.Module, image: Tensor, target: int, prefix: int) -> Tensor:
-    """The pooling's attention, head by head, with the tokens of every block."""
+    """The pooling's attention, head by head, with the tokens of every block.
+
+    Newer versions of timm keep the prefix from the pooling, earlier ones (1.0.15) pool it too.
+    """
+    first = prefix if hasattr(model, "pool_include_prefix") else 0
     pool, x, total = model.attn_pool, start(model, image), torch.zeros(4, 4, dtype=image.dtype)
     d = 24 // pool.num_heads
     for block in model.blocks:
         x = block(x)
-        kv, q = pool.kv(model.norm(x)[0, prefix:]).detach(), pool.q(pool.latent[0]).detach()
+        kv, q = pool.kv(model.norm(x)[0, first:]).detach(), pool.q(pool.latent[0]).detach()
         leaves, contexts = [], []
         for h in range(pool.num_heads):
             query = pool.q_norm(q[:, h * d : (h + 1) * d])
@@ -107,7 +111,7 @@ def at_pool(model: nn.Module, image: Tensor, target: int, prefix: int) -> Tensor
         z = z + pool.mlp(pool.norm(z))
         logits = model.head(model.fc_norm(z[:1]))[0]
         for slope in torch.autograd.grad(logits[target], leaves):
-            total += slope[0].relu().view(4, 4) / (len(leaves) * len(model.blocks))
+            total += slope[0, prefix - first :].relu().view(4, 4) / (len(leaves) * len(model.blocks))
     return total
 
 

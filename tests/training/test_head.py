@@ -298,3 +298,16 @@ def test_one_unit_in_every_weight_of_a_layer_moves_a_logit_by_about_one():
             made.common[layer] = 1
         moved = made(features, torch.zeros(8, 1, dtype=torch.long))
         close(moved.mean(), torch.tensor(1.0, dtype=torch.float64), 1e-9)
+
+
+def test_a_default_device_that_torch_cannot_read_back(monkeypatch):
+    """torch 2.6 raises after ``torch.set_default_device(None)``."""
+
+    def no_device():
+        raise AttributeError("'NoneType' object has no attribute 'device'")
+
+    monkeypatch.setattr(torch, "get_default_device", no_device)
+    conv = _attention_head._empty_conv(2, 3)
+    assert conv.weight.device == torch.device("cpu")
+    with torch.device("meta"):
+        assert _attention_head._empty_conv(2, 3).weight.is_meta
