@@ -30,14 +30,6 @@ class Running(threading.local):
 running = Running()
 
 
-def default_device() -> torch.device:
-    """Where a new tensor is made."""
-    try:
-        return torch.get_default_device()
-    except AttributeError:  # torch 2.6, once the default device has been set and then set to None again
-        return torch.empty(0).device
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """The eager module inside DataParallel, DistributedDataParallel, Opacus' GradSampleModule and ``torch.compile``.
 

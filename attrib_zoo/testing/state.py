@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
-from attrib_zoo.backbone.module import default_device
-
 _PLAIN = (bool, int, float, str, type(None))
 _INNER = ("_parameters", "_buffers", "_modules", "_is_full_backward_hook")  # the last outlives a removed hook
 
@@ -109,6 +107,13 @@ def _of(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]
     return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))
 
 
+def _default_device() -> torch.device:
+    try:
+        return torch.get_default_device()
+    except AttributeError:  # torch 2.6 after set_default_device(None)
+        return torch.empty(0).device
+
+
 def _set_default_device(device: str | None) -> None:
     torch.set_default_device(device)
     try:
@@ -124,7 +129,7 @@ _SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
     "torch.set_default_device": (
-        lambda: str(default_device()),
+        lambda: str(_default_device()),
         lambda value: _set_default_device(None if value == "cpu" else value),
     ),
     "torch.set_default_dtype": (torch.get_default_dtype, torch.set_default_dtype),

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.module import default_device
 from attrib_zoo.masking import Enlarge, upsample, upsampler
 from attrib_zoo.training import distributed
 
@@ -264,7 +263,7 @@ class AttentionHead(nn.Module):
 
 def _empty_conv(inputs: int, outputs: int) -> nn.Conv2d:
     """A 1x1 convolution whose weights are not drawn from the global generator; without storage on device "meta"."""
-    place = "meta" if default_device().type == "meta" else "cpu"
+    place = "meta" if torch.empty(0).is_meta else "cpu"  # in torch 2.6 get_default_device() does not know of a context
     conv: nn.Conv2d = nn.Conv2d(inputs, outputs, 1, device="meta").to_empty(device=place)
     return conv
 
