@@ -105,11 +105,18 @@ class AttentionHead(nn.Module):
         Returns:
             ``(N, M, h, w)``, with h and w the largest h_i and w_i.
         """
+        return self.fuse(self.attend(features), rows)
+
+    def attend(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The features through their branches: what does not depend on the classes."""
         features = self.without_places(features)
-        attended = features
         if self.branches:
-            attended = [branch(x) for branch, x in zip(self.branches, features, strict=True)]
-        size = tuple(max(x.shape[axis] for x in features) for axis in (-2, -1))
+            return [branch(x) for branch, x in zip(self.branches, features, strict=True)]
+        return features
+
+    def fuse(self, attended: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+        """The result of :meth:`forward` from that of :meth:`attend`."""
+        size = tuple(max(x.shape[axis] for x in attended) for axis in (-2, -1))
         enlarge = upsampler()
         if rows is None:
             return self._all(attended, size, torch.arange(len(self._bias), device=self._bias.device), enlarge)
@@ -131,7 +138,7 @@ class AttentionHead(nn.Module):
             )
         return torch.cat(parts)
 
-    def _all(self, attended: list[Tensor], size: tuple[int, ...], rows: Tensor, enlarge: Enlarge) -> Tensor:
+    def _all(self, attended: Sequence[Tensor], size: tuple[int, ...], rows: Tensor, enlarge: Enlarge) -> Tensor:
         """The maps of the classes ``(M,)`` for each image."""
         weight, bias = self._rows(rows)
         weights = weight[:, :, None, None].split([x.shape[1] for x in attended], dim=1)

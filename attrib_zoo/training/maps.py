@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
 from attrib_zoo.masking import free_bytes
 from attrib_zoo.training.checkpoint import Fitted
+from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.losses import two_logits
 
 
@@ -48,8 +49,28 @@ def head_maps(network: nn.Module, features: Sequence[Tensor], rows: Tensor | Non
     return maps
 
 
-_SMALL = 64 * 2**20  # bytes of maps that are computed at once
-_PARTS = 40  # that the maps of all classes are split into; computing a part takes a few times its size
+class _Fusing(nn.Module):
+    """The half of a head that depends on the classes."""
+
+    def __init__(self, head: AttentionHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, attended: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+        """The maps of features that :meth:`AttentionHead.attend` returned."""
+        return self.head.fuse(attended, rows)
+
+
+def begun(network: nn.Module, features: Sequence[Tensor]) -> tuple[nn.Module, list[Tensor]]:
+    """A network and features for :func:`head_maps` with the same result, at less cost for each part of the classes."""
+    if type(network) is not AttentionHead:
+        return network, list(features)
+    with torch.autocast(features[0].device.type, enabled=False):
+        return _Fusing(network), network.attend(features)
+
+
+_SMALL = 4 * 2**20  # bytes of maps that are computed at once, which takes a few times their size
+_PARTS = 40  # that the maps of very many classes are split into
 
 
 def is_small(network: nn.Module, features: Sequence[Tensor], classes: int) -> bool:
@@ -75,7 +96,7 @@ def in_parts(compute: Callable[[Tensor], Tensor], classes: Tensor, dtype: torch.
             "that are wanted (classes=[...]), or pass fewer images"
         )
     found = torch.empty(count, len(classes), height, width, dtype=dtype, device=first.device)
-    step = max(1, min(len(classes), max(len(classes) // _PARTS, _SMALL // 32 // max(size, 1))))
+    step = max(1, min(len(classes), max(len(classes) // _PARTS, _SMALL // 2 // max(size, 1))))
     for start in range(0, len(classes), step):
         found[:, start : start + step] = compute(classes[start : start + step])
     return found

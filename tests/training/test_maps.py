@@ -60,6 +60,17 @@ def test_a_method_that_knows_all_maps_only_at_once_is_left_to_it(monkeypatch):
     torch.testing.assert_close(made.maps(IMAGES, classes=[3]), made.maps(IMAGES)[:, [3]])
 
 
+def test_what_all_classes_share_is_computed_once(explainers, monkeypatch):
+    calls = []
+    branch = type(explainers["paper"]._ready().network.branches[0])
+    plain = branch.forward
+    monkeypatch.setattr(branch, "forward", lambda self, x: (calls.append(self), plain(self, x))[1])
+    monkeypatch.setattr(maps_, "_SMALL", 0)
+    explainers["paper"].maps(IMAGES)
+    assert calls
+    assert len(calls) == len(set(calls))
+
+
 def test_what_does_not_fit_is_refused_in_a_sentence(explainers, monkeypatch):
     monkeypatch.setattr(maps_, "_SMALL", 0)
     monkeypatch.setattr(maps_, "free_bytes", lambda device: 1000)
@@ -91,10 +102,11 @@ class Wide(nn.Module):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc")
 @pytest.mark.parametrize("recipe", ["rows", "paper"])
-def test_little_more_memory_than_the_maps_take(recipe):
+@pytest.mark.parametrize(("classes", "count"), [(21_841, 1), (1000, 20)])
+def test_little_more_memory_than_the_maps_take(recipe, classes, count):
     """It was 3.4 times their size."""
-    images = torch.randn(1, 3, 224, 224)
-    explainer = zoo.fit(TTAME(Wide(21_841), ["stem"], recipe=recipe), [images], max_steps=1)
+    images = torch.randn(count, 3, 224, 224)
+    explainer = zoo.fit(TTAME(Wide(classes), ["stem"], recipe=recipe), [images[:2]], max_steps=1)
     explainer.maps(images[..., :64, :64])
 
     def held(name):

@@ -25,7 +25,7 @@ from attrib_zoo.training.callbacks import Callback, Watchers, check_callbacks
 from attrib_zoo.training.checkpoint import Checkpoint, fingerprint, write
 from attrib_zoo.training.data import check_repeatable, total_steps
 from attrib_zoo.training.fit import State, Terms, autocast, train
-from attrib_zoo.training.maps import check_same, head_maps, in_parts, is_small
+from attrib_zoo.training.maps import begun, check_same, head_maps, in_parts, is_small
 from attrib_zoo.training.schedule import OptimizerFactory, Schedule, check_optimizer
 from attrib_zoo.training.vetting import believing
 from attrib_zoo.training.watch import Watch
@@ -326,7 +326,7 @@ class TrainableAttribution(FittedAttribution):
             clean = images.clone() if images.is_inference() else images.detach()
             outputs, features = self._features(clean, forward_args(additional_forward_args))
             self._check_model()
-            network = self._network_for(features)
+            network, features = begun(self._network_for(features), features)
             base = TrainableAttribution
             at_once = type(self).some_maps is base.some_maps and type(self).all_maps is not base.all_maps
             if at_once or (wanted is None and is_small(network, features, self._ready().num_classes)):
