@@ -13,6 +13,8 @@ from contract_samples import SmallCAM, SmallMasks, SmallTrained, transparent
 from planted_faults import assert_caught, caught_by, planted_in
 from torch import Tensor, nn
 
+from attrib_zoo.testing import CHECKS
+
 
 @caught_by(
     captum_subclass="subclass of captum.attr.Attribution",
@@ -128,6 +130,20 @@ class ChannelsDiffer(SmallCAM):
 class AlwaysZero(SmallCAM):
     def cam(self, activation, gradient):
         return super().cam(activation, gradient) * 0
+
+
+@caught_by(informative="all zero")
+class OfOneClassOnly(SmallCAM):
+    explained = (3,)
+
+    @transparent
+    def attribute(self, inputs, target=None, additional_forward_args=None, *, show_progress=False):
+        found = SmallCAM.attribute(self, inputs, target, additional_forward_args)
+        return found if target in self.explained else found * 0
+
+
+class OfThreeClassesOnly(OfOneClassOnly):
+    explained = (1, 2, 3)
 
 
 @caught_by(informative="constant over space")
@@ -363,6 +379,10 @@ class EnlargesByAFactor(SmallCAM):
             heat = F.interpolate(heat, scale_factor=8, mode="bilinear", align_corners=False)
             return heat.expand(-1, images.shape[1], -1, -1).to(images.dtype).contiguous()
         return super().finish(heat, images)
+
+
+def test_a_class_without_evidence_may_have_an_empty_map():
+    CHECKS["informative"](OfThreeClassesOnly)
 
 
 @planted_in(__name__)
