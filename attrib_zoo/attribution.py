@@ -455,10 +455,11 @@ def check_images(inputs: Any, who: str) -> Tensor:
         advice += "; what the model takes besides goes into additional_forward_args" if several else ""
         raise InputError(f"{who}: inputs must be a tensor (N, C, H, W) or a 1-tuple of one, got {held}; {advice}")
     if inputs.ndim != 4:
-        raise InputError(
-            f"{who}: inputs must have 4 axes (N, C, H, W), got shape {tuple(inputs.shape)}; "
-            + ("add the batch axis with inputs[None]" if inputs.ndim == 3 else advice)
-        )
+        if inputs.ndim == 3:
+            advice = "add the batch axis with inputs[None]"
+        elif inputs.ndim == 5:
+            advice = "of frames or views explain the network inside, on each as an image: inputs.flatten(0, 1)"
+        raise InputError(f"{who}: inputs must have 4 axes (N, C, H, W), got shape {tuple(inputs.shape)}; {advice}")
     if not inputs.is_floating_point():
         raise InputError(
             f"{who}: inputs must be floating-point (N, C, H, W) images, got {inputs.dtype}; "

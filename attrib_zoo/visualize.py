@@ -332,14 +332,12 @@ def _rgb(image: Any, mean: Sequence[float] | None, std: Sequence[float] | None) 
     if not isinstance(image, Tensor):
         return _from_pil(image)
     if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise InputError(
-            f"image: must be (C, H, W) with 1 or 3 channels, got shape {tuple(image.shape)}; "
-            + (
-                "of a batch pass one image, images[0]"
-                if image.ndim != 3
-                else "of more bands pick three: image[[3, 2, 1]]"
-            )
-        )
+        advice = "of more bands pick three: image[[3, 2, 1]]"
+        if image.ndim != 3:
+            advice = "of a batch pass one image, images[0]"
+        elif len(image) < 3:
+            advice = "of two bands pick one: image[:1]"
+        raise InputError(f"image: must be (C, H, W) with 1 or 3 channels, got shape {tuple(image.shape)}; {advice}")
     photo = image.detach().cpu()
     photo = photo.float() if photo.is_floating_point() else photo.float() / 255
     if (mean is None) != (std is None):

@@ -213,6 +213,7 @@ def test_names_of_captum():
         ({"image": IMAGES}, "got dict"),
         (IMAGES[0], r"must have 4 axes .* got shape \(3, 16, 16\); add the batch axis with inputs\[None\]"),
         (IMAGES[0, 0], r"must have 4 axes .* got shape \(16, 16\); pass one float tensor"),
+        (IMAGES[None], r"must have 4 axes .* of frames or views explain the network inside, .*inputs\.flatten\(0, 1\)"),
         (IMAGES.to(torch.uint8), r"must be floating-point .* got torch.uint8; convert with .float\(\)"),
         (IMAGES.to(torch.complex64), "got torch.complex64"),
         (IMAGES[:0], r"at least one .* got shape \(0, 3, 16, 16\)"),

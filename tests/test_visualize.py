@@ -310,9 +310,16 @@ def test_sheet_counts_its_entries(count: int, columns: dict, titles: list | None
         figure(torch.rand(1, 3, 8, 8), {}, across=0)
 
 
-@pytest.mark.parametrize("bands", [5, 13])
-def test_of_many_bands_three_are_picked(bands):
-    with pytest.raises(InputError, match=rf"got shape \({bands}, 8, 8\); of more bands pick three: image"):
+@pytest.mark.parametrize(
+    ("bands", "advice"),
+    [
+        (2, "of two bands pick one: image"),
+        (5, "of more bands pick three: image"),
+        (13, "of more bands pick three: image"),
+    ],
+)
+def test_of_many_bands_some_are_picked(bands, advice):
+    with pytest.raises(InputError, match=rf"got shape \({bands}, 8, 8\); {advice}"):
         overlay(torch.rand(bands, 8, 8), torch.rand(4, 4))
 
 
