@@ -289,7 +289,7 @@ def _judge(tap: Tap, change: Tensor, boxes: Tensor, shape: Sequence[int], traced
         low = boxes.new_tensor([top, top, left, left])
         span = boxes.new_tensor([bottom - top, bottom - top, right - left, right - left])
         boxes = (boxes - low) / span  # of what the grid covers, not of the image
-    predictions: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}  # many readings have the same cells
+    predictions: dict[tuple[int, int], Tensor] = {}  # many readings have the same cells
     for reading in readings:
         if reading.hw not in predictions:
             predictions[reading.hw] = _predictions(reading.hw, boxes.to(change.device))
@@ -329,26 +329,26 @@ def _readings(grid: Grid, shape: tuple[int, ...], image: tuple[int, int]) -> lis
     return [own, *(reading for reading in dict.fromkeys(found) if reading != own)]
 
 
-def _predictions(hw: tuple[int, int], boxes: Tensor) -> list[tuple[Tensor, ...]]:
-    """What :func:`_wanted` says, centred, for each shift of the grid.
+def _predictions(hw: tuple[int, int], boxes: Tensor) -> Tensor:
+    """What :func:`_shares` says, centred and of length 1, for each shift of the grid: ``(9, 2, Q*h*w)``.
 
     Padded convolutions of stride 2 shift their input by up to half a cell, so a shift of half a cell costs nothing.
     """
     aside = [(i / 2 / hw[0], j / 2 / hw[1]) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    moved = [boxes + boxes.new_tensor([y, y, x, x]) for y, x in aside]
-    return [tuple(_centred(each) for each in _wanted(hw, places)) for places in moved]
+    moved = boxes + boxes.new_tensor([[y, y, x, x] for y, x in aside]).unsqueeze(1)
+    return _unit(_centred(_shares(hw, moved)).transpose(0, 1).flatten(2))
 
 
-def _score(cells: Tensor, predictions: Sequence[Sequence[Tensor]]) -> float:
+def _score(cells: Tensor, predictions: Tensor) -> float:
     """How well a reading predicts which cells ``(Q, h*w)`` change: a correlation, of sharp and of broad answers."""
     total = cells.sum(1, keepdim=True)
     if cells.shape[1] < 2 or not bool(torch.isfinite(cells).all()) or not bool((total > 0).all()):
         return 0.0
-    answer = _centred(cells / total)
-    return max(sum(_alike(answer, each) for each in wanted) / len(wanted) for wanted in predictions)
+    answer = _unit(_centred(cells / total).flatten())
+    return float((predictions @ answer).mean(1).max())
 
 
-def _by_chance(cells: Tensor, predictions: Sequence[Sequence[Tensor]]) -> float:
+def _by_chance(cells: Tensor, predictions: Tensor) -> float:
     """The best score of answers that belong to other places; 0 where there are too few places to tell."""
     if len(cells) <= len(_PLACES):
         return 0.0
@@ -357,27 +357,28 @@ def _by_chance(cells: Tensor, predictions: Sequence[Sequence[Tensor]]) -> float:
     return max(_score(cells[order.to(cells.device)], predictions) for order in shuffles)
 
 
-def _wanted(hw: tuple[int, int], boxes: Tensor) -> tuple[Tensor, ...]:
-    """The share of each place in each cell ``(Q, h*w)``, and how close the cell is to it."""
+def _shares(hw: tuple[int, int], boxes: Tensor) -> Tensor:
+    """The share of each place in each cell, and how close the cell is to it: ``(2, ..., Q, h*w)``."""
     shares, nears = [], []
     for axis, count in enumerate(hw):
-        low, high = boxes[:, 2 * axis, None], boxes[:, 2 * axis + 1, None]
+        low, high = boxes[..., 2 * axis, None], boxes[..., 2 * axis + 1, None]
         edges = torch.arange(count + 1, dtype=torch.float64, device=boxes.device) / count
         shares.append((torch.minimum(high, edges[1:]) - torch.maximum(low, edges[:-1])).clamp_min(0))
         centres = (edges[1:] + edges[:-1]) / 2
         nears.append((-((centres - (low + high) / 2) / _BROAD).square() / 2).exp())
-    share, near = ((a.unsqueeze(2) * b.unsqueeze(1)).flatten(1) for a, b in (shares, nears))
-    return tuple(a / a.sum(1, keepdim=True).clamp_min(1e-300) for a in (share, near))
+    both = torch.stack([(a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2) for a, b in (shares, nears)])
+    return both / both.sum(-1, keepdim=True).clamp_min(1e-300)
 
 
 def _centred(answers: Tensor) -> Tensor:
     """The answers without their mean over the places: what is specific to each place."""
-    return answers - answers.mean(0, keepdim=True)
+    return answers - answers.mean(-2, keepdim=True)
 
 
-def _alike(answer: Tensor, wanted: Tensor) -> float:
-    size = answer.norm() * wanted.norm()
-    return float((answer * wanted).sum() / size) if float(size) > 0 else 0.0
+def _unit(answers: Tensor) -> Tensor:
+    """Each divided by its length along the last axis; zeros stay zeros."""
+    length = answers.norm(dim=-1, keepdim=True)
+    return answers / length.masked_fill(length == 0, 1)
 
 
 def _sharpness(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
@@ -385,7 +386,7 @@ def _sharpness(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
     total = cells.sum(1)
     if not bool(torch.isfinite(total).all()) or not bool((total > 0).all()):
         return 0.0
-    covered = (_wanted(hw, boxes.to(cells.device))[0] > 0).sum(1)
+    covered = (_shares(hw, boxes.to(cells.device))[0] > 0).sum(1)
     ordered = cells.sort(1, descending=True).values
     shares = [float(ordered[q, : int(covered[q])].sum() / total[q]) for q in range(len(cells))]
     return sorted(shares)[len(shares) // 4 - 1]
