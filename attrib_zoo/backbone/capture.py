@@ -81,6 +81,7 @@ def frozen(model: nn.Module, weights: str = "shared") -> Iterator[nn.Module]:
             yield own
         finally:
             del running.instead[id(bare)], running.originals[id(own)]
+            running.known.pop(id(bare), None)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,11 +21,13 @@ class Running(threading.local):
     Attributes:
         instead: by the id of a model, what runs in its place: its mirror or, where it has none, the model itself.
         originals: by the id of what runs, the model.
+        known: by the id of a model, what is known of it; see ``backbone.layers.known``.
     """
 
     def __init__(self) -> None:
         self.instead: dict[int, nn.Module] = {}
         self.originals: dict[int, nn.Module] = {}
+        self.known: dict[int, Any] = {}
 
 
 running = Running()

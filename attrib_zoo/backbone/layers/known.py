@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.module import original
+from attrib_zoo.backbone.module import original, running
 
 _T = TypeVar("_T")
 
@@ -56,15 +56,22 @@ class Known:
 
 
 def known(model: nn.Module) -> Known:
-    """What is known of the model as it is now; for a mirror, what is known of the user's own model."""
+    """What is known of the model as it is now; for a mirror, what is known of the user's own model.
+
+    A call compares the structure once, at its first question: the mirror that it runs does not change.
+    """
     bare = original(model)
+    if id(bare) in running.known:
+        return cast("Known", running.known[id(bare)])
     modules = _modules(bare)
     structure = [_own_structure(module) for module in modules]
     with _lock:
         found = _models.get(bare)
         if found is None or not found.describes(structure):
             found = _models[bare] = Known(structure, modules)
-        return found
+    if running.instead.get(id(bare), bare) is not bare:
+        running.known[id(bare)] = found
+    return found
 
 
 def situation(inputs: Tensor, args: Sequence[Any] = ()) -> Hashable:
