@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from attrib_zoo.synthetic.networks import seeded
 CLASSES = 5
 _POOL = 96
 _GATES = (1.0, -1.0, 3.0)
+_PLAIN = (bool, int, float, str, tuple, type(None))  # what modules hold in tuples is plain too
+_REGISTERS = (dict, OrderedDict, set)
 
 
 class PlannedError(RuntimeError):
@@ -280,11 +283,25 @@ def bench(name: str, size: tuple[int, int] = (32, 32), dtype: torch.dtype = torc
         size: H, W in pixels, 16 or more.
         dtype: of the model and the images; the weights are those of float32.
     """
-    found = copy.deepcopy(_prototype(name, size))
-    found.model.to(dtype)
-    found.inputs, found.gates, found.pool = (t.to(dtype) for t in (found.inputs, found.gates, found.pool))
-    found.batches = [batch.to(dtype) for batch in found.batches]
-    return found
+    made = _prototype(name, size)
+    inputs, gates, pool, *batches = (
+        tensor.to(dtype, copy=True) for tensor in (made.inputs, made.gates, made.pool, *made.batches)
+    )
+    model = cast("BenchModel", _copied(made.model)).to(dtype)
+    return Bench(name, model, inputs, gates, batches, pool)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy that shares nothing of a tree of modules; ``copy.deepcopy`` spends its time on their empty registers."""
+    new = object.__new__(type(module))
+    for name, value in vars(module).items():
+        if name == "_modules":
+            new.__dict__[name] = {key: None if child is None else _copied(child) for key, child in value.items()}
+        elif type(value) in _REGISTERS and not value:
+            new.__dict__[name] = type(value)()
+        else:
+            new.__dict__[name] = value if type(value) in _PLAIN else copy.deepcopy(value)
+    return new
 
 
 @cache
