@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported. Workers share the cores already, and one thread rounds alike on every machine.
@@ -24,6 +26,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """No workers for a single file: to start them takes longer than most files do. Else xdist counts the cores."""
     files = {argument.partition("::")[0] for argument in config.args}
     return 0 if len(files) == 1 and files.pop().endswith(".py") else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """While tests are found hardly any garbage arises; all that is there afterwards stays, and need not be searched."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
