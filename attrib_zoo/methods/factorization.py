@@ -67,6 +67,7 @@ class DeepFeatureFactorization(Attribution):
     cost: ClassVar[str] = "1F"
     class_agnostic: ClassVar[bool] = True
     default_layers: ClassVar[tuple[str, int] | None] = ("gradient", 1)
+    cheap_options: ClassVar[dict[str, Any]] = {"n_iter": 8}
 
     def __init__(
         self,
