@@ -24,7 +24,7 @@ from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, is_quantised, running, unwrap
 from attrib_zoo.backbone.nested import pick, put
 from attrib_zoo.backbone.projections import in_one_product
-from attrib_zoo.backbone.vit.attended import attended_in_pass, attended_source
+from attrib_zoo.backbone.vit.attended import attended_source, seen_in_pass
 from attrib_zoo.errors import InputError, LayerError, ModelChangedError, UnsupportedModelError
 from attrib_zoo.targets import check_outputs, scores_in
 
@@ -463,7 +463,7 @@ def listening(model: nn.Module, taps: Sequence[Tap], keep: Callable[[int, Tensor
             if counts[position] - 1 != tap.call % tap.calls:
                 return None
             if tap.attended:
-                keep(position, attended_in_pass(module, tap.name, given, *rest))
+                keep(position, seen_in_pass(module, tap.name, given, *rest))
                 return None
             activation = pick(output, tap.element)
             if not isinstance(activation, Tensor):

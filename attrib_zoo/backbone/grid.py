@@ -161,12 +161,13 @@ class Tap:
     Attributes:
         name: dotted path of the layer in the unwrapped model.
         grid: how its output is laid out.
-        channels: C of its map.
+        channels: C of its map; of attention, H d, see ``attended``.
         element: which entry, where the layer outputs a tuple, list or dict.
         calls: how often the layer runs in one forward pass.
         call: which of these runs is meant, counted from 0, or from the end: -1 is the last.
-        attended: the layer is an attention module, and the map is not its output but what the class token takes from
-            each patch: :func:`~attrib_zoo.backbone.vit.attended.attended_values`. It can be read, not replaced.
+        attended: the layer is an attention module, and the map is not its output but the values of the patches and the
+            share of each that the class token takes:
+            :func:`~attrib_zoo.backbone.vit.attended.values_and_shares`. It can be read, not replaced.
     """
 
     name: str

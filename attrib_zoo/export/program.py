@@ -23,7 +23,7 @@ from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.backbone.nested import pick
-from attrib_zoo.backbone.vit.attended import attended_in_pass, attended_source
+from attrib_zoo.backbone.vit.attended import attended_source, seen_in_pass
 from attrib_zoo.errors import UnsupportedModelError, reason
 from attrib_zoo.masking import Extent, at_least_float32, mean_filter, moving
 from attrib_zoo.targets import one_logit, scores_in
@@ -183,7 +183,7 @@ class Listener:
         if self.attention is None:
             found = pick(rest[-1], self.element)
         else:
-            found = attended_in_pass(self.attention, self.name, given, *rest)
+            found = seen_in_pass(self.attention, self.name, given, *rest)
         self.heard.add(self.position, found)
 
 
@@ -264,7 +264,7 @@ class ClassMaps(nn.Module):
             maps: Tensor = self.network(features, rows)
             return maps
         network = self.network
-        features = network.without_places(features)
+        features = network.read(features)
         attended = features
         if network.branches:
             attended = [branch(x) for branch, x in zip(network.branches, features, strict=True)]

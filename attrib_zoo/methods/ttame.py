@@ -322,12 +322,11 @@ class TTAME(TrainableAttribution):
     def start_network(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
     ) -> tuple[dict[str, Any], list[str]]:
-        first, own = images[:ROW_IMAGES], select_args(args, torch.arange(min(len(images), ROW_IMAGES)), len(images))
-        started, told = start_from_rows(self.model, network, first, own, taps, show_progress=show_progress)
         head: Any = network
-        if self.recipe.forget_places and started and len(images) >= _LEAST_FOR_PLACES:
+        if self.recipe.forget_places and len(images) >= _LEAST_FOR_PLACES:
             head.forget_places(place_means(self.model, images, args, taps, show_progress=show_progress))
-        return started, told
+        first, own = images[:ROW_IMAGES], select_args(args, torch.arange(min(len(images), ROW_IMAGES)), len(images))
+        return start_from_rows(self.model, network, first, own, taps, show_progress=show_progress)
 
     def choose_schedule(self, asked: str, steps: int, network: nn.Module, features: Sequence[Tensor]) -> Schedule:
         head: Any = network

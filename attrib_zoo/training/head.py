@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attrib_zoo.backbone.vit import attended as attention
 from attrib_zoo.masking import Enlarge, upsample, upsampler
 from attrib_zoo.training import distributed
 
@@ -99,7 +100,7 @@ class AttentionHead(nn.Module):
         """Attention maps before the sigmoid.
 
         Args:
-            features: ``(N, C_i, h_i, w_i)`` for each layer.
+            features: ``(N, C_i, h_i, w_i)`` for each layer; more channels of attention, see :meth:`read`.
             rows: ``(N, M)`` classes requested for each image; ``None`` for all K.
 
         Returns:
@@ -109,7 +110,7 @@ class AttentionHead(nn.Module):
 
     def attend(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The features through their branches: what does not depend on the classes."""
-        features = self.without_places(features)
+        features = self.read(features)
         if self.branches:
             return [branch(x) for branch, x in zip(self.branches, features, strict=True)]
         return features
@@ -211,19 +212,29 @@ class AttentionHead(nn.Module):
         Otherwise the map of a class has a shape of its own regardless of the image.
 
         Args:
-            means: ``(C_i, h_i, w_i)`` for each layer, the mean features of some images.
+            means: ``(C_i, h_i, w_i)`` for each layer, the mean features of some images; of attention, with the shares.
         """
         self.places = [f"place{i}" for i in range(len(means))]
-        for name, mean in zip(self.places, means, strict=True):
+        for name, mean, channels in zip(self.places, means, self.channels, strict=True):
             own = mean.to(self.fuser.weight)
-            self.register_buffer(name, own - own.mean((-2, -1), keepdim=True))
+            # what all places share shifts a map; but not that of attention, which multiplies it by the shares
+            own = own[:channels] if len(own) > channels else own - own.mean((-2, -1), keepdim=True)
+            self.register_buffer(name, own)
 
-    def without_places(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The features minus the means of their positions; at another size, minus their bilinear interpolation."""
-        if not self.places:
-            return list(features)
-        means = [getattr(self, name).unsqueeze(0) for name in self.places]
-        return [x - upsample(mean, x.shape[-2:]) for x, mean in zip(features, means, strict=True)]
+    def read(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What the branches and rows see of the features, ``(N, C_i, h_i, w_i)`` for each layer.
+
+        The features themselves; of attention, whose features are values and shares, their products. The means of
+        :meth:`forget_places` are subtracted before, at another size their bilinear interpolation.
+        """
+        found = []
+        for i, (x, channels) in enumerate(zip(features, self.channels, strict=True)):
+            usual = upsample(getattr(self, self.places[i]).unsqueeze(0), x.shape[-2:]) if self.places else None
+            if x.shape[1] > channels:
+                found.append(attention.attended(x, channels, usual))
+            else:
+                found.append(x if usual is None else x - usual)
+        return found
 
     def _share(self, reach: Sequence[float]) -> None:
         scale = [1 / max(a, 1e-12) for a, size in zip(reach, self.channels, strict=True) for _ in range(size)]
@@ -256,7 +267,9 @@ class AttentionHead(nn.Module):
 
         With batch statistics, as in training; averaged over the processes, too.
         """
-        views = [b.batch_view(x) for b, x in zip(self._each(), features, strict=True)] if self.branches else features
+        views = self.read(features)
+        if self.branches:
+            views = [branch.batch_view(x) for branch, x in zip(self._each(), views, strict=True)]
         found = torch.tensor([float(view.abs().sum(1).mean()) for view in views], dtype=torch.float64)
         return [float(value) for value in distributed.mean(found)]
 

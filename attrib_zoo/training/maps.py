@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.errors import InputError, LayerError, UnsupportedModelError
 from attrib_zoo.masking import free_bytes
 from attrib_zoo.training.checkpoint import Fitted
@@ -28,14 +29,14 @@ def class_count(outputs: Tensor) -> int:
     return two_logits(outputs).shape[1]
 
 
-def check_same(name: str, fitted: Fitted, outputs: Tensor, features: Sequence[Tensor]) -> None:
+def check_same(name: str, fitted: Fitted, outputs: Tensor, taps: Sequence[Tap]) -> None:
     """Raise if the model's classes or channels differ from those in the fit."""
     if class_count(outputs) != fitted.num_classes:
         raise UnsupportedModelError(
             f"model: must have the {fitted.num_classes} classes that {name} was fitted for, "
             f"got {class_count(outputs)}; fit again for the changed model"
         )
-    channels = tuple(f.shape[1] for f in features)
+    channels = tuple(tap.channels for tap in taps)
     if channels != fitted.channels:
         raise LayerError(
             f"layers: must have {fitted.channels} channels as in fit, got {channels}; fit again for the changed model"

@@ -33,8 +33,9 @@ class Recipe:
         name: its name.
         start: ``"random"``: PyTorch's initial weights; ``"rows"``: what the classifier itself reads from the layers,
             see :func:`~attrib_zoo.training.rows.class_rows`.
-        forget_places: subtract from the features their mean over images at each position, such as position embeddings,
-            which otherwise give every class's map a shape of its own; with ``start="rows"``.
+        forget_places: subtract from the features, or from the values of attention, their mean over images at each
+            position, such as position embeddings, which otherwise give every class's map a shape of its own; with
+            ``start="rows"``.
         loss: ``"mask"``: Eq. 11 of the T-TAME paper; ``"order"``: the highest pixels of the map must suffice for the
             decision, and without them the decision must change, at a share drawn for each image.
         branches: the feature branches of Eq. 8; ``False`` reads the features as they are.
@@ -43,7 +44,7 @@ class Recipe:
         branch_activation: ``"relu"`` or ``"sigmoid"`` (Table 6).
         layer_rule: which layers are read where none are named: ``"outputs"``, ``"norms"`` or ``"live"``, see
             ``docs/how-to/choose-layers.md``; or ``"attended"``: what the class token takes from each patch in the last
-            attention modules, see :func:`~attrib_zoo.backbone.vit.attended.attended_values`.
+            attention modules, see :func:`~attrib_zoo.backbone.vit.attended.attended`.
         num_layers: how many of them, the last ones; 1, 2 or 3 in the paper (Table 6).
         contrast: from each map, subtract the mean map of this many other classes, those with the largest logits; 0 in
             the paper.

@@ -177,7 +177,7 @@ def start_from_rows(
     rows = class_rows(model, images, args, taps, show_progress=show_progress)
     outputs, features = run(model, images, args, taps)
     features = [at_least_float32(f) for f in features]
-    started, silent = starting_rows(rows, features, two_logits(outputs).argmax(1))
+    started, silent = starting_rows(rows, head.read(features), two_logits(outputs).argmax(1))
     if not any(bool(weight.any()) for weight in started):
         return {}, [
             "fit: no class has a gradient at the layers that are read (a head of zeros, or layers that the outputs "

@@ -150,7 +150,7 @@ def _channels(taps: Sequence[Tap], features: Sequence[Tensor]) -> tuple[int, ...
                 f"layers: {tap.label!r} has a map of one cell on these images, from which no explainer can learn where "
                 "to look; name a layer before it, or fit on larger images"
             )
-    return tuple(f.shape[1] for f in features)
+    return tuple(tap.channels for tap in taps)
 
 
 def _has_hints(layers: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from attrib_zoo import RISE, TTAME, GradCAM
 from attrib_zoo.backbone.capture import frozen, run
 from attrib_zoo.backbone.layers.resolve import resolve
+from attrib_zoo.backbone.vit.attended import attended, values_and_shares
 from attrib_zoo.backbone.vit.attention import attended_taps
 from attrib_zoo.errors import LayerError, UnsupportedModelError
 from attrib_zoo.training.recipe import RECIPES
@@ -40,7 +41,8 @@ def test_rows_of_one_image_read_attention_times_gradient(name):
     with frozen(model):
         taps = attended_taps(model, images, count=3)
         rows = class_rows(model, images[:1], (), taps)
-        _, values = run(model, images[:1], (), taps)
+        _, seen = run(model, images[:1], (), taps)
+        values = [attended(one, tap.channels) for one, tap in zip(seen, taps, strict=True)]
     wanted = attention_times_gradient(model, images[0], prefix)
     assert [tap.label for tap in taps] == [f"{tap.name}['attended']" for tap in taps]
     for weight, value, one in zip(rows.weights, values, wanted, strict=True):
@@ -54,10 +56,9 @@ def test_values_add_up_to_what_the_class_token_gets():
     handle = module.register_forward_hook(lambda _, given, out: kept.update(given=given[0], out=out))
     model(images)
     handle.remove()
-    from attrib_zoo.backbone.vit.attended import attended_values
-
-    values = attended_values(module, "blocks.1.attn", kept["given"])
-    torch.testing.assert_close(module.proj(values.sum(1)), kept["out"][:, 0], rtol=1e-9, atol=1e-12)
+    seen = values_and_shares(module, "blocks.1.attn", kept["given"])
+    values = attended(seen.transpose(1, 2).unsqueeze(-1), module.proj.in_features)[..., 0]
+    torch.testing.assert_close(module.proj(values.sum(2)), kept["out"][:, 0], rtol=1e-9, atol=1e-12)
 
 
 def fitted(model: nn.Module, images: torch.Tensor, **options) -> TTAME:
@@ -92,6 +93,27 @@ def test_a_file_and_a_module_give_the_same_maps(name, tmp_path):
     assert torch.equal(TTAME.load(tmp_path / "e.safetensors", model).attribute(images), maps)
     torch.testing.assert_close(explainer.as_module(images)(images)[1], maps[:, :1], rtol=0, atol=1e-6)
     assert float(maps.flatten(1).std(1).min()) > 0
+
+
+def test_what_a_patch_says_in_every_image_is_taken_from_its_values():
+    """By hand, from the queries, keys and values of every image: A (v - mean of v over the images), at each place."""
+    model = ARCHITECTURES["class token"][0]().double().eval()
+    torch.manual_seed(0)
+    images = torch.randn(100, *sized_images("class token").shape[1:], dtype=torch.float64)
+    recipe = RECIPES["attended"].but(contrast=0, smooth=1, num_layers=1)
+    explainer = fitted(model, images, recipe=recipe, upsample=False)
+    kept = []
+    handle = model.blocks[-1].attn.register_forward_hook(lambda _, given, out: kept.append(given[0]))
+    model(images)
+    handle.remove()
+    module, tokens = model.blocks[-1].attn, kept[0]
+    q, k, v = module.qkv(tokens).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (N, H, T, d)
+    shares = ((q[:, :, :1] @ k.transpose(-1, -2)) * module.scale).softmax(-1)[:, :, 0]
+    said = shares[..., None] * (v - v.mean(0))
+    patches = said.transpose(1, 2).flatten(2)[:, 1:].transpose(1, 2).unflatten(-1, (4, 4))  # (N, H d, h, w)
+    raw = torch.einsum("kc,nchw->nkhw", explainer.network_.fuser.weight[:, :, 0, 0], patches)
+    low, high = raw.amin((2, 3), keepdim=True), raw.amax((2, 3), keepdim=True)
+    assert_close(explainer.maps(images), ((raw - low) / (high - low)).detach(), 1e-8)
 
 
 def test_steps_train_and_keep_every_class():

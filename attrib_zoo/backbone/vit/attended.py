@@ -1,8 +1,8 @@
 """What the class token takes from each patch through one attention module: attention times values.
 
-These values are no module's output, so they are computed again from the tokens that entered the module. They add up to
-what the module changes in the class token; so a class's score reads them, in the last blocks too, whose patch tokens it
-never sees.
+Neither is a module's output, so both are computed again from the tokens that entered the module. Their products add up
+to what the module changes in the class token; so a class's score reads them, in the last blocks too, whose patch tokens
+it never sees.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.vit.heads import heads_of, precise
 
 
-def attended_values(module: nn.Module, name: str, tokens: Tensor, mixed: Tensor | None = None) -> Tensor:
-    r"""For each token j, :math:`A_{0j} v_j` of all heads; the sum over j is what the output projection gets at token 0.
+def values_and_shares(module: nn.Module, name: str, tokens: Tensor, mixed: Tensor | None = None) -> Tensor:
+    r"""For each token j, its values :math:`v_j` of all heads, and the share :math:`A_{0j}` of it that each head takes.
+
+    :func:`attended` multiplies them.
 
     Args:
         module: an attention module that ``find_attention`` has accepted.
@@ -26,7 +28,7 @@ def attended_values(module: nn.Module, name: str, tokens: Tensor, mixed: Tensor 
         mixed: ``(N, T, 3 H d)``, its own queries, keys and values, where they are known; they are half of the cost.
 
     Returns:
-        ``(N, T, H d)``, in float32 or better.
+        ``(N, T, H d + H)``: the values of all heads, then the shares; in float32 or better.
     """
     heads = heads_of(module, name, tokens.dtype)
     with precise(tokens):
@@ -43,25 +45,40 @@ def attended_values(module: nn.Module, name: str, tokens: Tensor, mixed: Tensor 
             asked = torch.bmm(q.transpose(0, 1), to_k.unflatten(0, (heads.count, -1))).transpose(0, 1)
             scores = torch.bmm(asked, tokens.transpose(1, 2))
         shares = (scores * heads.scale).softmax(-1)  # (N, H, T)
-        return heads.together(shares.unsqueeze(-1) * v)
+        return torch.cat([heads.together(v), shares.transpose(1, 2)], dim=-1)
+
+
+def attended(features: Tensor, channels: int, usual: Tensor | None = None) -> Tensor:
+    r""":math:`A_{0j} v_j` of all heads; the sum over the tokens j is what the output projection gets at token 0.
+
+    Args:
+        features: ``(N, H d + H, h, w)``, a map of :func:`values_and_shares`.
+        channels: H d.
+        usual: ``(1, H d, h, w)``: values to subtract first, :math:`A_{0j} (v_j - \bar v_j)`.
+
+    Returns:
+        ``(N, H d, h, w)``.
+    """
+    values, shares = features[:, :channels], features[:, channels:]
+    values = values if usual is None else values - usual
+    heads = shares.shape[1]
+    return (values.unflatten(1, (heads, channels // heads)) * shares.unsqueeze(2)).flatten(1, 2)
 
 
 def attended_source(module: nn.Module) -> nn.Module:
-    """Where a hook finds what :func:`attended_in_pass` needs: the layer that computes q, k and v, or the module."""
+    """Where a hook finds what :func:`seen_in_pass` needs: the layer that computes q, k and v, or the module."""
     mixed = module._modules.get("qkv")
     return mixed if isinstance(mixed, nn.Linear) else module
 
 
-def attended_in_pass(
-    module: nn.Module, name: str, given: tuple[Any, ...], named: dict[str, Any], output: Any
-) -> Tensor:
-    """:func:`attended_values`, from the arguments of a forward hook on :func:`attended_source`."""
+def seen_in_pass(module: nn.Module, name: str, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> Tensor:
+    """:func:`values_and_shares`, from the arguments of a forward hook on :func:`attended_source`."""
     mixed = None if attended_source(module) is module else output
-    return attended_values(module, name, first_tensor(given, named), mixed)
+    return values_and_shares(module, name, first_tensor(given, named), mixed)
 
 
 def attended_channels(module: nn.Module, name: str) -> int:
-    """H d, the channels of :func:`attended_values`."""
+    """H d, the channels of :func:`attended`."""
     return heads_of(module, name, next(module.parameters()).dtype).out_weight.shape[1]
 
 

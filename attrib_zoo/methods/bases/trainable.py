@@ -289,7 +289,7 @@ class TrainableAttribution(FittedAttribution):
     def program_head(
         self, images: Tensor, taps: Sequence[Tap], outputs: Tensor, features: Sequence[Tensor]
     ) -> nn.Module:
-        check_same(type(self).__name__, self._ready(), outputs, features)
+        check_same(type(self).__name__, self._ready(), outputs, taps)
         sizes = [f.shape[-2:] for f in features]
         whole = [max(size[axis] for size in sizes) for axis in (0, 1)]
         places = [Enlargement(size, whole, self.extents(images).of) for size in sizes]
@@ -340,8 +340,9 @@ class TrainableAttribution(FittedAttribution):
     def _features(self, inputs: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         """Outputs and features of one pass, checked to be those of the layers that the network was trained on."""
         self._ready()
-        outputs, features = run(self.model, inputs, args, self.taps(inputs, args))
-        check_same(type(self).__name__, self._ready(), outputs, features)
+        taps = self.taps(inputs, args)
+        outputs, features = run(self.model, inputs, args, taps)
+        check_same(type(self).__name__, self._ready(), outputs, taps)
         return outputs, [at_least_float32(f) for f in features]
 
     def _check_model(self) -> None:
