@@ -58,14 +58,15 @@ class TTAME(TrainableAttribution):
     *every* class has a map, without a single training step.
 
     **recipe="attended"**, the default for a vision transformer with so few images, reads what the class token takes
-    from each patch j in the last four attention modules, its attention times the patch's value, all heads side by side:
+    from each patch j in the last four attention modules, its attention times the patch's value, all heads side by side,
 
-    .. math:: L_{i,j} = A^{(i)}_{0j} v^{(i)}_j, \qquad
-              w_c = \mathbb{E}_x \frac{\partial S_c}{\partial \sum_j L_{i,j}}
+    .. math:: L_{i,j} = A^{(i)}_{0j} (v^{(i)}_j - \bar v^{(i)}_j), \qquad
+              w_c = \mathbb{E}_x \frac{\partial S_c}{\partial \sum_j A^{(i)}_{0j} v^{(i)}_j}
 
-    These add up to what the class token becomes, so a class's row reads what each patch contributes to its score: with
-    the image's own gradient in place of the mean, :math:`w_c \cdot L_{i,j}` is attention times its gradient, summed
-    over heads. The mean needs no backward pass at explanation time. Models whose head reads other tokens than one class
+    with :math:`\bar v_j` the mean of the values at that position over the fit's images. The products :math:`A_{0j} v_j`
+    add up to what the class token becomes, so a class's row reads what each patch contributes to its score: with the
+    image's own gradient in place of the mean, :math:`w_c \cdot A_{0j} v_j` is attention times its gradient, summed over
+    heads. The mean needs no backward pass at explanation time. Models whose head reads other tokens than one class
     token, or whose attention cannot be read, have ``"rows"``: the last three blocks that have a gradient.
 
     The steps of :meth:`fit` in these two, none unless ``epochs`` or ``max_steps`` ask for them, train one correction
