@@ -99,7 +99,7 @@ def test_what_a_patch_says_in_every_image_is_taken_from_its_values():
     """By hand, from the queries, keys and values of every image: A (v - mean of v over the images), at each place."""
     model = ARCHITECTURES["class token"][0]().double().eval()
     torch.manual_seed(0)
-    images = torch.randn(100, *sized_images("class token").shape[1:], dtype=torch.float64)
+    images = torch.randn(32, *sized_images("class token").shape[1:], dtype=torch.float64)
     recipe = RECIPES["attended"].but(contrast=0, smooth=1, num_layers=1)
     explainer = fitted(model, images, recipe=recipe, upsample=False)
     kept = []

@@ -10,7 +10,7 @@ from attrib_zoo.backbone.capture import frozen, run
 from attrib_zoo.backbone.layers.resolve import resolve
 from attrib_zoo.training.recipe import RECIPES
 
-IMAGES = zoo.batch(100, dtype=torch.float64)  # the fewest that are enough, in several chunks
+IMAGES = zoo.batch(32, dtype=torch.float64)  # the fewest that are enough, in several chunks
 
 
 def test_what_a_place_has_in_every_image_is_forgotten():
@@ -31,7 +31,7 @@ def test_what_a_place_has_in_every_image_is_forgotten():
     low, high = raw.amin((2, 3), keepdim=True), raw.amax((2, 3), keepdim=True)
     torch.testing.assert_close(without.maps(images), (raw - low) / (high - low), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(without.maps(images), plain.maps(images), atol=0.01)
-    assert zoo.fit(TTAME(model, recipe=recipe.but(forget_places=True)), [images[:99]]).network_.places == []
+    assert zoo.fit(TTAME(model, recipe=recipe.but(forget_places=True)), [images[:31]]).network_.places == []
 
 
 def test_forgotten_places_are_in_the_file_and_fit_other_sizes(tmp_path):
