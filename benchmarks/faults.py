@@ -924,7 +924,8 @@ Earlier turns found faults, which were mended; the table is of the library since
   255. A photograph now always has the same batch.
 * A table's CSV left a carriage return in a name unquoted, which no reader took.
 * The class name "mathematics" counted as not safe once, in an early version of this script, which kept no words of it.
-  Since then names are drawn as they stand; nine commands with it printed and drew it as text.
+  Since then 23 commands with it printed and drew it as text; one that was told to stop by SIGTERM counted as not safe,
+  which is how that count may have come about.
 * A file was read in twice its size of memory, the mapped file and a copy; now in its size.
 * The maps of all classes took up to five times their size if they were smaller than 64 MB, since they were computed at
   once; now those above 4 MB are computed in parts, and what the classes share only once.
