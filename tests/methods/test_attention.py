@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import attention_cases as written_out
 import engine_cases as cases
 import pytest
@@ -200,6 +202,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_read_is_refused_by_name(case, cls):
     build, size, said = REFUSED[case]
+    option = {"two attentions subtracted": "attn_layer", "a norm of the context": "scale_attn_norm"}.get(case)
+    if option and option not in inspect.signature(type(vit())).parameters:
+        pytest.skip(f"this version of timm has no {option}")
     model = cases.lively(build())
     images = cases.images(size=size)
     with cases.untouched(model, images), pytest.raises(UnsupportedModelError, match=said):
@@ -209,6 +214,8 @@ def test_what_cannot_be_read_is_refused_by_name(case, cls):
 def test_a_mask_in_the_call_is_noticed():
     """The same model is explained without the mask and refused with it."""
     model, images = vit(), cases.images()
+    if len(inspect.signature(model.forward).parameters) == 1:
+        pytest.skip("this version of timm takes no mask")
     explainer = GenericAttention(model)
     explainer.attribute(images, target=0)
     mask = torch.zeros(17, 17).masked_fill_(torch.rand(17, 17) < 0.3, -4.0)
