@@ -11,9 +11,12 @@ from pathlib import Path
 # Before torch is imported. Workers share the cores already, and one thread rounds alike on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell starts commands in the background with SIGINT ignored, which the processes that tests start would inherit.
+# A shell starts commands in the background with SIGINT ignored, and nohup with SIGHUP: the processes that tests start
+# would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 from hypothesis import HealthCheck, settings
