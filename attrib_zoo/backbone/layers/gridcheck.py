@@ -377,7 +377,7 @@ def _centred(answers: Tensor) -> Tensor:
 
 def _unit(answers: Tensor) -> Tensor:
     """Each divided by its length along the last axis; zeros stay zeros."""
-    length = answers.norm(dim=-1, keepdim=True)
+    length = torch.linalg.vector_norm(answers, dim=-1, keepdim=True)
     return answers / length.masked_fill(length == 0, 1)
 
 

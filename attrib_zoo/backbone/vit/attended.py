@@ -62,7 +62,8 @@ def attended(features: Tensor, channels: int, usual: Tensor | None = None) -> Te
     values, shares = features[:, :channels], features[:, channels:]
     values = values if usual is None else values - usual
     heads = shares.shape[1]
-    return (values.unflatten(1, (heads, channels // heads)) * shares.unsqueeze(2)).flatten(1, 2)
+    taken: Tensor = (values.unflatten(1, (heads, channels // heads)) * shares.unsqueeze(2)).flatten(1, 2)
+    return taken
 
 
 def attended_source(module: nn.Module) -> nn.Module:
