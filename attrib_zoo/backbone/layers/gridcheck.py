@@ -378,7 +378,8 @@ def _centred(answers: Tensor) -> Tensor:
 def _unit(answers: Tensor) -> Tensor:
     """Each divided by its length along the last axis; zeros stay zeros."""
     length = torch.linalg.vector_norm(answers, dim=-1, keepdim=True)
-    return answers / length.masked_fill(length == 0, 1)
+    scaled: Tensor = answers / length.masked_fill(length == 0, 1)
+    return scaled
 
 
 def _sharpness(cells: Tensor, hw: tuple[int, int], boxes: Tensor) -> float:
