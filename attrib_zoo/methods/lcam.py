@@ -18,6 +18,7 @@ from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, 
 from attrib_zoo.masking import at_least_float32, blend
 from attrib_zoo.masking import upsample as enlarge
 from attrib_zoo.methods.bases.trainable import TrainableAttribution
+from attrib_zoo.training.checkpoint import Checkpoint
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
@@ -60,7 +61,8 @@ class _LCAM(TrainableAttribution):
         if layers is not None and after_pool:
             raise OptionError("after_pool: must be left out where layers are given; name the pooling itself in layers")
         self.recipe = check_choice("recipe", recipe, _RECIPES)
-        self.start = check_choice("start", start, ("random", "rows"))
+        self.start = check_choice("start", start, ("auto", "random", "rows"))
+        self._automatic = start == "auto"  # every fit decides anew
         self.ce_only = bool(ce_only)
         self.after_pool = bool(after_pool)
         self.lambda_tv = check_number("lambda_tv", lambda_tv, least=0.0)
@@ -99,9 +101,18 @@ class _LCAM(TrainableAttribution):
     def finish_network(self, network: nn.Module) -> None:
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
+    def settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
+        if not self._automatic:
+            return
+        if saved is not None:
+            self.start = saved.facts["options"]["start"]
+        else:
+            few = self.recipe == "paper" and self.shows_few(images, args, steps)
+            self.start = "rows" if few else "random"
+
     @property
     def start_images(self) -> int:
-        return ROW_IMAGES if self.start == "rows" else 0
+        return 0 if self.start == "random" else ROW_IMAGES
 
     def start_network(
         self, network: nn.Module, images: Tensor, args: tuple[Any, ...], taps: Sequence[Tap], show_progress: bool
@@ -191,7 +202,9 @@ class LCAMFm(_LCAM):
             of 26 epochs only and is doubled for biases.
         start: ``"random"`` weights, or ``"rows"``: what the classifier itself reads from the layer, as in
             :class:`~attrib_zoo.TTAME`; then every class has a map, seen in the fit or not, and ``fit`` trains a
-            correction that all classes share.
+            correction that all classes share. ``"auto"``: rows in a fit that shows fewer than 100 images per class
+            (steps times batch size, over K), where they were measured to be better; always random with
+            ``recipe="released"``.
         ce_only: the paper's ablation (*): the cross-entropy alone.
         after_pool: the layer after the last max-pooling instead (†), in networks that have one there.
         lambda_tv: λ1.
@@ -218,8 +231,9 @@ class LCAMFm(_LCAM):
         Attention Mechanism. ECCV Workshops, 2022.
 
     Deviations:
-        The schedule: below 20 000 steps ``fit`` uses one that trains in few (Adam; the convolution starts at zero, as
-        a common row plus a row per class). The paper's own is SGD at 1e-4, with the factor 0.95 after each of 25
+        The paper starts from random weights; with few images per class ``start="auto"`` does not. The schedule: below
+        20 000 steps ``fit`` uses one that trains in few (Adam; the convolution starts at zero, as a common row plus a
+        row per class). The paper's own is SGD at 1e-4, with the factor 0.95 after each of 25
         epochs; in a shorter fit the 25 changes lie closer. It has 0.75 and 7 epochs for VGG-16, which are those of
         ``attrib-zoo reproduce lcam``, and says nothing of momentum and weight decay: 0.9 (Nesterov) and 5e-4 here.
         Vision transformers are refused, as a class token does not read the last patch tokens. Validation shows masked
@@ -234,7 +248,7 @@ class LCAMFm(_LCAM):
         layers: Any = None,
         *,
         recipe: str = "paper",
-        start: str = "random",
+        start: str = "auto",
         ce_only: bool = False,
         after_pool: bool = False,
         lambda_tv: float = 0.01,
@@ -310,7 +324,9 @@ class LCAMImg(_LCAM):
         recipe: ``"paper"`` or ``"released"``; see :class:`LCAMFm`.
         start: ``"random"`` weights, or ``"rows"``: what the classifier itself reads from the layer, as in
             :class:`~attrib_zoo.TTAME`; then every class has a map, seen in the fit or not, and ``fit`` trains a
-            correction that all classes share.
+            correction that all classes share. ``"auto"``: rows in a fit that shows fewer than 100 images per class
+            (steps times batch size, over K), where they were measured to be better; always random with
+            ``recipe="released"``.
         ce_only: the paper's ablation (*): the cross-entropy alone.
         after_pool: the layer after the last max-pooling instead (†), in networks that have one there.
         lambda_tv: λ1.
@@ -350,7 +366,7 @@ class LCAMImg(_LCAM):
         layers: Any = None,
         *,
         recipe: str = "paper",
-        start: str = "random",
+        start: str = "auto",
         ce_only: bool = False,
         after_pool: bool = False,
         lambda_tv: float = 0.01,

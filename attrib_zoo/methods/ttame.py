@@ -16,14 +16,14 @@ from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.backbone.vit.attention import attended_taps, check_attended
 from attrib_zoo.errors import AttribZooError, check_choice
 from attrib_zoo.masking import blend, blur, mean_filter, upsample
-from attrib_zoo.methods.bases.trainable import TrainableAttribution
+from attrib_zoo.methods.bases.trainable import IMAGES_PER_CLASS, TrainableAttribution
 from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training.checkpoint import Checkpoint
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.hidden import MASKINGS, check_statistics, decide_masking, hidden
 from attrib_zoo.training.losses import FIT_SCORES, area, cross_entropy, gone, order_mask, two_logits, variation
-from attrib_zoo.training.maps import class_count, head_maps
+from attrib_zoo.training.maps import head_maps
 from attrib_zoo.training.recipe import RECIPES, Recipe, as_recipe
 from attrib_zoo.training.rows import PLACE_IMAGES, ROW_IMAGES, place_means, rows_schedule, start_from_rows
 from attrib_zoo.training.schedule import LOGIT_STEP, Schedule, is_long
@@ -33,7 +33,6 @@ _MOST_STEPS = 200  # of a fit without ``epochs`` and ``max_steps``, where it sta
 _LEAST_FOR_PLACES = 32  # images; what fewer have in a place gave classes away, nearly as much as with none forgotten
 _SHARES = (0.05, 0.9)  # of the cells that the order loss shows or hides
 _BLUR = 10 / 224  # standard deviation of the blur that hides, as a share of the image's width
-_IMAGES_PER_CLASS = 100  # with fewer in a short fit, maps of other classes cost more than they teach
 
 
 class TTAME(TrainableAttribution):
@@ -293,11 +292,8 @@ class TTAME(TrainableAttribution):
             self._follow(saved.facts["options"]["recipe"])
             return
         one = select_args(args, torch.zeros(1).long(), len(images))
-        count = class_count(forward(self.model, images[:1], one))
-        if steps * len(images) >= _IMAGES_PER_CLASS * count:
-            self._follow("paper")
-        else:
-            self._follow(self._best_start(images[:1], one))
+        few = self.shows_few(images, args, steps)
+        self._follow(self._best_start(images[:1], one) if few else "paper")
 
     def _best_start(self, image: Tensor, args: tuple[Any, ...]) -> str:
         """The recipe that was measured to be best among those that start from rows and are defined for this model."""
@@ -344,7 +340,7 @@ class TTAME(TrainableAttribution):
         masking = decide_masking(self.model, images, self.masking, self.mean, self.std)
         psi = self.recipe.psi
         if psi == "auto":
-            few = schedule.name == "short" and steps * len(images) < _IMAGES_PER_CLASS * num_classes
+            few = schedule.name == "short" and steps * len(images) < IMAGES_PER_CLASS * num_classes
             psi = "own" if few else "random"
         return {**masking, "psi": psi}
 

@@ -64,7 +64,7 @@ def model_and_images():
 
 def fitted(cls, model, images, **options):
     """A head with random weights: two steps of the paper's schedule."""
-    explainer = cls(model, **options)
+    explainer = cls(model, start="random", **options)
     return zoo.fit(explainer, [images], max_steps=2, schedule="paper")
 
 
@@ -274,7 +274,7 @@ def test_the_schedules():
 def test_a_short_fit_lowers_the_loss(cls):
     model = zoo.small_cnn()
     images = zoo.batch(24)
-    explainer = zoo.fit(cls(model), list(images.split(8)), max_steps=60)
+    explainer = zoo.fit(cls(model, start="random"), list(images.split(8)), max_steps=60)
     losses = explainer.history_.steps["loss"]
     assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
     assert explainer.schedule_ == "short"
@@ -290,6 +290,29 @@ def test_options():
         LCAMFm(model, lambda_tv=-1)
     with pytest.raises(OptionError, match=r"std: must be positive"):
         LCAMImg(model, mean=[0.5] * 3, std=[0.5, 0, 0.5])
+
+
+@pytest.mark.parametrize("cls", [LCAMFm, LCAMImg])
+def test_where_it_starts_follows_the_images_per_class(cls, tmp_path):
+    """From rows below 100 images per class, 4 classes here; a second fit decides anew, a file keeps what it was."""
+    model, images = model_and_images()
+    per_step = len(images)
+    most = (400 - 1) // per_step
+    explainer = zoo.fit(cls(model), [images], max_steps=0)
+    assert (explainer.start, explainer.schedule_) == ("rows", "rows")
+    again = cls.load(explainer.save(tmp_path / "few.safetensors"), model)
+    assert again.options()["start"] == "rows"
+    assert torch.equal(again.attribute(images), explainer.attribute(images))
+    assert zoo.fit(cls(model), [images] * most, epochs=1).start == "rows"
+    enough = [images] * (most + 1)
+    assert per_step * len(enough) >= 400
+    assert zoo.fit(explainer, enough, epochs=1).start == "random"
+    assert zoo.fit(cls(model, recipe="released"), [images], max_steps=1).start == "random"
+    folder = tmp_path / "fit"
+    folder.mkdir()
+    first = zoo.fit(cls(model), [images] * 4, max_steps=2, checkpoint_dir=folder)
+    resumed = zoo.fit(cls(model), [images] * 4, max_steps=2, resume_from=folder)
+    assert resumed.start == first.start == "rows"
 
 
 @pytest.mark.parametrize("cls", [LCAMFm, LCAMImg])

@@ -81,7 +81,7 @@ def trained(
     pooled: bool = False,
 ) -> Any:
     """An L-CAM explainer, trained as the paper says."""
-    options: dict[str, Any] = {"recipe": plan.recipe, "ce_only": ce_only}
+    options: dict[str, Any] = {"recipe": plan.recipe, "start": "random", "ce_only": ce_only}
     if cls is LCAMImg:
         options |= {"mean": backbone.mean, "std": backbone.std}
     explainer = cls(backbone.model, backbone.pooled if pooled else backbone.lcam, **options)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attrib_zoo.backbone.capture import forward_args, frozen, run
+from attrib_zoo.backbone.capture import forward, forward_args, frozen, run, select_args
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.module import original
 from attrib_zoo.errors import BackboneMismatchError, OptionError, check_choice, check_number, warn
@@ -25,10 +25,12 @@ from attrib_zoo.training.callbacks import Callback, Watchers, check_callbacks
 from attrib_zoo.training.checkpoint import Checkpoint, fingerprint, write
 from attrib_zoo.training.data import check_repeatable, total_steps
 from attrib_zoo.training.fit import State, Terms, autocast, train
-from attrib_zoo.training.maps import begun, check_same, head_maps, in_parts, is_small
+from attrib_zoo.training.maps import begun, check_same, class_count, head_maps, in_parts, is_small
 from attrib_zoo.training.schedule import OptimizerFactory, Schedule, check_optimizer
 from attrib_zoo.training.vetting import believing
 from attrib_zoo.training.watch import Watch
+
+IMAGES_PER_CLASS = 100  # with fewer in a fit, a row of weights for each class costs the maps more than it teaches
 
 _Self = TypeVar("_Self", bound="TrainableAttribution")
 _SCHEDULES = ("auto", "paper", "short")
@@ -83,6 +85,11 @@ class TrainableAttribution(FittedAttribution):
 
     def settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
         """Decide, before anything else of a fit, what depends on its size; ``images`` are the first batch."""
+
+    def shows_few(self, images: Tensor, args: tuple[Any, ...], steps: int) -> bool:
+        """Whether a fit of so many steps, whose first batch is given, shows too few images to train a row per class."""
+        one = select_args(args, torch.zeros(1).long(), len(images))
+        return steps * len(images) < IMAGES_PER_CLASS * class_count(forward(self.model, images[:1], one))
 
     @property
     def start_images(self) -> int:
