@@ -75,6 +75,8 @@ def read_resume(
         theirs = {**facts["plan"], **_spelt_out(facts["options"])}
     if mine.get("recipe") == "auto":  # what it became in the fit that is continued, except for options given explicitly
         mine = {name: value for name, value in mine.items() if value is not None and name != "recipe"} | plan
+    if mine.get("start") == "auto":  # L-CAM's, likewise
+        del mine["start"]
     differ = [f"{k}={mine[k]!r} (was {theirs.get(k)!r})" for k in mine if mine[k] != theirs.get(k)]
     if differ:
         raise CheckpointError(f"resume_from: must be continued with the same arguments, got {', '.join(differ)}")
