@@ -101,6 +101,10 @@ class _LCAM(TrainableAttribution):
     def finish_network(self, network: nn.Module) -> None:
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
+    def unsettle(self) -> None:
+        if self._automatic:
+            self.start = "auto"
+
     def settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
         if not self._automatic:
             return
@@ -233,8 +237,8 @@ class LCAMFm(_LCAM):
     Deviations:
         The paper starts from random weights; with few images per class ``start="auto"`` does not. The schedule: below
         20 000 steps ``fit`` uses one that trains in few (Adam; the convolution starts at zero, as a common row plus a
-        row per class). The paper's own is SGD at 1e-4, with the factor 0.95 after each of 25
-        epochs; in a shorter fit the 25 changes lie closer. It has 0.75 and 7 epochs for VGG-16, which are those of
+        row per class). The paper's own is SGD at 1e-4, with the factor 0.95 after each of 25 epochs; in a shorter fit
+        the 25 changes lie closer. It has 0.75 and 7 epochs for VGG-16, which are those of
         ``attrib-zoo reproduce lcam``, and says nothing of momentum and weight decay: 0.9 (Nesterov) and 5e-4 here.
         Vision transformers are refused, as a class token does not read the last patch tokens. Validation shows masked
         images, since the maps are for images.

@@ -284,6 +284,10 @@ class TTAME(TrainableAttribution):
     def finish_network(self, network: nn.Module) -> None:
         network.fold()  # type: ignore[operator]  # an AttentionHead
 
+    def unsettle(self) -> None:
+        if self._automatic:
+            self._follow("rows")
+
     def settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
         """Decide which recipe ``"auto"`` stands for in this fit."""
         if not self._automatic:

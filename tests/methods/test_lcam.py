@@ -307,6 +307,7 @@ def test_where_it_starts_follows_the_images_per_class(cls, tmp_path):
     enough = [images] * (most + 1)
     assert per_step * len(enough) >= 400
     assert zoo.fit(explainer, enough, epochs=1).start == "random"
+    assert zoo.fit(explainer, [images], max_steps=0).start == "rows"
     assert zoo.fit(cls(model, recipe="released"), [images], max_steps=1).start == "random"
     folder = tmp_path / "fit"
     folder.mkdir()

@@ -86,6 +86,9 @@ class TrainableAttribution(FittedAttribution):
     def settle(self, images: Tensor, args: tuple[Any, ...], steps: int, saved: Checkpoint | None) -> None:
         """Decide, before anything else of a fit, what depends on its size; ``images`` are the first batch."""
 
+    def unsettle(self) -> None:
+        """Take back what :meth:`settle` decided in an earlier fit; called at the start of each."""
+
     def shows_few(self, images: Tensor, args: tuple[Any, ...], steps: int) -> bool:
         """Whether a fit of so many steps, whose first batch is given, shows too few images to train a row per class."""
         one = select_args(args, torch.zeros(1).long(), len(images))
@@ -175,8 +178,11 @@ class TrainableAttribution(FittedAttribution):
         """
         named, custom = check_optimizer(optimizer)
         asked = _asked(schedule, lr)
-        passes, most = (self.default_epochs, self.most_steps) if epochs is None else (epochs, None)
-        steps = total_steps(loader, passes, max_steps, least=0 if self.start_images else 1, most=most)
+        twin = copy.copy(self)  # the fit works on this copy; self changes only once it has succeeded
+        twin._fitted, twin._resolved, twin._warned, twin._strict = None, {}, False, True
+        twin.unsettle()
+        passes, most = (self.default_epochs, twin.most_steps) if epochs is None else (epochs, None)
+        steps = total_steps(loader, passes, max_steps, least=0 if twin.start_images else 1, most=most)
         steps = session.agreed_steps(steps)
         check_repeatable(val_loader)
         check_callbacks(callbacks)
@@ -185,8 +191,6 @@ class TrainableAttribution(FittedAttribution):
         plan = session.plan_of(
             loader, steps=steps, seed=seed, schedule=asked, optimizer=named, lr=lr, precision=precision
         )
-        twin = copy.copy(self)  # the fit works on this copy; self changes only once it has succeeded
-        twin._fitted, twin._resolved, twin._warned, twin._strict = None, {}, False, True
         unasked = epochs is None and max_steps is None
         with session.reserved(folder), session.ground(self.model) as like, autocast(precision, like.device):
             saved = None if resume_from is None else resume.read_resume(twin, resume_from, plan, folder, unasked)
