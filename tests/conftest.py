@@ -54,8 +54,6 @@ def _seeded(_one_thread):
     import torch
 
     torch.manual_seed(0)
-    if not gc.get_freeze_count():  # a check of the contract has thawed everything
-        gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -234,6 +234,7 @@ def keeps_no_tensor(case: Case) -> None:
     """Calls keep no tensor alive except possibly some of the first call, and no graph, which would hold activations."""
     explainer = case.explainer
     gc.collect()
+    held = gc.get_freeze_count()
     gc.freeze()  # so that only new objects are examined
     try:
         explainer.attribute(case.inputs, target=case.targets)
@@ -246,7 +247,8 @@ def keeps_no_tensor(case: Case) -> None:
             gc.collect()
             counts.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
     finally:
-        gc.unfreeze()
+        if not held:  # what the caller has frozen stays so
+            gc.unfreeze()
     expect(not graphs, f"a call left {graphs} tensor(s) alive that hold its graph, and so its activations")
     expect(counts[1] <= counts[0], f"three more calls left {counts[1] - counts[0]} more tensors alive")
 
