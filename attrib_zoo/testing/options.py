@@ -130,7 +130,7 @@ def plain_callable(case: Case) -> None:
 def layer_resolution(case: Case) -> None:
     """``upsample=False`` gives (N, 1, h, w), and its bilinear enlargement is the default map; at odd sizes too."""
     case.needs("upsample")
-    for size in ((32, 48), (48, 32), (45, 33)):
+    for size in ((32, 48), (45, 33)):
         sized = case.at(size)
         explainer = sized.ready(sized.model, upsample=False)
         small = explainer.attribute(sized.inputs, target=sized.targets)
@@ -219,7 +219,8 @@ def flips(case: Case) -> None:
         mirrored.bench.batches = [batch.flip(axis) for batch in mirrored.bench.batches]
         logits = mirrored.model(sized.inputs.flip(axis)) - sized.model(sized.inputs)
         expect(float(logits.abs().max()) < 1e-9, "fault of the suite: the mirrored model differs")
-        found = mirrored.explainer.attribute(sized.inputs.flip(axis), target=sized.targets)
+        explainer = mirrored.ready(mirrored.model)  # fitted on mirrored images
+        found = explainer.attribute(sized.inputs.flip(axis), target=sized.targets)
         same(found.flip(axis), wanted, f"mirrored {name}", 1e-5)
 
 
@@ -248,12 +249,12 @@ def chunk_size(case: Case) -> None:
     """How many copies go through the model at once never changes a result."""
     option = _chunk_option(case)
     gates = case.bench.gates
-    for number in (1, 3, 16, 64):
+    wanted = case.explainer.attribute(case.inputs, target=case.targets, additional_forward_args=gates)
+    for number in (1, 3, 64):
         chunked = case.ready(case.model, **{option: number})
         found = chunked.attribute(case.inputs, target=case.targets)
         same(found, case.maps, f"{option}={number} against the default", 1e-4)
         found = chunked.attribute(case.inputs, target=case.targets, additional_forward_args=gates)
-        wanted = case.explainer.attribute(case.inputs, target=case.targets, additional_forward_args=gates)
         same(found, wanted, f"{option}={number} with a forward argument", 1e-4)
 
 

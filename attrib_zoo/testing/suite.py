@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import traceback
@@ -76,8 +77,16 @@ class Case:
 
     @functools.cached_property
     def explainer(self) -> Any:
-        """The object under test, ready to explain."""
-        return self.ready(self.model)
+        """The object under test, ready to explain; a trained one is fitted once, and each check gets a copy of it."""
+        found = self.build(self.model)
+        if not self.fits(found):
+            return found
+        fits = _fits.setdefault(self.factory, {})
+        key = (self.name, tuple(self.inputs.shape), self.inputs.dtype)
+        if key not in fits:
+            other = self.at((self.inputs.shape[2], self.inputs.shape[3]), self.inputs.dtype)
+            fits[key] = other.model, other.ready(other.model)
+        return _moved(*fits[key], self.model)
 
     @functools.cached_property
     def maps(self) -> Tensor:
@@ -267,6 +276,17 @@ def _supported(factory: Factory) -> list[str]:
     accepted = [name for name in names if not _refuses(factory, name)]
     missing = {MODELS[name][0] for name in names} - {MODELS[name][0] for name in accepted}
     return names if missing else accepted
+
+
+_fits: weakref.WeakKeyDictionary[Factory, dict[Any, tuple[nn.Module, Any]]] = weakref.WeakKeyDictionary()
+
+
+def _moved(model: nn.Module, explainer: Any, other: nn.Module) -> Any:
+    """A copy of the explainer that explains ``other``, an equal model, in the place of its own."""
+    places = {id(old): new for old, new in zip(model.modules(), other.modules(), strict=True)}
+    for old, new in ((model.parameters(), other.parameters()), (model.buffers(), other.buffers())):
+        places.update({id(a): b for a, b in zip(old, new, strict=True)})
+    return copy.deepcopy(explainer, places)
 
 
 _answers: weakref.WeakKeyDictionary[Factory, dict[str, bool]] = weakref.WeakKeyDictionary()

