@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
 import os
 import signal
 from collections.abc import Iterator
@@ -47,6 +49,30 @@ def _one_thread():
     import torch  # not at the top: the process that only hands out tests does without
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trained_once(tmp_path_factory) -> Iterator[None]:
+    """``synthetic.trained`` learns a model once for all workers; that takes longer than most tests."""
+    import torch
+
+    module = importlib.import_module("attrib_zoo.synthetic.scenes")
+    train, folder = module._trained, tmp_path_factory.getbasetemp()
+    shared = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "trained"
+    shared.mkdir(exist_ok=True)
+
+    @functools.cache
+    def trained(kind: str, *choice: int | None) -> torch.nn.Module:
+        kept = shared / f"{kind} {choice}.pt"
+        if not kept.exists():
+            part = kept.with_suffix(f".{os.getpid()}")
+            torch.save(train(kind, *choice), part)
+            part.replace(kept)
+        return torch.load(kept, weights_only=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_trained", trained)
+        yield
 
 
 @pytest.fixture(autouse=True)
