@@ -38,30 +38,39 @@ class Snapshot:
         self._before = self._look()
 
     def _look(self) -> dict[str, Any]:
-        state = _process()
-        for name, module in self._model.named_modules(remove_duplicate=False):
-            state.update(_module(name or "the model", module))
-        for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            state.update(_tensor(f"parameter {name}", parameter))
-        for name, buffer in self._model.named_buffers(remove_duplicate=False):
-            state.update(_tensor(f"buffer {name}", buffer))
-        for name, tensor in self._tensors.items():
-            state.update(_tensor(name, tensor))
-            if not tensor.is_inference():
-                state[f"version of {name}"] = tensor._version
-        return state
+        return {**_process(), **content(self._model, self._tensors)}
 
     def changes(self) -> list[str]:
         """What differs now, as short sentences; empty if nothing does."""
-        after = self._look()
-        found = [f"{key} is gone" for key in self._before if key not in after]
-        found += [f"{key} is new ({_short(after[key])})" for key in after if key not in self._before]
-        found += [
-            f"{key} changed" + _from_to(old, after[key])
-            for key, old in self._before.items()
-            if key in after and not _equal(old, after[key])
-        ]
-        return found
+        return differences(self._before, self._look())
+
+
+def content(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state of the model and of the tensors, under the names to report."""
+    state = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        state.update(_module(name or "the model", module))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        state.update(_tensor(f"parameter {name}", parameter))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        state.update(_tensor(f"buffer {name}", buffer))
+    for name, tensor in tensors.items():
+        state.update(_tensor(name, tensor))
+        if not tensor.is_inference():
+            state[f"version of {name}"] = tensor._version
+    return state
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What differs between two states, as short sentences; empty if nothing does."""
+    found = [f"{key} is gone" for key in before if key not in after]
+    found += [f"{key} is new ({_short(after[key])})" for key in after if key not in before]
+    found += [
+        f"{key} changed" + _from_to(old, after[key])
+        for key, old in before.items()
+        if key in after and not _equal(old, after[key])
+    ]
+    return found
 
 
 def _from_to(old: Any, new: Any) -> str:

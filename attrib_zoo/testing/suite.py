@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import traceback
 import unittest
 import warnings
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.synthetic.networks import seeded
-from attrib_zoo.testing.benches import MODELS, BenchModel, bench
-from attrib_zoo.testing.state import Snapshot, settings_kept
+from attrib_zoo.testing.benches import MODELS, Bench, BenchModel, bench
+from attrib_zoo.testing.state import Snapshot, content, differences, settings_kept
 
 Factory = Callable[..., Any]
 Check = Callable[[Factory], None]
@@ -59,11 +60,23 @@ class Case:
         targets: ``[0, 1, 2]``.
     """
 
-    def __init__(self, factory: Factory, name: str) -> None:
+    def __init__(
+        self, factory: Factory, name: str, size: tuple[int, int] = (32, 32), dtype: torch.dtype = torch.float32
+    ) -> None:
         self.factory = factory
         self.name = name
-        self.bench = bench(name)
         self.targets = [0, 1, 2]
+        self._others: list[Case] = []
+        self._kind = (name, size, dtype)
+        # What a method finds out about a model takes longer than most checks, so they hand it on while it is unchanged.
+        self.bench, self._content = _free.pop(self._kind) if self._kind in _free else _noted(bench(*self._kind))
+
+    def release(self) -> None:
+        """Leave the benches of this case to the next one, unless they have changed."""
+        if not differences(self._content, _noted(self.bench)[1]):
+            _free[self._kind] = self.bench, self._content
+        for other in self._others:
+            other.release()
 
     @property
     def model(self) -> BenchModel:
@@ -82,11 +95,10 @@ class Case:
         if not self.fits(found):
             return found
         fits = _fits.setdefault(self.factory, {})
-        key = (self.name, tuple(self.inputs.shape), self.inputs.dtype)
-        if key not in fits:
-            other = self.at((self.inputs.shape[2], self.inputs.shape[3]), self.inputs.dtype)
-            fits[key] = other.model, other.ready(other.model)
-        return _moved(*fits[key], self.model)
+        if self._kind not in fits:
+            own = bench(*self._kind).model
+            fits[self._kind] = own, self.ready(own)
+        return _moved(*fits[self._kind], self.model)
 
     @functools.cached_property
     def maps(self) -> Tensor:
@@ -96,9 +108,8 @@ class Case:
 
     def at(self, size: tuple[int, int] = (32, 32), dtype: torch.dtype = torch.float32) -> Case:
         """The same factory on a bench of another size or type."""
-        other = Case(self.factory, self.name)
-        other.bench = bench(self.name, size, dtype)
-        return other
+        self._others.append(Case(self.factory, self.name, size, dtype))
+        return self._others[-1]
 
     def build(self, model: nn.Module, **options: Any) -> Any:
         """A new object, not fitted; for a slow method with the class's ``cheap_options``."""
@@ -137,6 +148,16 @@ class Case:
         """The constructor's parameters, ``self`` and the model left out."""
         named = list(inspect.signature(type(self.build(self.model)).__init__).parameters.items())
         return dict(named[2:])
+
+
+_free: dict[tuple[Any, ...], tuple[Bench, dict[str, Any]]] = {}
+
+
+def _noted(made: Bench) -> tuple[Bench, dict[str, Any]]:
+    """The bench, and the content that it has now."""
+    tensors = {"inputs": made.inputs, "gates": made.gates, "pool": made.pool}
+    tensors.update({f"batch {i}": batch for i, batch in enumerate(made.batches)})
+    return made, {**content(made.model, tensors), **{f"fuse.{k}": v for k, v in vars(made.model.fuse).items()}}
 
 
 def expect(condition: bool, reason: str) -> None:
@@ -230,6 +251,7 @@ def _run(name: str, body: Callable[[Case], None], case: Case) -> None:
         with seeded(_SEED), settings_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             body(case)
+        case.release()
     except _Broken as broken:
         reason = f"on {case.name}: {broken}"
         raise ContractError(_subject(case.factory), {name: reason}) from broken.__cause__
@@ -283,9 +305,12 @@ _fits: weakref.WeakKeyDictionary[Factory, dict[Any, tuple[nn.Module, Any]]] = we
 
 def _moved(model: nn.Module, explainer: Any, other: nn.Module) -> Any:
     """A copy of the explainer that explains ``other``, an equal model, in the place of its own."""
-    places = {id(old): new for old, new in zip(model.modules(), other.modules(), strict=True)}
-    for old, new in ((model.parameters(), other.parameters()), (model.buffers(), other.buffers())):
-        places.update({id(a): b for a, b in zip(old, new, strict=True)})
+    pairs = itertools.chain(
+        zip(model.modules(), other.modules(), strict=True),
+        zip(model.parameters(), other.parameters(), strict=True),
+        zip(model.buffers(), other.buffers(), strict=True),
+    )
+    places: dict[int, Any] = {id(old): new for old, new in pairs}
     return copy.deepcopy(explainer, places)
 
 

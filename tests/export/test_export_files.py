@@ -354,7 +354,13 @@ def test_a_file_that_says_something_else(tmp_path, monkeypatch):
         return data, lambda inputs: [x.flip(0) for x in run(inputs)]
 
     monkeypatch.setattr(files, "_pt2", lying)
-    refused(explainer, tmp_path / "m.pt2", UnsupportedModelError, "must say in the file what it says in torch", any_size=False)
+    refused(
+        explainer,
+        tmp_path / "m.pt2",
+        UnsupportedModelError,
+        "must say in the file what it says in torch",
+        any_size=False,
+    )
 
 
 def test_a_model_that_is_too_large_for_onnx(tmp_path, monkeypatch):
