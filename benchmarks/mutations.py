@@ -160,7 +160,7 @@ MUTATIONS = (
     of_metrics("insertion_deletion", "< counts[places]", "<= counts[places]", "curves"),
     of_metrics("localization", "<= reach**2", "< reach**2", "localization"),
     of_metrics("localization", "_count(chosen | inside, maps)", "_count(inside, maps)", "localization"),
-    of_metrics("complexity", "dtype=values.dtype) - n - 1", "dtype=values.dtype) - n", "metrics"),
+    of_metrics("complexity", "dtype=values.dtype) - n - 1", "dtype=values.dtype) - n", "localization"),
     of_metrics("_maps", "math.ceil(keep * values.shape[1] - 1e-9)", "math.floor(keep * values.shape[1])", "metrics"),
     of_metrics(
         "road", 'relevance if order == "morf" else -relevance', 'relevance if order != "morf" else -relevance', "road"
