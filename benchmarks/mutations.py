@@ -190,9 +190,7 @@ MUTATIONS = (
         '(module, "training", False) for module in modules[:1]]',
         "backbone/test_capture",
     ),
-    of_backbone(
-        "capture", "kept = activation.detach() if starts", "kept = activation if starts", "backbone/test_capture"
-    ),
+    of_backbone("capture", "grid.to_map(kept).clone()", "grid.to_map(kept)", "backbone/test_capture"),
     of_backbone("replay", "earlier = len(records[recorder.layer]) - 1", "earlier = 0", "backbone/test_replay"),
     of_backbone("replay", "own.update(before)", "pass", "backbone/test_replay"),
     of_backbone(

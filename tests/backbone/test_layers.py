@@ -551,6 +551,10 @@ def test_a_hint_says_how_to_read_what_cannot_be_guessed():
 def test_a_hint_without_a_size_takes_the_size_found():
     (tap,) = resolve(vit(), ("blocks.1", Grid("tokens", prefix=1)), images(32))
     assert tap.grid == Grid("tokens", 1, (4, 4))
+    with pytest.raises(LayerError, match="must put out a map"):
+        resolve(Tokens(prefix=3, kind="channel_tokens"), "place", images(32))  # none is found there by itself
+    (tap,) = resolve(Tokens(prefix=3, kind="channel_tokens"), ("place", Grid("channel_tokens", 3)), images(32))
+    assert tap.grid == Grid("channel_tokens", 3, (4, 4))
 
 
 @pytest.mark.parametrize(

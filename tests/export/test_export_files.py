@@ -91,8 +91,15 @@ ANY_SIZE = ("rows", "paper")
 """Those whose files are made for images of any size as well; that is what takes the time."""
 
 
-@each_kind
-@pytest.mark.parametrize("name", some.EXPLAINERS)
+def slow_where_little_is_new(name, kind):
+    """Whether a file of this kind is made of the same parts as others that are tested all the time."""
+    return [pytest.mark.slow] if kind == "onnx" and name in ("L-CAM-Img", "L-CAM-Fm", "CAM") else []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(n, k, marks=slow_where_little_is_new(n, k)) for n in some.EXPLAINERS for k in KINDS],
+)
 def test_a_file_of_each_explainer(name, kind, tmp_path):
     explainer = some.EXPLAINERS[name]()
     path = explainer.export(tmp_path / f"model.{kind}", any_size=None if name in ANY_SIZE else False)
