@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from attrib_zoo.cli.shared import accepted, layers_of, load_model, method_of, se
 from attrib_zoo.errors import DataError, OptionError, listed
 from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.photos import Photos, find_photos, is_photo, writable_folder
+from attrib_zoo.training.callbacks import Progress
 from attrib_zoo.training.locks import hold
 from attrib_zoo.training.signals import Stopped
 
@@ -49,6 +52,7 @@ def fit(options: Any) -> str:
 
 def _train(explainer: Any, loaders: list[DataLoader[Tensor]], options: Any, folder: Path | None) -> None:
     """The fit; when it is stopped, it says how to continue."""
+    watched = sys.stderr.isatty()
     try:
         explainer.fit(
             loaders[0],
@@ -62,6 +66,8 @@ def _train(explainer: Any, loaders: list[DataLoader[Tensor]], options: Any, fold
             resume_from=options.resume,
             checkpoint_dir=folder,
             checkpoint_every=options.checkpoint_every,
+            callbacks=[] if watched else [Lines()],
+            show_progress=watched,
         )
     except KeyboardInterrupt as stop:
         raise Stopped(
@@ -70,6 +76,31 @@ def _train(explainer: Any, loaders: list[DataLoader[Tensor]], options: Any, fold
             else f"continue with the same command and --resume {shlex.quote(str(folder))}",
             signal=getattr(stop, "signal", None),
         ) from None
+
+
+class Lines:
+    """A callback for a log: a line each minute, and the last one, instead of a bar that writes over itself."""
+
+    def __init__(self, every: float = 60.0) -> None:
+        self.every = every
+        self._began: tuple[int, float] | None = None
+        self._said = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        """Write the line to the standard error stream, if it is time."""
+        if progress.event != "step":
+            return
+        now = time.monotonic()
+        self._began = self._began or (progress.step, now)
+        left = progress.steps - progress.step
+        if left and now - self._said < self.every:
+            return
+        self._said = now
+        done, spent = progress.step - self._began[0], now - self._began[1]
+        until = f", about {max(1, round(left * spent / done / 60))} min left" if left and done else ""
+        loss = progress.numbers["loss"]
+        sys.stderr.write(f"fit: step {progress.step} of {progress.steps}, loss {loss:.3g}{until}\n")
+        sys.stderr.flush()
 
 
 def _next_steps(output: Path, options: Any, kind: str) -> str:

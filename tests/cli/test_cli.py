@@ -22,7 +22,9 @@ import attrib_zoo
 from attrib_zoo import TTAME, Contrast, GradCAM, HiResCAM, models
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.cli import demo, explain, main
+from attrib_zoo.cli.fit import Lines
 from attrib_zoo.models.photos import Photos
+from attrib_zoo.training.callbacks import Progress
 from attrib_zoo.training.locks import hold
 from attrib_zoo.visualize import picture
 
@@ -552,6 +554,35 @@ def test_fit_is_the_librarys_fit_and_says_how_to_go_on(files, loaded, explainer,
         f"attrib-zoo explain PHOTO --model test_resnet --weights {files}/w.pth --explainer '{output}'" in captured.out
     )
     assert f"TTAME.load('{output}', model)" in captured.out
+
+
+def test_a_log_gets_lines_and_a_terminal_a_bar(files, tmp_path, capsys, monkeypatch) -> None:
+    words = fit_words(files, tmp_path / "t.safetensors")
+    assert main(words) == 0
+    err = capsys.readouterr().err
+    assert re.findall("^fit: .*", err, re.MULTILINE) == [re.search("fit: step 3 of 3, loss [0-9.]+$", err, re.M)[0]]
+    assert "\r" not in err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(words) == 0
+    err = capsys.readouterr().err
+    assert "fit: step" not in err
+    assert "\rfit: 100%" in err
+
+
+def test_the_lines_of_a_log_say_how_long_it_takes(capsys, monkeypatch) -> None:
+    times = iter([100.0, *range(110, 1000, 30)])
+    monkeypatch.setattr("attrib_zoo.cli.fit.time.monotonic", lambda: next(times))
+    lines = Lines()
+    for step in range(11, 21):  # continued: what came before took other time
+        lines(Progress("step", step, 20, {"loss": 2.0 / step}, lambda *_: None))
+        lines(Progress("validation", step, 20, {"loss": 9.0}, lambda *_: None))
+    assert capsys.readouterr().err.splitlines() == [
+        "fit: step 13 of 20, loss 0.154, about 4 min left",
+        "fit: step 15 of 20, loss 0.133, about 2 min left",
+        "fit: step 17 of 20, loss 0.118, about 2 min left",
+        "fit: step 19 of 20, loss 0.105, about 1 min left",
+        "fit: step 20 of 20, loss 0.1",
+    ]
 
 
 def test_fit_without_steps_is_the_start_and_says_so(files, loaded, tmp_path, capsys) -> None:
