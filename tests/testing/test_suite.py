@@ -16,6 +16,7 @@ from torch import nn
 
 from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.testing import CHECKS, ContractError, Inapplicable, check_attribution
+from attrib_zoo.testing.suite import Case
 
 
 @caught_by(input_shape="expected shape", infidelity="")
@@ -87,6 +88,53 @@ def test_every_check_has_a_planted_fault():
     assert set(CHECKS) - {name for _, name, _ in PLANTED} == {"gpu"}, (
         "plant a fault: a class with @caught_by(name_of_the_check=...)"
     )
+
+
+CHANGES = {
+    "nothing": lambda bench: None,
+    "a weight": lambda bench: bench.model.head.weight.data.add_(1),
+    "a gradient": lambda bench: bench.model(bench.inputs).sum().backward(),
+    "a mode": lambda bench: bench.model.dropout.train(),
+    "a hook": lambda bench: bench.model.head.register_forward_hook(lambda *_: None),
+    "an attribute": lambda bench: setattr(bench.model, "seen", True),
+    "a module": lambda bench: setattr(bench.model, "idle", nn.Linear(2, 2)),
+    "a planned failure": lambda bench: setattr(bench.model.fuse, "rows", 4),
+    "the images": lambda bench: bench.inputs.add_(0),
+    "a batch": lambda bench: bench.batches[1].mul_(2),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_the_next_check_gets_the_same_bench_unless_something_was_changed(what):
+    case = Case(SmallCAM, "cnn")
+    CHANGES[what](case.bench)
+    case.release()
+    following = Case(SmallCAM, "cnn")
+    assert (following.model is case.model) == (what == "nothing")
+    assert torch.equal(following.maps, Case(SmallCAM, "cnn").maps)
+
+
+def test_a_trained_class_is_fitted_once_for_each_bench_and_explains_the_model_of_each_case():
+    fits = []
+
+    class Counted(SmallTrained):
+        def fit(self, loader, **options):
+            fits.append(self.model)
+            return super().fit(loader, **options)
+
+    one, two = Case(Counted, "cnn"), Case(Counted, "cnn")
+    assert torch.equal(one.maps, two.maps)
+    assert (one.explainer.forward_func, two.explainer.forward_func) == (one.model, two.model)
+    assert one.explainer is not two.explainer
+    assert len(fits) == 1
+    assert fits[0] not in (one.model, two.model)
+    assert Case(Counted, "vit").maps.shape == one.maps.shape
+    assert len(fits) == 2
+
+
+def test_two_cases_at_a_time_have_a_bench_each():
+    case = Case(SmallCAM, "cnn")
+    assert case.at().model is not case.model
 
 
 class MeanMap(SmallCAM):
