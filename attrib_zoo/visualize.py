@@ -514,12 +514,18 @@ def _text(sheet: Figure, x: float, y: float, words: str, room: float, **style: A
 
 
 def _shortened(words: str, fits: Callable[[str], bool]) -> str:
-    """The words, or as many of their letters as fit together with an ellipsis."""
-    found, kept = words, words
-    while len(kept) > 1 and not fits(found):
-        kept = kept[:-1]
-        found = kept.rstrip() + "…"
-    return found
+    """The words, or as many of their letters as fit together with an ellipsis, but at least one."""
+    if len(words) < 2 or fits(words):
+        return words
+
+    def cut(count: int) -> str:
+        return words[:count].rstrip() + "…"
+
+    least, most = 1, len(words) - 1
+    while least < most:  # by halves, for each try lays the text out
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(cut(middle)) else (least, middle - 1)
+    return cut(least)
 
 
 def _font(size: int) -> Any:
