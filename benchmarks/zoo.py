@@ -90,7 +90,7 @@ def arrowed(measure: str) -> str:
 
 def place(known: Numbers) -> str:
     """Against boxes; what a map costs; whether the weights matter."""
-    random = known.more.get("randomised", {})
+    random = {**{method: similar for method, _, _, similar in known.checks}, **known.more.get("randomised", {})}
     lines = []
     for method in order(known.rows):
         rows, cost = known.rows[method], known.costs.get(method, {})
