@@ -1,1 +1,0 @@
-"""Sharing fitted explainers: a folder with a card, a repository of the Hugging Face Hub."""
