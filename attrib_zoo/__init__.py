@@ -1,5 +1,7 @@
 """Which image regions made the model decide? Attribution methods for image classifiers, alongside Captum."""
 
+from attrib_zoo.backbone.targets import Contrast as Contrast
+from attrib_zoo.backbone.targets import Scalar as Scalar
 from attrib_zoo.methods.ablationcam import AblationCAM as AblationCAM
 from attrib_zoo.methods.adasise import AdaSISE as AdaSISE
 from attrib_zoo.methods.cam import CAM as CAM
@@ -29,7 +31,5 @@ from attrib_zoo.methods.transformer_lrp import TransformerLRP as TransformerLRP
 from attrib_zoo.methods.ttame import TTAME as TTAME
 from attrib_zoo.methods.xgradcam import XGradCAM as XGradCAM
 from attrib_zoo.methods.zoomcam import ZoomCAM as ZoomCAM
-from attrib_zoo.targets import Contrast as Contrast
-from attrib_zoo.targets import Scalar as Scalar
 
 __version__ = "0.2.0"

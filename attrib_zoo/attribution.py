@@ -18,9 +18,9 @@ from attrib_zoo.backbone.layers.extents import Extents
 from attrib_zoo.backbone.layers.gridcheck import check_grids
 from attrib_zoo.backbone.layers.known import known, situation
 from attrib_zoo.backbone.layers.resolve import Tap
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.errors import InputError, LayerError, ModelChangedError, OptionError, check_choice, html_table
 from attrib_zoo.masking import mean_filter, min_max, placed, positive_scale, rank_scale, upsample
-from attrib_zoo.targets import TargetQuery
 
 if TYPE_CHECKING:  # Captum ships no type information; this is what we use of its base classes
 

@@ -70,7 +70,7 @@ MUTATIONS = (
         "backbone/test_libra",
     ),
     Mutation(
-        "targets.py",
+        "backbone/targets.py",
         "return Functions(self.index[rows.to(self.index.device)], scalars=scalars, columns=columns)",
         "return Functions(self.index[rows.to(self.index.device)], scalars=self.scalars, columns=columns)",
         "tests/test_other_outputs.py",
@@ -148,7 +148,7 @@ MUTATIONS = (
         CONTRACT + "RISE-nothing_left",
     ),
     Mutation(
-        "targets.py",
+        "backbone/targets.py",
         "outputs.argmax(dim=1, keepdim=True)",
         "outputs.argmin(dim=1, keepdim=True)",
         CONTRACT + "GradCAM-own_decision",

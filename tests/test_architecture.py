@@ -13,13 +13,11 @@ PACKAGE = "attrib_zoo"
 ORDER = (
     "errors",
     "masking",
-    "targets",
     "backbone",
     "metrics",
     "attribution",
     "training",
-    "export",
-    "hub",
+    "sharing",
     "methods",
     "",  # attrib_zoo/__init__.py: the list of methods
     "synthetic",

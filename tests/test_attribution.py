@@ -15,6 +15,7 @@ from torch import nn
 from attrib_zoo import RISE, TTAME, GradCAM
 from attrib_zoo.attribution import Attribution, check_images
 from attrib_zoo.backbone.capture import forward_args, run
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.errors import (
     AttribZooError,
     InputError,
@@ -27,7 +28,6 @@ from attrib_zoo.errors import (
     check_choice,
 )
 from attrib_zoo.masking import mean_filter, rank_scale, upsample
-from attrib_zoo.targets import TargetQuery
 
 
 class Sum(Attribution):

@@ -24,9 +24,9 @@ from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, is_quantised, running, unwrap
 from attrib_zoo.backbone.nested import pick, put
 from attrib_zoo.backbone.projections import in_one_product
+from attrib_zoo.backbone.targets import check_outputs, scores_in
 from attrib_zoo.backbone.vit.attended import attended_source, seen_in_pass
 from attrib_zoo.errors import InputError, LayerError, ModelChangedError, UnsupportedModelError
-from attrib_zoo.targets import check_outputs, scores_in
 
 __all__ = [
     "call_model",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import evaluating, forward, frozen, unwrap
+from attrib_zoo.backbone.targets import TargetQuery, one_logit
 from attrib_zoo.benchmark.controls import beside, constant, perfect
 from attrib_zoo.benchmark.cost import Cost, clock, measured, peak_bytes
 from attrib_zoo.benchmark.measures import TRUTH, Explain, Measure, Question, Wanted, chosen
@@ -24,7 +25,6 @@ from attrib_zoo.benchmark.records import Records, Row
 from attrib_zoo.benchmark.table import Table
 from attrib_zoo.errors import DataError, InputError, OptionError, check_number
 from attrib_zoo.metrics._scores import check_masking
-from attrib_zoo.targets import TargetQuery, one_logit
 from attrib_zoo.training import distributed
 from attrib_zoo.training.checkpoint import fingerprint
 from attrib_zoo.training.data import images_of

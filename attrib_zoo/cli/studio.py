@@ -17,13 +17,13 @@ from torch import Tensor
 
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.kind import is_transformer
+from attrib_zoo.backbone.targets import class_scores, scores_in
 from attrib_zoo.cli.shared import accepted, explainers, load_model, methods, settings_of
 from attrib_zoo.errors import AttribZooError, OptionError
 from attrib_zoo.masking import mean_filter
 from attrib_zoo.models import LoadedModel
 from attrib_zoo.models.onepass import answer
 from attrib_zoo.models.photos import open_photo
-from attrib_zoo.targets import class_scores, scores_in
 from attrib_zoo.visualize import ALPHA, Box, overlay
 
 MOST_CLASSES, MOST_METHODS = 2, 4

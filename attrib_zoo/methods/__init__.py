@@ -26,6 +26,8 @@ from attrib_zoo.backbone.capture import run_with_graph as run_with_graph
 from attrib_zoo.backbone.grid import Grid as Grid
 from attrib_zoo.backbone.grid import Tap as Tap
 from attrib_zoo.backbone.replay import replay as replay
+from attrib_zoo.backbone.targets import Target as Target
+from attrib_zoo.backbone.targets import TargetQuery as TargetQuery
 from attrib_zoo.masking import at_least_float32 as at_least_float32
 from attrib_zoo.masking import min_max as min_max
 from attrib_zoo.masking import upsample as upsample
@@ -45,8 +47,6 @@ from attrib_zoo.methods.bases.perturbation import Perturbation as Perturbation
 from attrib_zoo.methods.bases.perturbation import PerturbationCAM as PerturbationCAM
 from attrib_zoo.methods.bases.progress import progress as progress
 from attrib_zoo.methods.bases.trainable import TrainableAttribution as TrainableAttribution
-from attrib_zoo.targets import Target as Target
-from attrib_zoo.targets import TargetQuery as TargetQuery
 from attrib_zoo.training.fit import Terms as Terms
 from attrib_zoo.training.schedule import Schedule as Schedule
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.backbone.replay import Replay, replay
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.errors import check_choice
 from attrib_zoo.masking import ChunkSize, at_least_float32
 from attrib_zoo.methods.bases.perturbation import Perturbation
 from attrib_zoo.methods.bases.progress import progress
-from attrib_zoo.targets import TargetQuery
 
 
 class AblationCAM(Perturbation):

@@ -12,12 +12,12 @@ from attrib_zoo.backbone.capture import forward, select_args
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.replay import replay
+from attrib_zoo.backbone.targets import TargetQuery, class_scores
 from attrib_zoo.errors import OptionError, UnsupportedModelError, listed
-from attrib_zoo.export.program import LinearMaps
 from attrib_zoo.masking import at_least_float32
 from attrib_zoo.methods.bases.gradient_cam import GradientCAM, differentiate
 from attrib_zoo.methods.bases.one_pass import OnePass
-from attrib_zoo.targets import TargetQuery, class_scores
+from attrib_zoo.sharing.program import LinearMaps
 
 _CLASSES_AT_ONCE = 64
 

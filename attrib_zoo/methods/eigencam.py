@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.capture import run
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.masking import at_least_float32
-from attrib_zoo.targets import TargetQuery
 
 
 class EigenCAM(Attribution):

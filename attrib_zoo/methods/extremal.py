@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution, PerturbationAttribution
 from attrib_zoo.backbone.capture import check_weights, forward, select_args
+from attrib_zoo.backbone.targets import SCORES, Target, TargetQuery, class_scores
 from attrib_zoo.errors import OptionError, TargetError, UnsupportedModelError, check_choice, check_number
 from attrib_zoo.masking import ChunkSize, at_least_float32, blur, wide_dtype
 from attrib_zoo.methods.bases.progress import progress
-from attrib_zoo.targets import SCORES, Target, TargetQuery, class_scores
 
 _LEVELS = 8  # of the blurred images, the last of them sharp
 _COLDNESS = 20.0

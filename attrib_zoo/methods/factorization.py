@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution, check_images
 from attrib_zoo.backbone.capture import forward_args, frozen, run
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.errors import OptionError, check_number
 from attrib_zoo.masking import at_least_float32
-from attrib_zoo.targets import TargetQuery
 
 _LEAST = 1e-12
 

@@ -17,9 +17,9 @@ from attrib_zoo.backbone.layers.resolve import look
 from attrib_zoo.backbone.layers.trace import Trace
 from attrib_zoo.backbone.libra import Balanced, Term
 from attrib_zoo.backbone.module import find
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
 from attrib_zoo.masking import at_least_float32, min_max, upsample
-from attrib_zoo.targets import TargetQuery
 
 _CONVOLUTION = nn.modules.conv._ConvNd
 _OWN_STATISTICS = (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from attrib_zoo.attribution import GradientAttribution
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.methods.bases.attention import AttentionMethod, attention_for, not_zero, positive, with_identity
-from attrib_zoo.targets import TargetQuery
 
 
 class GenericAttention(AttentionMethod, GradientAttribution):

@@ -14,12 +14,12 @@ from attrib_zoo.backbone.capture import forward, listening, run_with_graph, sele
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.backbone.replay import Replay, replay
+from attrib_zoo.backbone.targets import SCORES, Target, TargetQuery
 from attrib_zoo.backbone.vit.attention import read_attention
 from attrib_zoo.errors import OptionError, check_choice
 from attrib_zoo.masking import ChunkSize, at_least_float32
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
 from attrib_zoo.methods.bases.progress import progress
-from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 _STEPS = {"cnn": 10, "vit": 5}
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import run, select_args
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.errors import check_choice, check_number
 from attrib_zoo.masking import ChunkSize
 from attrib_zoo.methods.bases.gradient_cam import GradientCAM, check_gradients, differentiate, each_chunk
 from attrib_zoo.methods.bases.perturbation import Baseline, check_baseline, resolve_baseline
-from attrib_zoo.targets import TargetQuery
 
 
 class IntegratedGradCAM(GradientCAM):

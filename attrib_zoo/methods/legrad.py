@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.attribution import GradientAttribution
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.backbone.vit.layerwise import find_layers, layer_gradients
 from attrib_zoo.errors import OptionError
 from attrib_zoo.masking import at_least_float32
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero
-from attrib_zoo.targets import TargetQuery
 
 
 class LeGrad(AttentionMethod, GradientAttribution):

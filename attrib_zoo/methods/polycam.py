@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import run
 from attrib_zoo.backbone.layers.resolve import Tap
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.errors import check_choice, check_number
 from attrib_zoo.masking import at_least_float32, upsample
 from attrib_zoo.methods.bases.perturbation import Baseline, Passes, Perturbation, refuse_transformers
-from attrib_zoo.targets import TargetQuery
 
 
 class PolyCAM(Perturbation):

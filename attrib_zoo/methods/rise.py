@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.errors import OptionError, check_number
 from attrib_zoo.masking import wide_dtype
 from attrib_zoo.methods.bases.perturbation import Baseline, Passes, Perturbation
-from attrib_zoo.targets import TargetQuery
 
 
 class RISE(Perturbation):

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.backbone.vit.attention import read_attention
 from attrib_zoo.methods.bases.attention import AttentionMethod, attention_for, not_zero, positive, with_identity
-from attrib_zoo.targets import TargetQuery
 
 
 class AttentionRollout(AttentionMethod):

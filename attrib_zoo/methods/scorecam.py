@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attrib_zoo.backbone.targets import Target
 from attrib_zoo.errors import OptionError, check_choice, warn
 from attrib_zoo.masking import min_max, upsample
 from attrib_zoo.methods.bases.perturbation import Baseline, PerturbationCAM, read_scores
-from attrib_zoo.targets import Target
 
 _VARIANTS = ("paper", "pytorch-grad-cam", "torchcam")
 

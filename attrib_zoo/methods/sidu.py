@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.layers.resolve import Tap
+from attrib_zoo.backbone.targets import Target, class_scores
 from attrib_zoo.errors import check_choice, check_number, warn
 from attrib_zoo.masking import at_least_float32, min_max, upsample
 from attrib_zoo.methods.bases.perturbation import Baseline, PerturbationCAM, refuse_transformers
-from attrib_zoo.targets import Target, class_scores
 
 
 class SIDU(PerturbationCAM):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import select_args
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.errors import check_choice, check_number
 from attrib_zoo.masking import ChunkSize
 from attrib_zoo.methods.bases.gradient_cam import GradientCAM, check_gradients, check_seed, differentiate, each_chunk
-from attrib_zoo.targets import TargetQuery
 
 
 class SmoothGradCAMPlusPlus(GradientCAM):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import GradientAttribution
 from attrib_zoo.backbone.layers.resolve import look
 from attrib_zoo.backbone.module import find
+from attrib_zoo.backbone.targets import Functions, Target, TargetQuery
 from attrib_zoo.backbone.vit.attention import AttentionPass, Attentions, Matrix, read_attention
 from attrib_zoo.backbone.vit.heads import precise
 from attrib_zoo.backbone.vit.prenorm import Block, PreNorm, Values, take_apart
 from attrib_zoo.errors import OptionError, TargetError, UnsupportedModelError
 from attrib_zoo.methods.bases import relevance as rules
 from attrib_zoo.methods.bases.attention import AttentionMethod, not_zero, positive, with_identity
-from attrib_zoo.targets import Functions, Target, TargetQuery
 
 
 class TransformerLRP(AttentionMethod, GradientAttribution):

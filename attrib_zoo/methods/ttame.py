@@ -13,11 +13,11 @@ from attrib_zoo.backbone.capture import forward, select_args
 from attrib_zoo.backbone.grid import ATTENDED
 from attrib_zoo.backbone.kind import is_transformer
 from attrib_zoo.backbone.layers.resolve import Tap
+from attrib_zoo.backbone.targets import Target, TargetQuery
 from attrib_zoo.backbone.vit.attention import attended_taps, check_attended
 from attrib_zoo.errors import AttribZooError, check_choice
 from attrib_zoo.masking import blend, blur, mean_filter, upsample
 from attrib_zoo.methods.bases.trainable import IMAGES_PER_CLASS, TrainableAttribution
-from attrib_zoo.targets import Target, TargetQuery
 from attrib_zoo.training.checkpoint import Checkpoint
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.head import AttentionHead

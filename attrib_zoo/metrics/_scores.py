@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward, forward_args, frozen, select_args
 from attrib_zoo.backbone.kind import is_transformer
+from attrib_zoo.backbone.targets import Functions, Target, TargetQuery, class_scores
 from attrib_zoo.errors import InputError, OptionError, UnsupportedModelError
 from attrib_zoo.masking import ChunkSize, black, channel_stats
-from attrib_zoo.targets import Functions, Target, TargetQuery, class_scores
 
 Masking = str | Tensor
 Score = str | Callable[[Tensor], Tensor]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward_args, frozen
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.errors import OptionError
 from attrib_zoo.masking import blend
 from attrib_zoo.metrics._maps import Seed, finite_rows, read_maps, scale_maps, top_pixels
@@ -25,7 +26,6 @@ from attrib_zoo.metrics._scores import (
     run_in_chunks,
     select_scores,
 )
-from attrib_zoo.targets import TargetQuery
 
 _SISE: dict[str, Any] = {"keep": 0.15, "mask": "binary", "ties": "random"}  # the options of its Drop % and Increase %
 

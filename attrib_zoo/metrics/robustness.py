@@ -11,11 +11,11 @@ from captum.metrics import sensitivity_max as captum_sensitivity_max
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward, forward_args, frozen
+from attrib_zoo.backbone.targets import TargetQuery, class_scores
 from attrib_zoo.errors import InputError, OptionError
 from attrib_zoo.masking import ChunkSize, at_least_float32, upsample
 from attrib_zoo.metrics._maps import Seed, finite_rows, read_maps, seeds_of
 from attrib_zoo.metrics._scores import check_inputs, run_in_chunks
-from attrib_zoo.targets import TargetQuery, class_scores
 
 SCORES = ("logit", "softmax", "sigmoid")
 PERTURBATIONS = ("noise", "square")

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import forward, forward_args, frozen, unwrap
 from attrib_zoo.backbone.module import find
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.errors import OptionError
 from attrib_zoo.metrics._maps import read_maps
 from attrib_zoo.metrics._scores import check_inputs
 from attrib_zoo.metrics.similarity import SIMILARITIES, Similarity
-from attrib_zoo.targets import TargetQuery
 
 Explain = Callable[[Tensor, Any], Tensor]
 ExplainerFactory = Callable[[nn.Module, int], Explain]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from attrib_zoo.attribution import Attribution, check_images
 from attrib_zoo.backbone.capture import forward, frozen
+from attrib_zoo.backbone.targets import Contrast, Target, TargetQuery, class_scores
 from attrib_zoo.errors import OptionError
-from attrib_zoo.targets import Contrast, Target, TargetQuery, class_scores
 
 
 @dataclass(frozen=True)

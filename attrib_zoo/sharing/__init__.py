@@ -1,1 +1,1 @@
-"""A model and its explainer as one program: a plain module, an ``.onnx`` file, a ``.pt2`` file."""
+"""What leaves Python: a model with its explainer as a program or a file, and explainers in folders and on the Hub."""

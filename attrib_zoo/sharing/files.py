@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attrib_zoo.errors import DataError, OptionError, UnsupportedModelError, reason
-from attrib_zoo.export.program import ExplainingModel
+from attrib_zoo.sharing.program import ExplainingModel
 from attrib_zoo.training.files import write_whole
 
 OLDEST_OPSET = 18

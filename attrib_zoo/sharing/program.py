@@ -23,10 +23,10 @@ from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.mirror import Unmirrored, mirror
 from attrib_zoo.backbone.module import find, unwrap
 from attrib_zoo.backbone.nested import pick
+from attrib_zoo.backbone.targets import one_logit, scores_in
 from attrib_zoo.backbone.vit.attended import attended_source, seen_in_pass
 from attrib_zoo.errors import UnsupportedModelError, reason
 from attrib_zoo.masking import Extent, at_least_float32, mean_filter, moving
-from attrib_zoo.targets import one_logit, scores_in
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.losses import two_logits
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.grid import Tap
-from attrib_zoo.targets import Target, TargetQuery
+from attrib_zoo.backbone.targets import Target, TargetQuery
 from attrib_zoo.training.checkpoint import Fitted
 from attrib_zoo.training.fit import Terms
 from attrib_zoo.training.schedule import Schedule

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrib_zoo.backbone.targets import class_scores, one_logit
 from attrib_zoo.masking import at_least_float32
-from attrib_zoo.targets import class_scores, one_logit
 
 FIT_SCORES = ("softmax", "sigmoid")
 """In which sense a model decides, as far as a fit can follow."""

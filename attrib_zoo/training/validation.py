@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from attrib_zoo.attribution import Attribution
+from attrib_zoo.backbone.targets import TargetQuery, class_scores
 from attrib_zoo.metrics.confidence import average_drop, increase_in_confidence
-from attrib_zoo.targets import TargetQuery, class_scores
 from attrib_zoo.training.checkpoint import Fitted
 from attrib_zoo.training.data import images_of
 from attrib_zoo.training.explainer import Explainer

@@ -10,8 +10,8 @@ from captum._utils.common import _select_targets
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attrib_zoo.backbone.targets import Contrast, Target, TargetQuery, check_outputs
 from attrib_zoo.errors import AttribZooError, TargetError, UnsupportedModelError
-from attrib_zoo.targets import Contrast, Target, TargetQuery, check_outputs
 
 
 def scores_for(target, outputs, score="logit", **options):

@@ -17,9 +17,9 @@ from torch import nn
 from attrib_zoo import TTAME, synthetic
 from attrib_zoo.backbone.capture import frozen, run
 from attrib_zoo.backbone.layers.resolve import resolve
+from attrib_zoo.backbone.targets import Contrast
 from attrib_zoo.errors import OptionError, TrainingError
 from attrib_zoo.methods.ttame import less_rivals
-from attrib_zoo.targets import Contrast
 from attrib_zoo.training.losses import gone, order_mask
 from attrib_zoo.training.recipe import RECIPES, Recipe
 from attrib_zoo.training.rows import class_rows

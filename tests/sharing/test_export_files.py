@@ -15,7 +15,7 @@ from torch import nn
 
 from attrib_zoo import CAM, TTAME
 from attrib_zoo.errors import DataError, NotFittedError, OptionError, UnsupportedModelError
-from attrib_zoo.export import files
+from attrib_zoo.sharing import files
 
 KINDS = ("pt2", "onnx")
 TOLERANCES = {"pt2": 1e-6, "onnx": 1e-4}

@@ -16,7 +16,7 @@ import torch
 
 from attrib_zoo import TTAME, LCAMImg
 from attrib_zoo.errors import BackboneMismatchError, CheckpointError, DataError, NotFittedError, OptionError
-from attrib_zoo.hub.card import about, card
+from attrib_zoo.sharing.card import about, card
 from attrib_zoo.training.resume import to_checkpoint
 
 TOLD = {

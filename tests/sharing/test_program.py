@@ -17,8 +17,8 @@ from torch import nn
 from attrib_zoo import CAM, TTAME, GradCAM
 from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.errors import BackboneMismatchError, InputError, NotFittedError, OptionError, UnsupportedModelError
-from attrib_zoo.export.program import ClassMaps, Enlargement, Reading, Standardise, counted_ranks
 from attrib_zoo.masking import rank_scale
+from attrib_zoo.sharing.program import ClassMaps, Enlargement, Reading, Standardise, counted_ranks
 
 each = pytest.mark.parametrize("make", some.EXPLAINERS.values(), ids=some.EXPLAINERS)
 

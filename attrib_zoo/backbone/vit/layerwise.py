@@ -22,6 +22,7 @@ from attrib_zoo.backbone.layers.trace import Call, Trace
 from attrib_zoo.backbone.module import find
 from attrib_zoo.backbone.nested import pick
 from attrib_zoo.backbone.replay import Replay, replay
+from attrib_zoo.backbone.targets import Target
 from attrib_zoo.backbone.vit.attention import (
     Attentions,
     attention_calls,
@@ -32,7 +33,6 @@ from attrib_zoo.backbone.vit.attention import (
 )
 from attrib_zoo.backbone.vit.heads import check, precise, refuse
 from attrib_zoo.masking import wide_dtype
-from attrib_zoo.targets import Target
 
 Resolve = Callable[[Tensor], Target]
 

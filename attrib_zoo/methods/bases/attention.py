@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.libra import Balanced
+from attrib_zoo.backbone.targets import TargetQuery
 from attrib_zoo.backbone.vit.attention import AttentionPass, Attentions, find_attention, read_attention
 from attrib_zoo.errors import OptionError, UnsupportedModelError, warn
-from attrib_zoo.targets import TargetQuery
 
 
 class AttentionMethod(Attribution):

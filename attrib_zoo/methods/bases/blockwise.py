@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
+from attrib_zoo.backbone.targets import SCORES, TargetQuery
 from attrib_zoo.errors import check_choice, check_number, warn
 from attrib_zoo.masking import at_least_float32, min_max, upsample
 from attrib_zoo.methods.bases.gradient_cam import _gradients
@@ -20,7 +21,6 @@ from attrib_zoo.methods.bases.perturbation import (
     read_scores,
     refuse_transformers,
 )
-from attrib_zoo.targets import SCORES, TargetQuery
 
 _BINS = 256
 FUSIONS = ("hard", "soft", "simple")

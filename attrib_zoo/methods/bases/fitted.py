@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.module import unwrap
 from attrib_zoo.errors import BackboneMismatchError, CheckpointError, NotFittedError, warn
-from attrib_zoo.hub import card, repository
 from attrib_zoo.masking import black, channel_stats
 from attrib_zoo.methods.bases.one_pass import OnePass
+from attrib_zoo.sharing import card, repository
 from attrib_zoo.training import resume, validation
 from attrib_zoo.training.checkpoint import Fitted, fingerprint, packed, read, write
 from attrib_zoo.training.history import History
@@ -169,7 +169,8 @@ class FittedAttribution(OnePass):
 
         Args:
             folder: made where there is none.
-            about: what the card says beside what the explainer knows itself; see :class:`attrib_zoo.hub.card.About`.
+            about: what the card says beside what the explainer knows by itself; see
+                :class:`attrib_zoo.sharing.card.About`.
 
         Returns:
             The folder.
@@ -197,7 +198,8 @@ class FittedAttribution(OnePass):
             message: of the commit.
             token: ``None`` for that of ``hf auth login``.
             endpoint: another server than ``HF_ENDPOINT`` says; needs huggingface_hub 1.3.3.
-            about: what the card says beside what the explainer knows itself; see :class:`attrib_zoo.hub.card.About`.
+            about: what the card says beside what the explainer knows by itself; see
+                :class:`attrib_zoo.sharing.card.About`.
 
         Returns:
             The commit's address.

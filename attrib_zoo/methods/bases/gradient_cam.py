@@ -12,10 +12,10 @@ from attrib_zoo.attribution import Attribution, GradientAttribution
 from attrib_zoo.backbone.capture import run_with_graph
 from attrib_zoo.backbone.layers.resolve import Tap
 from attrib_zoo.backbone.libra import Balanced
+from attrib_zoo.backbone.targets import SCORES, Target, TargetQuery
 from attrib_zoo.errors import LayerError, OptionError, check_choice, warn
 from attrib_zoo.masking import ChunkSize, at_least_float32
 from attrib_zoo.methods.bases.progress import progress
-from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 _TARGETS_AT_ONCE = 16
 
@@ -120,7 +120,7 @@ def differentiate(
         args: the model's further arguments.
         taps: the layers.
         resolve: the targets, given the outputs.
-        score: what is differentiated; one of :data:`~attrib_zoo.targets.SCORES`.
+        score: what is differentiated; one of :data:`~attrib_zoo.backbone.targets.SCORES`.
         libra: whether the backward pass is balanced.
 
     Returns:

@@ -16,8 +16,9 @@ from attrib_zoo.attribution import Attribution, check_images
 from attrib_zoo.backbone.capture import frozen, run
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.errors import UnsupportedModelError, check_choice, reason
-from attrib_zoo.export.files import check_path, write_program
-from attrib_zoo.export.program import (
+from attrib_zoo.masking import at_least_float32, channel_stats
+from attrib_zoo.sharing.files import check_path, write_program
+from attrib_zoo.sharing.program import (
     PREPROCESSING,
     Enlargement,
     ExplainingModel,
@@ -25,7 +26,6 @@ from attrib_zoo.export.program import (
     Standardise,
     own_modules,
 )
-from attrib_zoo.masking import at_least_float32, channel_stats
 from attrib_zoo.training.checkpoint import fingerprint
 
 _USUAL_SIZE = 224

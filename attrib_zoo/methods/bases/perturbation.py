@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import Attribution, PerturbationAttribution
 from attrib_zoo.backbone.capture import forward, run, select_args
 from attrib_zoo.backbone.kind import is_transformer
+from attrib_zoo.backbone.targets import SCORES, Target, TargetQuery
 from attrib_zoo.errors import OptionError, UnsupportedModelError, check_choice, warn
 from attrib_zoo.masking import ChunkSize, at_least_float32, black, blend, blur, channel_stats, min_max, upsample
 from attrib_zoo.methods.bases.progress import progress
-from attrib_zoo.targets import SCORES, Target, TargetQuery
 
 Baseline: TypeAlias = str | float | Tensor
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from attrib_zoo.backbone.capture import forward, forward_args, frozen, run, select_args
 from attrib_zoo.backbone.grid import Tap
 from attrib_zoo.backbone.module import original
+from attrib_zoo.backbone.targets import Target, TargetQuery, class_list
 from attrib_zoo.errors import BackboneMismatchError, OptionError, check_choice, check_number, warn
-from attrib_zoo.export.program import ClassMaps, Enlargement, own_modules
 from attrib_zoo.masking import at_least_float32
 from attrib_zoo.methods.bases.fitted import FittedAttribution
-from attrib_zoo.targets import Target, TargetQuery, class_list
+from attrib_zoo.sharing.program import ClassMaps, Enlargement, own_modules
 from attrib_zoo.training import distributed, resume, session, validation
 from attrib_zoo.training.callbacks import Callback, Watchers, check_callbacks
 from attrib_zoo.training.checkpoint import Checkpoint, fingerprint, write
