@@ -87,6 +87,20 @@ def test_a_patch_embedding_that_outweighs_the_blocks_is_none_of_them(patch, dept
     assert names(of_timm, count=3) == [f"blocks.{i}" for i in range(depth)][-3:]
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("patch", [16, 32])
+def test_a_single_block_is_read_as_one_of_several_would_be(patch, pool):
+    """Not what holds it: torchvision's encoder ends in the head's norm."""
+    options = {"patch_size": patch, "num_layers": 1, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+    vit_of_torchvision = torchvision_vit(image_size=64, num_classes=10, **options)
+    for rule in ("outputs", "live", "stages"):  # "live" is T-TAME's
+        assert names(vit_of_torchvision, rule=rule) == ["encoder.layers.encoder_layer_0"]
+    assert names(vit_of_torchvision, rule="norms") == ["encoder.layers.encoder_layer_0.ln_1"]
+    of_timm = vit(img_size=64, patch_size=patch, embed_dim=24, depth=1, global_pool=pool)
+    assert names(of_timm, count=3) == ["blocks.0"]
+    assert names(of_timm, rule="norms") == ["blocks.0.norm1"]
+
+
 @pytest.mark.parametrize(
     ("model", "stride", "expected"),
     [

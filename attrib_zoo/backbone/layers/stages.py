@@ -209,8 +209,15 @@ class Stages:
                 return sequence
 
     def _has_blocks(self, sequence: list[Call]) -> bool:
+        """Whether there are blocks in a sequence: several parts with weights, or a single block of tokens.
+
+        A single convolutional block is not looked for, since its stage stands for it. A single block of tokens is,
+        since what holds it may end in a norm that belongs to the head.
+        """
         weighted = [call for call in sequence if _weighted(call)]
-        return len(weighted) > 1 or any(self._has_blocks(self._within(c, branches=False)) for c in weighted)
+        return len(weighted) > 1 or any(
+            _is_token_block(call) or self._has_blocks(self._within(call, branches=False)) for call in weighted
+        )
 
     def _shrinks(self, sequence: list[Call], place: int) -> bool:
         before = spatial(sequence[place - 1])[-1].output.hw if place else self._trace.size
@@ -289,6 +296,10 @@ def _last_block(item: Item) -> Item:
 
 def _kind(item: Item) -> str:
     return item.output.grid.kind if item.output.grid else ""
+
+
+def _is_token_block(call: Call) -> bool:
+    return bool(call.children) and any(item.is_tokens for item in spatial(call))
 
 
 def _is_leaf(call: Call) -> bool:
