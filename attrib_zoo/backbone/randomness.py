@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from attrib_zoo.backbone.watching import Watching
 
 
 @contextmanager
@@ -56,9 +57,9 @@ class Draws:
                 torch.cuda.set_rng_state(self._before[1], self._device)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Watching):
     def __init__(self, draws: Draws) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._draws = draws
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attrib_zoo.backbone.capture import unwrap
+from attrib_zoo.backbone.watching import Watching
 
 
 @dataclass
@@ -121,11 +121,11 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     return mode.peak
 
 
-class _Held(TorchDispatchMode):
+class _Held(Watching):
     """Adds up the live storages that operations return."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.peak = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 

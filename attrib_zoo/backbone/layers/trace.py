@@ -21,7 +21,6 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attrib_zoo.backbone.capture import call_model, frozen, select_args
 from attrib_zoo.backbone.grid import Grid
@@ -29,6 +28,7 @@ from attrib_zoo.backbone.layers.extents import Extents
 from attrib_zoo.backbone.module import original, refuse_shards
 from attrib_zoo.backbone.nested import elements, items, replaced, tensors
 from attrib_zoo.backbone.randomness import Draws
+from attrib_zoo.backbone.watching import Watching
 from attrib_zoo.errors import InputError
 
 BATCH = 1
@@ -288,7 +288,7 @@ _ENTRYWISE_OPERATORS = ("clone", "_to_copy", "layer_norm", "batch_norm", "group_
 _SPATIAL_OPERATORS = ("conv", "pool2d", "upsample", "batch_norm")
 
 
-class Flow(TorchDispatchMode):
+class Flow(Watching):
     """While active, numbers every operation on something made from the input: its node, later than its parents.
 
     A tensor stands for its storage: views share a node, an in-place write gives the storage a new one.
@@ -300,7 +300,7 @@ class Flow(TorchDispatchMode):
     """
 
     def __init__(self, source: Tensor, draws: Draws) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self._draws = draws  # watched here, since a dispatch mode of its own would cost every operation once more
         self.clock = 0
         self.sizes: list[tuple[int, tuple[int, int]]] = []
