@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import textwrap
@@ -404,11 +405,17 @@ def _fail(sentence: str, debug: bool) -> int:
     return 2
 
 
+_LACKING = re.compile('Validation failed: Key "(.*)" is required')
+"""Older versions of jsonargparse say it like this, and name any one of several."""
+
+
 def _usage(error: ArgumentError, arguments: Sequence[str]) -> str:
     text = " ".join(str(error).split())
     if text.startswith('Parser key "'):
         key, _, rest = text.removeprefix('Parser key "').partition('": ')
         text = f"--{key.rpartition('.')[2].replace('_', '-')}: {rest}"
+    if lacking := _LACKING.match(text):
+        text = f"the following arguments are required: {lacking[1]}"
     command = next((word for word in arguments if not word.startswith("-")), "")
     known = command if command in _NAMES else ""
     return f"{text}; see attrib-zoo {known}{' ' * bool(known)}--help"

@@ -117,8 +117,8 @@ def test_version(capsys) -> None:
     [
         ("", r'expected "command" .*; see attrib-zoo --help'),
         ("explan x", "invalid choice: 'explan'.*; see attrib-zoo --help"),
-        ("explain", "--model|photos.*; see attrib-zoo explain --help"),
-        ("explain a.jpg --model m --weihgts x", "unrecognized arguments: --weihgts x"),
+        ("explain", "arguments are required: .*(model|photos).*; see attrib-zoo explain --help"),
+        ("explain a.jpg --model m --weihgts x", "[Uu]nrecognized arguments: --weihgts x"),
         ("fit --model m --data d --output o --epochs many", "^error: --epochs: .*many.*; see attrib-zoo fit --help"),
         ("fit --model m --data d --output o --batch-size 0", "^error: --batch-size: .*0"),
     ],

@@ -433,7 +433,9 @@ def test_the_report_in_full():
     assert repr(explainer).endswith(f"fitted: 4 steps, short schedule, masking raw, psi own, {seen} of 5 classes seen")
 
 
-def test_a_progress_bar_with_the_parts_of_the_loss(capsys):
+def test_a_progress_bar_with_the_parts_of_the_loss(capsys, monkeypatch):
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.setenv(name, "200")  # tqdm cuts the line off at the width of the terminal
     with pytest.warns(UserWarning, match="at least 30"):
         TTAME(zoo.small_cnn(), recipe="paper").fit([IMAGES], max_steps=3)
     shown = capsys.readouterr()
