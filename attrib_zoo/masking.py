@@ -32,7 +32,9 @@ def wide_dtype(like: Tensor | torch.dtype) -> torch.dtype:
 
     16-bit floats hold about three digits, too few for sums over space or over masks.
     """
-    return torch.promote_types(like.dtype if isinstance(like, Tensor) else like, torch.float32)
+    dtype = like.dtype if isinstance(like, Tensor) else like
+    # not promote_types, which becomes part of an exported program, and torch 2.6 cannot read that program from a file
+    return torch.float32 if dtype.itemsize < 4 or not dtype.is_floating_point else dtype
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from attrib_zoo.masking import (
     positive_scale,
     rank_scale,
     upsample,
+    wide_dtype,
 )
 
 
@@ -59,6 +60,15 @@ def bilinear(grid, size):
             below = grid[bottom, left] * (1 - dx) + grid[bottom, right] * dx
             out[i, j] = above * (1 - dy) + below * dy
     return out
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8],
+)
+def test_sums_are_computed_in_single_precision_or_better(dtype):
+    assert wide_dtype(dtype) == wide_dtype(torch.zeros(1, dtype=dtype))
+    assert wide_dtype(dtype) == (torch.float32 if "8_e" in str(dtype) else torch.promote_types(dtype, torch.float32))
 
 
 @given(zoo.maps(most=4), st.integers(0, 5), st.integers(0, 5))

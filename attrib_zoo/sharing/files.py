@@ -130,7 +130,7 @@ def _made(
     if kind == ".onnx":
         data, run = _onnx(program, traced, inputs, opset, facts)
     else:
-        data, run = _pt2(traced, facts)
+        data, run = _pt2(program, traced, facts)
     if run is not None:
         for others, wanted in _others(program, inputs, any_batch, free):
             _compare(program, wanted, run, others, _TOLERANCE[kind])
@@ -198,11 +198,19 @@ def _free_axes(traced: torch.export.ExportedProgram) -> dict[str, bool]:
 _Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
-def _pt2(traced: torch.export.ExportedProgram, facts: dict[str, Any]) -> tuple[bytes, _Run]:
+def _pt2(program: ExplainingModel, traced: torch.export.ExportedProgram, facts: dict[str, Any]) -> tuple[bytes, _Run]:
     """The bytes of the file, and how to run it."""
     buffer = io.BytesIO()
-    torch.export.save(traced, buffer, extra_files={"attrib_zoo.json": json.dumps(facts)})
-    module = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    try:
+        torch.export.save(traced, buffer, extra_files={"attrib_zoo.json": json.dumps(facts)})
+        module = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    except Exception as error:  # of several classes, most of them private
+        name = re.search(r"target='torch\.ops\.([\w.]+)'", str(error))
+        raise UnsupportedModelError(
+            f"model: must be one whose program torch {torch.__version__} can write to a .pt2 file and read again, but "
+            f"it cannot do so with {type(program.model).__name__} ({name[1] if name else reason(error)}); take a newer "
+            "torch, or export to .onnx"
+        ) from error
     return buffer.getvalue(), lambda inputs: module(*inputs)
 
 

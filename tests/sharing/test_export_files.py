@@ -370,6 +370,17 @@ def test_a_file_that_says_something_else(tmp_path, monkeypatch):
     )
 
 
+def test_a_file_that_torch_cannot_read_again(tmp_path, monkeypatch):
+    def broken(_):
+        raise RuntimeError("Failed deserializing node Node(target='torch.ops.aten.promote_types.default', inputs=[\n")
+
+    monkeypatch.setattr(torch.export, "load", broken)
+    words = (
+        r"torch \S+ can write to a .pt2 file and read again, .*\w+ \(aten.promote_types.default\); take a newer torch"
+    )
+    refused(some.rows(), tmp_path / "m.pt2", UnsupportedModelError, words)
+
+
 def test_a_model_that_is_too_large_for_onnx(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_MOST_BYTES", 1000)
     refused(some.rows(), tmp_path / "m.onnx", UnsupportedModelError, "less than 2 GB of weights.*export to .pt2")
