@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -38,20 +40,28 @@ class ColourNet(nn.Module):
         return logits
 
 
-def colour_scenes(count: int) -> tuple[Tensor, Tensor, Tensor]:
+def colour_scenes(
+    count: int, size: tuple[int, int] = (32, 32), quadrants: Sequence[int] = (0, 1, 2, 3)
+) -> tuple[Tensor, Tensor, Tensor]:
     """Images for :class:`ColourNet`, each with two patches of different colours in two quadrants.
 
+    Args:
+        count: how many.
+        size: H and W, 32 or more.
+        quadrants: which of them hold patches, numbered in rows.
+
     Returns:
-        Images ``(count, 3, 32, 32)``; the classes of the stronger and the weaker patch, ``(count, 2)``, the model
-        predicts the first; and the regions of the two, ``(count, 2, 32, 32)``, 0 or 1.
+        Images ``(count, 3, H, W)``; the classes of the stronger and the weaker patch, ``(count, 2)``, the model
+        predicts the first; and the regions of the two, ``(count, 2, H, W)``, 0 or 1.
     """
+    half = (size[0] // 2, size[1] // 2)
     with seeded(0):
-        images = 0.2 * torch.randn(count, 3, 32, 32)
-        places = torch.zeros(count, 2, 32, 32)
+        images = 0.2 * torch.randn(count, 3, *size)
+        places = torch.zeros(count, 2, *size)
         classes = torch.stack([torch.randperm(3)[:2] for _ in range(count)])
         for n in range(count):
-            for j, quadrant in enumerate(torch.randperm(4)[:2].tolist()):
-                top, left = quadrant // 2 * 16 + 3, quadrant % 2 * 16 + 3
+            for j, drawn in enumerate(torch.randperm(len(quadrants))[:2].tolist()):
+                top, left = quadrants[drawn] // 2 * half[0] + 3, quadrants[drawn] % 2 * half[1] + 3
                 places[n, j, top : top + 10, left : left + 10] = 1
                 images[n] -= places[n, j]
                 images[n, classes[n, j]] += places[n, j] * (4.5 - 1.5 * j)

@@ -18,6 +18,7 @@ from attrib_zoo.testing.benches import MODELS, BenchModel
 from attrib_zoo.testing.suite import Case, Inapplicable, check, expect, raises, same
 
 _ALL = tuple(MODELS)
+_CELLS = (4, 8, 16)  # sides in pixels
 _CHUNKS = ("chunk_size", "perturbations_per_eval", "internal_batch_size")
 
 
@@ -146,8 +147,9 @@ def layer_resolution(case: Case) -> None:
 
 @check(*_ALL)
 def smooth_enlargement(case: Case) -> None:
-    """A map that exists only at the size of the image is not made of blocks, as cells without interpolation are.
+    """A map that exists only at the size of the image is not made of blocks, nor stretched from corner to corner.
 
+    Cells without interpolation are blocks; ``align_corners=True`` puts the centres of the outer cells on the edge.
     A class whose regions have one value each (superpixels, occluded boxes) declares ``piecewise_constant = True``.
     """
     if "upsample" in case.parameters():
@@ -161,6 +163,20 @@ def smooth_enlargement(case: Case) -> None:
             inner = (before > low) & (before < high)
             flat = float((before == after)[inner].double().mean()) if int(inner.sum()) > heat.numel() // 8 else 0.0
             expect(flat < 0.75, f"{flat:.0%} of neighbouring pixels are equal: enlarge maps bilinearly")
+        stretched = min(_rest(heat.double(), cells, align_corners=True) for cells in _CELLS)
+        placed = min(_rest(heat.double(), cells, align_corners=False) for cells in _CELLS)
+        expect(stretched > 1e-4 or placed < 1e-2, "this is a map enlarged with align_corners=True; leave that out")
+
+
+def _rest(heat: Tensor, cells: int, *, align_corners: bool) -> float:
+    """What of a map ``(H, W)`` no grid of cells of this many pixels gives when enlarged, as a share of its range."""
+    fitted = heat
+    for _ in range(2):  # the enlargement is one along the rows of one along the columns
+        count = fitted.shape[0] // cells
+        unit = torch.eye(count, dtype=heat.dtype)[None]
+        lines = F.interpolate(unit, fitted.shape[0], mode="linear", align_corners=align_corners)[0].T
+        fitted = (lines @ torch.linalg.pinv(lines) @ fitted).T
+    return float((fitted - heat).abs().max() / (heat.amax() - heat.amin()).clamp_min(1e-30))
 
 
 def _cells(case: Case, **options: Any) -> Tensor:
@@ -211,17 +227,19 @@ def flips(case: Case) -> None:
     """
     if "seed" in case.parameters():
         raise Inapplicable("random masks have no mirror image")
-    sized = case.at((32, 48), torch.float64)
-    wanted = sized.maps
-    for axis, name in ((2, "top to bottom"), (3, "left to right")):
-        mirrored = case.at((32, 48), torch.float64)
-        mirror(mirrored.model, axis, (32, 48))
-        mirrored.bench.batches = [batch.flip(axis) for batch in mirrored.bench.batches]
-        logits = mirrored.model(sized.inputs.flip(axis)) - sized.model(sized.inputs)
-        expect(float(logits.abs().max()) < 1e-9, "fault of the suite: the mirrored model differs")
-        explainer = mirrored.ready(mirrored.model)  # fitted on mirrored images
-        found = explainer.attribute(sized.inputs.flip(axis), target=sized.targets)
-        same(found.flip(axis), wanted, f"mirrored {name}", 1e-5)
+    for size, axes in (((32, 48), (2, 3)), ((48, 32), (3,))):
+        sized = case.at(size, torch.float64)
+        wanted = sized.maps
+        for axis in axes:
+            mirrored = case.at(size, torch.float64)
+            mirror(mirrored.model, axis, size)
+            mirrored.bench.batches = [batch.flip(axis) for batch in mirrored.bench.batches]
+            logits = mirrored.model(sized.inputs.flip(axis)) - sized.model(sized.inputs)
+            expect(float(logits.abs().max()) < 1e-9, "fault of the suite: the mirrored model differs")
+            explainer = mirrored.ready(mirrored.model)  # fitted on mirrored images
+            found = explainer.attribute(sized.inputs.flip(axis), target=sized.targets)
+            name = ("top to bottom", "left to right")[axis - 2]
+            same(found.flip(axis), wanted, f"images of {size} mirrored {name}", 1e-5)
 
 
 def mirror(model: BenchModel, axis: int, size: tuple[int, int]) -> None:

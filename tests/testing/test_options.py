@@ -197,15 +197,52 @@ class EnlargesToWholeCells(SmallCAM):
         return super().finish(heat, images)
 
 
-@caught_by(smooth_enlargement="enlarge maps bilinearly")
-class BlocksWithoutAnOption(SmallCAM):
-    """The nearest cell's value, of a class that has no map of its own resolution to compare with."""
+class WithoutAnOption(SmallCAM):
+    """A class that has no map of its own resolution to compare with."""
 
     def __init__(self, model, layers=None):
         super().__init__(model, layers)
 
+
+@caught_by(smooth_enlargement="enlarge maps bilinearly")
+class BlocksWithoutAnOption(WithoutAnOption):
+    """The nearest cell's value."""
+
     def finish(self, heat, images):
         return F.interpolate(heat, images.shape[2:], mode="nearest").expand_as(images).to(images.dtype).contiguous()
+
+
+@caught_by(smooth_enlargement="align_corners=True")
+class AlignsCornersWithoutAnOption(WithoutAnOption):
+    def finish(self, heat, images):
+        heat = F.interpolate(heat, images.shape[2:], mode="bilinear", align_corners=True)
+        return heat.expand_as(images).to(images.dtype).contiguous()
+
+
+@caught_by(layer_resolution="enlarged against the default map")
+class BlocksWithAnOption(SmallCAM):
+    def finish(self, heat, images):
+        if self.upsample:
+            heat = F.interpolate(heat, images.shape[2:], mode="nearest").expand_as(images)
+        return heat.to(images.dtype).contiguous()
+
+
+@caught_by(flips="images of .48, 32. mirrored")
+class SwapsAxesOfTallImages(WithoutAnOption):
+    """Rows and columns by their lengths."""
+
+    def explain(self, images, target, args):
+        heat = super().explain(images, target, args)
+        return heat.transpose(2, 3) if heat.shape[2] > heat.shape[3] else heat
+
+
+@caught_by(finds_evidence="images of .45, 33.")
+class SwapsAxesOfOddImages(WithoutAnOption):
+    """Where the image is no multiple of a cell."""
+
+    def explain(self, images, target, args):
+        heat = super().explain(images, target, args)
+        return heat.transpose(2, 3) if images.shape[2] % 8 else heat
 
 
 @planted_in(__name__)

@@ -298,6 +298,16 @@ class ForgetsTheOffset(Viewing):
         return images.as_strided(images.shape, images.stride(), 0)
 
 
+@caught_by(memory_layouts="view")
+class ViewsSlices(Viewing):
+    """Knows of channels last, and takes everything else for rows after rows."""
+
+    def read(self, images):
+        if images.is_contiguous(memory_format=torch.channels_last):
+            return images
+        return images.view(-1).view(images.shape)
+
+
 @caught_by(keeps_no_tensor="hold its graph")
 class KeepsTheLastGraph(SmallCAM):
     """In a global of its module, so that no two calls' graphs are alive at once."""
@@ -328,6 +338,15 @@ def benchmark(value):
 @caught_by(nothing_left=r"cudnn\.benchmark changed")
 class LeavesCudnn(LeavesASwitch):
     switch, value = staticmethod(benchmark), True
+
+
+def deterministic(value):
+    torch.backends.cudnn.deterministic = value
+
+
+@caught_by(nothing_left=r"cudnn\.deterministic changed")
+class LeavesCudnnDeterministic(LeavesASwitch):
+    switch, value = staticmethod(deterministic), True
 
 
 @caught_by(nothing_left="use_deterministic_algorithms changed")
