@@ -567,6 +567,14 @@ def test_methods_and_models_that_a_paper_does_not_have(imagenet, voc):
         sise.run(plan(voc), tiny("vit_b_16", 20))
     with pytest.raises(DataError, match=r"a model with 20 classes, got outputs \(1, 3\)"):
         sise.run(plan(voc), tiny("vgg16"))
+    for run, folder, wanted_outputs in (
+        (ttame.run, imagenet, "an output for each class"),
+        (lcam.run, imagenet, "an output for each class"),
+        (sise.run, voc, "20 classes"),
+    ):
+        said = rf"a model with {wanted_outputs}, got outputs \(1, 1\); .* use attrib-zoo evaluate"
+        with pytest.raises(DataError, match=said):
+            run(plan(folder), tiny("vgg16", 1))
     with pytest.raises(OptionError, match="must be one of vgg16, resnet50, vit_b_16"):
         backbones.check_name("vgg19")
     with pytest.raises(UnsupportedModelError, match="no linear layer"):
@@ -682,8 +690,14 @@ def test_models_are_loaded_from_files_and_from_torchvision(tmp_path, monkeypatch
     assert found.name == "vgg16"
     assert not found.model.training
     backbones.check_output(found, 20)
-    with pytest.raises(DataError, match="does not fit the model"):
+    with pytest.raises(DataError, match=r"a model with 1000 classes, got 20 in '.*w.pth'$"):
         protocols.load_backbone("vgg16", tmp_path / "w.pth")
+    torch.save(TinyVGG(1).state_dict(), tmp_path / "one.pth")
+    with pytest.raises(DataError, match=r"1000 classes, got 1 in '.*one.pth'; the papers have none with one logit"):
+        protocols.load_backbone("vgg16", tmp_path / "one.pth")
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(DataError, match="does not fit the model"):
+        protocols.load_backbone("vgg16", tmp_path / "other.pth")
     backbones.check_output(protocols.load_backbone("vgg16", classes=20), 20)
     with pytest.raises(OptionError, match="device: 'nonsense' cannot be used"):
         protocols.load_backbone("vgg16", device="nonsense")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attrib_zoo.backbone.targets import one_logit
 from attrib_zoo.errors import DataError, OptionError, UnsupportedModelError, closest, reason
 from attrib_zoo.masking import IMAGENET_MEAN, IMAGENET_STD
 from attrib_zoo.models.weights import download, fit_into
@@ -133,7 +134,13 @@ def load_backbone(
 
     check_name(name)
     if weights is not None:
-        model, _ = fit_into(lambda count: get_model(name, weights=None, num_classes=count), Path(weights), classes)
+        model, found = fit_into(
+            lambda count: get_model(name, weights=None, num_classes=count or classes), Path(weights), None
+        )
+        if found not in (None, classes):
+            raise DataError(
+                f"weights: must be of a model with {classes} classes, got {found} in '{weights}'{_one(found)}"
+            )
     else:
         with download(name):
             model = get_model(name, weights="IMAGENET1K_V1")
@@ -168,9 +175,18 @@ def _new_layer(old: nn.Linear, classes: int) -> nn.Linear:
     return layer
 
 
-def check_output(backbone: Backbone, classes: int) -> None:
-    """Raise where the model has another number of classes than the data."""
+def check_output(backbone: Backbone, classes: int | None = None) -> None:
+    """Raise where the model has another number of classes than the data; ``None``: where it has one logit for two."""
     with torch.no_grad():
-        shape = backbone.model(torch.zeros(1, 3, backbone.size, backbone.size, device=backbone.device)).shape
-    if shape[1:] != (classes,):
-        raise DataError(f"weights: must be of a model with {classes} classes, got outputs {tuple(shape)}")
+        outputs = backbone.model(torch.zeros(1, 3, backbone.size, backbone.size, device=backbone.device))
+    shape = tuple(outputs.shape)
+    if shape[1:] != (classes,) if classes is not None else one_logit(outputs):
+        wanted = "an output for each class" if classes is None else f"{classes} classes"
+        hint = _one(1) if one_logit(outputs) else ""
+        raise DataError(f"weights: must be of a model with {wanted}, got outputs {shape}{hint}")
+
+
+def _one(classes: int | None) -> str:
+    return (
+        "; the papers have none with one logit for two classes, use attrib-zoo evaluate for it" if classes == 1 else ""
+    )

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from attrib_zoo.benchmark import Table, evaluate
 from attrib_zoo.benchmark.controls import CONTROLS
 from attrib_zoo.benchmark.measures import Wanted
-from attrib_zoo.benchmark.protocols.backbones import Backbone
+from attrib_zoo.benchmark.protocols.backbones import Backbone, check_output
 from attrib_zoo.benchmark.protocols.compare import Comparison
 from attrib_zoo.benchmark.protocols.datasets import Labelled, imagenet_training, imagenet_validation
 from attrib_zoo.benchmark.protocols.papers import printed
@@ -155,6 +155,7 @@ def imagenet_run(
         metrics: of the tables.
     """
     tables = printed(paper, backbone.name)
+    check_output(backbone)
     keep(plan, paper, backbone)
     images, split = imagenet(plan)
     makers = wanted(methods([images.paths[i] for i in split.validation]), plan.methods)

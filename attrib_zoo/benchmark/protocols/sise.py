@@ -59,6 +59,8 @@ def run(plan: Plan, backbone: Backbone, *, train_head: bool = False) -> Comparis
             "transformers, whose blocks have one resolution"
         )
     images = voc2007(plan.data)[: plan.test_images]
+    if not train_head:
+        check_output(backbone, len(VOC_CLASSES))
     keep(plan, "sise", backbone)
     if train_head:
         give_head(
@@ -69,7 +71,6 @@ def run(plan: Plan, backbone: Backbone, *, train_head: bool = False) -> Comparis
             batch_size=plan.batch_size,
             workers=plan.workers,
         )
-    check_output(backbone, len(VOC_CLASSES))
     pairs = VOCRegions(images, backbone.whole())
     if not pairs.items:
         raise DataError(f"data: none of the {len(images)} images holds an object that is not marked difficult")
