@@ -86,7 +86,8 @@ def ranks(maps: Tensor, ties: str, seed: Seed) -> Tensor:
     Args:
         maps: ``(N, 1, H, W)``.
         ties: ``"random"`` and ``"stable"`` give each pixel a rank of its own and break ties in a random order per image
-            or in raster order; ``"threshold"`` gives ties the rank of their first, so that they stay together.
+            or in raster order, the first pixel first; ``"threshold"`` gives ties the rank of their first, so that they
+            stay together.
         seed: For the random orders: one int per image, or an int, to which image i adds i.
     """
     check_ties(ties)

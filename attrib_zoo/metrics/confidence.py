@@ -185,7 +185,8 @@ def masked_confidence(
             not carry its mean and standard deviation.
         score: ``"softmax"``, ``"sigmoid"``, or a function from the outputs ``(N, K)`` to scores of the same shape.
         ties: What happens to equal values at the threshold: ``"threshold"`` keeps them all, ``"random"`` and
-            ``"stable"`` keep exactly the fraction, in a random order per image or in raster order.
+            ``"stable"`` keep exactly the fraction, of equal values those that come first in a random order per image or
+            in raster order.
         seed: For the random orders: one int per image (its number in the data set makes the result independent of
             batching), or an int, to which image i of the batch adds i.
         clean: ``p``, ``(N,)``, if known; the whole images are then not run, and ``target`` must be given.

@@ -281,11 +281,32 @@ def test_a_metric_that_gives_no_number_per_image_is_named(model, found, got):
         run(model, wanted={"mine": lambda *_: found})
 
 
-def test_sigmoid_scores(model):
-    table = run(model, wanted="ad", score="sigmoid")
-    target = model(IMAGES).argmax(1)
-    drop = metrics.average_drop(model, IMAGES, brightness(IMAGES, target), target, score="sigmoid")
-    torch.testing.assert_close(table.values("brightness", "AD(100)"), 100 * drop.double(), rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_multi_label_model_is_measured_by_the_probability_of_each_class(model, named):
+    """Of the class that the batch names, whatever the other classes are given."""
+    target = torch.tensor([2, 0, 1, 2, 0, 1, 1]) if named else model(IMAGES).argmax(1)
+    loader = [{"image": x, "target": t} for x, t in zip(IMAGES.split(3), target.split(3), strict=True)]
+    families = "ad,ic,drop,increase,road,road-released,insertion,deletion,hiding,grid"
+    table = run(model, loader=loader if named else None, wanted=families, score="sigmoid", seed=5)
+    asked, seed = (model, IMAGES, brightness(IMAGES, target), target), list(range(5, 12))
+    read = {"score": "sigmoid", "seed": seed}
+    kept = {"fractions": (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9), "reduce": "accuracy", "ties": "threshold"}
+    wanted = {
+        "AD(100)": metrics.average_drop(*asked, score="sigmoid"),
+        "IC(50)": metrics.increase_in_confidence(*asked, keep=0.5, score="sigmoid"),
+        "Drop%": metrics.drop_rate(*asked, **read),
+        "Increase%": metrics.increase_rate(*asked, **read),
+        "ROAD MoRF": metrics.road(*asked, order="morf", fractions=TENTHS, **read),
+        "ROAD LeRF, released": metrics.road(*asked, order="lerf", **kept, **read),
+        "insertion": metrics.insertion(*asked, steps=32, **read),
+        "deletion": metrics.deletion(*asked, steps=32, **read),
+        "hidden MoRF": metrics.road(*asked, order="morf", fractions=TENTHS, hiding="auto", **read),
+    }
+    for name, values in wanted.items():
+        found = table.values("brightness", name)
+        torch.testing.assert_close(found, 100 * values.double(), rtol=1e-4, atol=1e-3, msg=name)
+    clean = model(IMAGES).sigmoid().gather(1, target[:, None])[:, 0].tolist()
+    assert [table.records.rows["brightness", i].clean for i in range(7)] == pytest.approx(clean, rel=1e-5)
 
 
 def test_a_fitted_explainer_is_measured_as_it_was_fitted(model):

@@ -14,9 +14,10 @@ import torch
 from cli_cases import MODEL, NAMES, failure, make_files, noise
 from PIL import Image
 
-from attrib_zoo import TTAME, GradCAM, LayerCAM, models
+from attrib_zoo import RISE, TTAME, GradCAM, LayerCAM, models
 from attrib_zoo.benchmark import Table, evaluate
 from attrib_zoo.cli import main
+from attrib_zoo.cli.shared import SCORES
 from attrib_zoo.models.photos import BoxedPhotos, Photos, read_boxes
 
 TABLES = ["table.csv", "table.json", "table.md", "table.tex"]
@@ -77,6 +78,24 @@ def test_evaluate_is_the_librarys_evaluate(done, by_hand) -> None:
         assert [float(row[k]) for k in ("mean", "low", "high")] == pytest.approx([wanted.mean, wanted.low, wanted.high])
         assert row["images"] == "6"
     assert by_hand.estimate("GradCAM", "AD(15)").high > by_hand.estimate("GradCAM", "AD(15)").low
+
+
+def test_a_multi_label_model_is_measured_as_such(files, loaded, tmp_path, capsys) -> None:
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RISE, "compute_maps", lambda self, x, *_: (seen.append(self.score), x[:, :1])[1])
+        more = ["--method", "gradcam,rise", "--max-images", "2", "--score", "sigmoid"]
+        assert main(words(files, tmp_path / "out", *more)) == 0
+    assert set(seen) == {"sigmoid"}
+    assert "score sigmoid" in capsys.readouterr().out
+    photos = [Photos([files / f"photos/p{i}.png" for i in range(2)], loaded.transform)[i] for i in range(2)]
+    methods = {"GradCAM": GradCAM(loaded.model)}
+    told = [evaluate(loaded.model, methods, [torch.stack(photos)], "ad", score=s, show_progress=False) for s in SCORES]
+    drops = [float(table.values("GradCAM", "AD(50)").mean()) for table in told]
+    rows = list(csv.DictReader((tmp_path / "out/table.csv").read_text().splitlines()))
+    (row,) = (row for row in rows if (row["method"], row["measure"]) == ("GradCAM", "AD(50)"))
+    assert float(row["mean"]) == pytest.approx(drops[1], abs=1e-3)
+    assert abs(drops[0] - drops[1]) > 0.1
 
 
 def test_evaluate_writes_every_format_and_says_where(done) -> None:
