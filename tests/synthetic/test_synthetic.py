@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from typing import Any
 
@@ -514,6 +515,11 @@ def test_maps_of_a_model_that_uses_the_mark_point_at_it(kind: str, name: str) ->
         shares.append(energy_pointing_game(None, inputs, maps, masks=marks).mean().item())
     used, unused = shares
     assert used > max(1.4 * unused, 1.3 * marks.float().mean().item()), shares  # fits differ between processors
+
+
+def test_the_rate_rises_in_the_first_quarter_and_falls_to_zero() -> None:
+    rate = importlib.import_module("attrib_zoo.synthetic.scenes")._one_cycle
+    assert [rate(progress) for progress in (0, 0.125, 0.25, 0.625, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
 def test_trained_gives_fresh_copies(trained_cnn: nn.Module) -> None:
