@@ -89,6 +89,8 @@ def test_discrimination_by_hand() -> None:
     asked, others = region((3, 3), (0, 1)), region((1, 0), (2, 0))
     found = class_discrimination(None, None, LADDER, masks=asked, other_masks=others)
     assert found.tolist() == pytest.approx([16 / (16 + 12)])
+    raised = class_discrimination(None, None, 5 * LADDER + 1, masks=asked, other_masks=others)
+    assert raised.tolist() == pytest.approx([16 / (16 + 12)])  # min-max first, unless asked not to
     as_it_is = class_discrimination(None, None, LADDER + 1, masks=asked, other_masks=others, normalize=False)
     assert as_it_is.tolist() == pytest.approx([18 / (18 + 14)])
     nothing = class_discrimination(None, None, LADDER * 0, masks=asked, other_masks=others)
