@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from functools import partial
 
@@ -88,6 +89,21 @@ def test_rows_of_pooling_and_a_linear_layer_are_its_weights_from_two_images():
     torch.testing.assert_close(rows.weights[0], model.head.weight.detach() / (height * width))
 
 
+@pytest.mark.parametrize("classes", [5, 40])  # fewer and more than channels: differentiated from either side
+@pytest.mark.parametrize("last", [nn.Identity, nn.ReLU])
+def test_rows_of_a_convolution_to_class_maps_are_its_weights(classes, last):
+    """As SqueezeNet ends: a 1x1 convolution, perhaps a ReLU, then the mean over space."""
+    features = nn.Sequential(nn.Conv2d(3, 12, 3, 2), nn.ReLU(), nn.Conv2d(12, 12, 3, 2), nn.ReLU())
+    head = nn.Conv2d(12, classes, 1)
+    nn.init.constant_(head.bias, 3.0)  # some classes are above zero everywhere
+    model = nn.Sequential(features, head, last(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
+    with frozen(model):
+        rows = class_rows(model, IMAGES, (), resolve(model, "0", IMAGES))
+    height, width = features(IMAGES).shape[-2:]
+    assert (rows.through, rows.exact) == ("classifier", True)
+    torch.testing.assert_close(rows.weights[0], head.weight.detach().flatten(1) / (height * width))
+
+
 def test_class_by_class_is_the_same_as_through_the_classifier():
     """A scaled output hides the linear layer, so that every class is differentiated by itself."""
 
@@ -123,6 +139,13 @@ def test_a_small_budget_shares_the_outputs_out_and_leaves_none_without():
         assert drawn.any(1).all()
         similar = F.cosine_similarity(full, drawn, dim=1)
         assert similar.mean() > 0.5
+
+
+@pytest.mark.parametrize(("gradients", "each"), [(6, 1), (12, 2), (27, 5), (31, 5)])
+def test_a_budget_is_so_many_gradients_over_all_images(gradients, each, monkeypatch):
+    monkeypatch.setattr("attrib_zoo.training.rows._affordable", lambda *_: gradients)
+    rows = rows_of(double("vit"))  # 6 images, 5 outputs: 30 gradients in all
+    assert rows.images == math.ceil(6 * each / 5)
 
 
 @settings(max_examples=8, deadline=None)
