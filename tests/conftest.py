@@ -79,7 +79,7 @@ def _trained_once(tmp_path_factory) -> Iterator[None]:
 def _seeded(_one_thread):
     import torch
 
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed asks four kinds of devices too, which takes longer
 
 
 @pytest.fixture(scope="session")
