@@ -67,11 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GenericAttention, smooth 3": {"smooth": 3},
     "GenericAttention, libra": {"libra": True},
 }
-TRANSFORMERS = (
-    "GenericAttention, smooth 3",
-    "GenericAttention, libra",
-    "FullGrad, libra",
-)  # the variants for them alone
+TRANSFORMERS = ("GenericAttention, smooth 3", "GenericAttention, libra")  # the variants for them alone
 LEFT_OUT = {"ExtremalPerturbation": "left out unless asked for, as it takes 800 optimiser steps for each image"}
 SEEDS = ("TTAME, seed 1", "TTAME, seed 2")
 
@@ -269,17 +265,19 @@ def slug(name: str) -> str:
 
 def made(name: str, case: Case, folder: Path) -> Attribution:
     """The method; trained ones from their file, or fitted now."""
-    plain, _, seed = name.partition(", seed ")
-    plain = plain.partition(", ")[0]
+    variant, _, seed = name.partition(", seed ")
+    plain, _, change = variant.partition(", ")
+    if change and variant not in VARIANTS:
+        raise KeyError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
     cls: Any = next(cls for cls in methods().values() if cls.__name__ == plain)
-    options = {**OPTIONS, **case.options}.get(plain, {}) | VARIANTS.get(name, {})
+    options = {**OPTIONS, **case.options}.get(plain, {}) | VARIANTS.get(variant, {})
     if not cls.needs_fit:
         return cls(case.model, **options)
     kept = folder / f"{slug(name)}.safetensors"
     if kept.exists():
         return cls.load(kept, case.model)
     explainer = cls(case.model, **options)
-    starts = case.starts and plain == "TTAME" and name not in ("TTAME, 150 steps", COLD)
+    starts = case.starts and plain == "TTAME" and variant not in ("TTAME, 150 steps", COLD)
     explainer.fit(case.training(), max_steps=None if starts else case.steps, seed=int(seed or 0))
     explainer.save(kept)
     return explainer
