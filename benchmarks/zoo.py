@@ -146,10 +146,14 @@ def rules(known: Numbers) -> tuple[str, int]:
     return table(lines, ["method", *RULES.values(), "insertion - deletion", "AD(50), black"]), len(images)
 
 
-def everywhere(known: Numbers) -> tuple[str, int]:
-    """Ranks by the measures of the first tables, of all methods with as many images as most."""
+def shares(known: Numbers) -> list[int]:
+    """The numbers of images to rank on: all, and as many as most methods have, but no more than 60 are needed."""
     counts = sorted(len(rows) for rows in known.rows.values())
-    least = min(60, counts[len(counts) // 2])
+    return sorted({counts[-1], min(60, counts[len(counts) // 2])}, reverse=True)
+
+
+def everywhere(known: Numbers, least: int) -> tuple[str, int]:
+    """Ranks by the measures of the first tables, of the methods with at least this many images."""
     chosen = [m for m in order(known.rows) if len(known.rows[m]) >= least and m not in CONTROLS]
     images = sorted(set.intersection(*(set(known.rows[m]) for m in chosen)))
     measures = ["SRG", "insertion", "deletion", "AD(50)", "AD(15)", "EBPG", "pointing game"]
@@ -245,10 +249,12 @@ def page(numbers: dict[str, Numbers]) -> str:
         lines += ["Passes: samples forward + backward through the model for one map. x forward: processor time as a"]
         lines += ["multiple of a plain pass. After randomisation: rank correlation of the maps with those of the model"]
         lines += ["after its weights were drawn anew; near 0 is right.", "", place(known), ""]
-        ranked, count = everywhere(known)
-        lines += [f"### Ranks on the {count} images that all of these have", ""]
-        lines += ["1 is the best, with 95 % intervals over images; where intervals overlap, these images cannot tell."]
-        lines += ["", ranked, ""]
+        for count, ranked in {count: ranked for ranked, count in (everywhere(known, n) for n in shares(known))}.items():
+            lines += [f"### Ranks on the {count} images that all of these have", ""]
+            lines += [
+                "1 is the best, with 95 % intervals over images; where intervals overlap, the images cannot tell."
+            ]
+            lines += ["", ranked, ""]
         ranked, count = rules(known)
         if count:
             lines += [f"### Does the order depend on how pixels are hidden? ({count} images)", ""]
