@@ -74,7 +74,7 @@ class ExtremalPerturbation(Attribution, PerturbationAttribution):
     paper: ClassVar[str] = "Fong et al., ICCV 2019"
     cost: ClassVar[str] = "800F + 800B for each area and target"
     default_layers: ClassVar[tuple[str, int] | None] = None
-    cheap_options: ClassVar[dict[str, Any]] = {"max_iter": 6, "step": 8, "sigma": 4.0, "blur": 8.0}
+    cheap_options: ClassVar[dict[str, Any]] = {"max_iter": 6, "step": 8, "sigma": 8.0, "blur": 8.0}
 
     def __init__(
         self,
