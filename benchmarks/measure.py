@@ -90,8 +90,8 @@ def setting() -> str:
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
-    """A Markdown table."""
-    cells = [[str(cell) for cell in row] for row in [head, *rows]]
+    """A Markdown table; a number and its interval stay on one line."""
+    cells = [[str(cell).replace(" ± ", "\u00a0±\u00a0") for cell in row] for row in [head, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")

@@ -433,8 +433,7 @@ def write(name: str, case: Case, work: Path, output: Path, raw: Path) -> None:
     results, facts = gathered(case, work / name)
     refused = {path.stem: path.read_text() for path in sorted((work / name).glob("*.refused"))}
     output.mkdir(parents=True, exist_ok=True)
-    whole = page(name, case, results, facts, refused).replace(" ± ", "\u00a0±\u00a0")  # not to be broken there
-    (output / f"{name}.md").write_text(whole, encoding="utf-8")
+    (output / f"{name}.md").write_text(page(name, case, results, facts, refused), encoding="utf-8")
     told = {method: {key: fact[key] for key in fact if key != "classes seen"} for method, fact in facts.items()}
     numbers = {"case": case.says, "measured": told, **json.loads(results.to_json())}
     curved = [m for m in results.measures if m.points]

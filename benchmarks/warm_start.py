@@ -218,8 +218,7 @@ def main() -> None:
                 line for base in (*BASES, *MORE) if base in rows for line in (differences(rows, images, base), "")
             ]
     options.output.mkdir(parents=True, exist_ok=True)
-    whole = "\n".join(lines).replace(" ± ", "\u00a0±\u00a0")  # a number and its interval stay on one line
-    (options.output / "warm_start.md").write_text(whole, encoding="utf-8")
+    (options.output / "warm_start.md").write_text("\n".join(lines), encoding="utf-8")
     save(numbers)
     draw(cases, options.output / "warm_start.png")
 

@@ -288,8 +288,7 @@ def main() -> None:
     if options.masks:
         numbers["vit_tiny"].more.setdefault("masks", {}).update(masks(options.work, options.masks))
     save(numbers)
-    whole = page(numbers).replace(" ± ", "\u00a0±\u00a0")  # a number and its interval stay on one line
-    (ROOT / "docs" / "results" / "zoo.md").write_text(whole, encoding="utf-8")
+    (ROOT / "docs" / "results" / "zoo.md").write_text(page(numbers), encoding="utf-8")
 
 
 if __name__ == "__main__":
