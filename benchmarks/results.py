@@ -24,7 +24,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -54,7 +54,6 @@ FAITHFUL = ["ad", "ic", "drop", "increase", "road", "insertion", "deletion"]
 PLACE = ["ebpg", "miou", "bbox", "pointing"]
 FIRST = ("TTAME", "LCAMImg", "LCAMFm", "GradCAM", "GradCAMPlusPlus", "ScoreCAM", "RISE")
 OPTIONS: dict[str, dict[str, Any]] = {"RISE": {"n_masks": 1000}, "LCAMImg": {"start": "random"}}
-DILATED = {"TTAME": {"layers": ["layer2", "layer3", "layer4"]}}  # one grid: only the last would be found by itself
 RELEASED = {"variation": "sum", "border_penalty": 0.3, "area_offset": 5e-4}
 COLD = "TTAME, paper"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -85,7 +84,6 @@ class Case:
         measures: names of families, or measures.
         kind: ``"cnn"`` or ``"vit"``.
         says: what was measured, in a sentence.
-        options: of methods, beside ``OPTIONS``.
         more: rows beside one for each method: a method with another seed, or one of ``VARIANTS``.
     """
 
@@ -96,7 +94,6 @@ class Case:
     measures: list[str | Measure]
     kind: str
     says: str
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     starts: bool = False
     more: tuple[str, ...] = SEEDS
 
@@ -236,7 +233,6 @@ def tiny(name: str) -> Callable[[Path], Case]:
             [*FAITHFUL, *PLACE],
             "vit" if name.startswith("vit") else "cnn",
             f"{name} trained on Tiny-ImageNet-50 ({facts['accuracy']} % right), 500 validation images at 64 pixels",
-            DILATED if name.startswith("resnet") else {},
         )
 
     return case
@@ -270,7 +266,7 @@ def made(name: str, case: Case, folder: Path) -> Attribution:
     if change and variant not in VARIANTS:
         raise KeyError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
     cls: Any = next(cls for cls in methods().values() if cls.__name__ == plain)
-    options = {**OPTIONS, **case.options}.get(plain, {}) | VARIANTS.get(variant, {})
+    options = OPTIONS.get(plain, {}) | VARIANTS.get(variant, {})
     if not cls.needs_fit:
         return cls(case.model, **options)
     kept = folder / f"{slug(name)}.safetensors"

@@ -105,13 +105,14 @@ def test_a_single_block_is_read_as_one_of_several_would_be(patch, pool):
     ("model", "stride", "expected"),
     [
         ("resnet18", 32, ["layer2", "layer3", "layer4"]),
-        ("resnet18", 16, ["layer1", "layer2", "layer4"]),
-        ("resnet18", 8, ["layer1", "layer3", "layer4"]),
-        ("resnet50d", 8, ["layer1", "layer3", "layer4"]),
-        ("regnetx_002", 8, ["s1", "s3", "s4"]),
+        ("resnet18", 16, ["layer2", "layer3", "layer4"]),
+        ("resnet18", 8, ["layer2", "layer3", "layer4"]),
+        ("resnet50d", 8, ["layer2", "layer3", "layer4"]),
+        ("regnetx_002", 8, ["s2", "s3", "s4"]),
+        ("efficientnet_b0", 8, ["blocks.2", "blocks.4", "bn2"]),
     ],
 )
-def test_dilated_networks_whose_stages_share_a_grid_take_no_stem(model, stride, expected):
+def test_dilated_networks_whose_stages_share_a_grid_have_the_stages_of_the_strided_ones(model, stride, expected):
     assert names(timm(model, output_stride=stride), count=3) == expected
 
 

@@ -92,6 +92,10 @@ class Stages:
                 self._weights[around] -= held
                 around = around.parent
         self._spatial_leaves = {call for call in leaves if spatial(call)}
+        convolutions = [(call, call.module) for call in leaves if isinstance(call.module, nn.Conv2d)]
+        self._dilated = [
+            (call.end, max(map(int, conv.dilation))) for call, conv in convolutions if conv.dilation != (1, 1)
+        ]
         self.units = self._main(_units(self._open()))
 
     @classmethod
@@ -100,14 +104,22 @@ class Stages:
         return trace.once("stages", lambda: cls(trace))
 
     def ends(self) -> list[Item]:
-        """The last unit of each grid; where the network ends in a pooling without weights, the poolings."""
-        runs: dict[tuple[int, int], list[Item]] = {}
+        """The last unit of each grid; where the network ends in a pooling without weights, the poolings.
+
+        A stage whose convolutions are dilated instead of strided keeps the grid of the one before, and is one all the
+        same: units are told apart by their grid and by the widest dilation up to there.
+        """
+        runs: dict[tuple[tuple[int, int], int], list[Item]] = {}
         for unit in self.units:
-            runs.setdefault(unit.output.hw, []).append(unit)
+            runs.setdefault((unit.output.hw, self._dilation(unit)), []).append(unit)
         pooled = self._pooled()
         ends = [run[0] if pooled and not run[0].weighted else run[-1] for run in runs.values()]
         below = [end for end in ends if end.output.hw != self._trace.size]
         return sorted(below or ends, key=lambda item: item.place)
+
+    def _dilation(self, unit: Item) -> int:
+        """The widest dilation of a convolution up to the end of a unit."""
+        return max((wide for end, wide in self._dilated if end <= unit.call.end), default=1)
 
     def unpooled(self) -> list[Item]:
         """The last unit with weights of each grid, also at the size of the image."""
