@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from engine_cases import lively, resnet, swin, swin_of, untouched, vit
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from attrib_zoo.backbone.capture import run
 from attrib_zoo.backbone.grid import Grid, Tap
@@ -114,6 +115,16 @@ def test_a_single_block_is_read_as_one_of_several_would_be(patch, pool):
 )
 def test_dilated_networks_whose_stages_share_a_grid_have_the_stages_of_the_strided_ones(model, stride, expected):
     assert names(timm(model, output_stride=stride), count=3) == expected
+
+
+@pytest.mark.parametrize(("strides", "expected"), [((2, 1, 2, 1), ["2", "3", "4"]), ((1,) * 5, ["3", "4", "5"])])
+def test_blocks_of_the_last_grids_come_before_a_stem_where_there_are_few_grids(strides, expected):
+    def block(stride):
+        return BasicBlock(8, 8, stride, nn.Conv2d(8, 8, 1, stride) if stride > 1 else None)
+
+    blocks = [block(stride) for stride in strides]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    assert names(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), *blocks, *head).eval(), count=3) == expected
 
 
 @pytest.mark.parametrize(
