@@ -59,6 +59,7 @@ COLD = "TTAME, paper"
 VARIANTS: dict[str, dict[str, Any]] = {
     "TTAME, rows": {"recipe": "rows"},
     "TTAME, positive": {"scale": "positive"},
+    "TTAME, smooth 1": {"smooth": 1},
     "TTAME, 150 steps": {},
     COLD: {"recipe": "paper"},
     "LCAMImg, rows": {"start": "rows"},
