@@ -117,6 +117,16 @@ def test_dilated_networks_whose_stages_share_a_grid_have_the_stages_of_the_strid
     assert names(timm(model, output_stride=stride), count=3) == expected
 
 
+def test_a_single_dilated_convolution_is_a_stage_of_its_own():
+    shapes = [
+        {"stride": 2, "padding": 1},
+        {"stride": 2, "padding": 1},
+        *({"dilation": d, "padding": d} for d in (2, 4)),
+    ]
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 3, **shape) for shape in shapes), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert names(model.eval(), count=3) == ["1", "2", "3"]
+
+
 @pytest.mark.parametrize(("strides", "expected"), [((2, 1, 2, 1), ["2", "3", "4"]), ((1,) * 5, ["3", "4", "5"])])
 def test_blocks_of_the_last_grids_come_before_a_stem_where_there_are_few_grids(strides, expected):
     def block(stride):
