@@ -6,8 +6,9 @@
     python benchmarks/zoo.py --work WORK [--randomised METHOD ...] [--masks METHOD ...]
 
 Stop and run again at will; slow methods on fewer images, with ``--methods`` and ``--images``. Adds what is in WORK to
-``benchmarks/results/imagenet.json`` and writes ``docs/results/zoo.md`` from that. ``--randomised`` compares maps before
-and after the weights are drawn anew, ``--masks`` holds the transformer's maps against the masks of COCO objects.
+``benchmarks/results/imagenet.json`` and writes ``docs/results/zoo.md`` from that, and the table of
+``docs/how-to/which-method.md``. ``--randomised`` compares maps before and after the weights are drawn anew, ``--masks``
+holds the transformer's maps against the masks of COCO objects.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ LOW = {"ROAD MoRF", "deletion", "AD(100)", "AD(50)", "AD(15)"}
 FIRST = ("TTAME", "LCAMImg", "LCAMFm", "GradCAM", "GradCAMPlusPlus", "ScoreCAM", "RISE")
 CONTROLS = ("TTAME, paper, untrained", "centre blob", "image edges", "random map", "perfect map", "chance")
 HIDDEN = ("TTAME, 150 steps", "TTAME, rows, 150 steps")  # of the page on starting from rows alone
+GUIDE = ROOT / "docs" / "how-to" / "which-method.md"
 _RESAMPLES = 2000
 
 
@@ -272,8 +274,53 @@ def page(numbers: dict[str, Numbers]) -> str:
     return "\n".join(lines)
 
 
+def called(name: str) -> str:
+    """A row's name as the call that makes the explainer."""
+    from results import OPTIONS, VARIANTS
+
+    plain = name.partition(", ")[0]
+    given = ", ".join(
+        f"{key}={json.dumps(value)}" for key, value in (OPTIONS.get(plain, {}) | VARIANTS.get(name, {})).items()
+    )
+    return f"`{plain}({given})`".replace("=true", "=True").replace("()", "")
+
+
+def summary(numbers: dict[str, Numbers]) -> str:
+    """SRG of every method minus T-TAME's, a line for each."""
+    from attrib_zoo.cli.shared import methods
+
+    classes = {cls.__name__: cls for cls in methods().values()}
+    kinds = {name: "vit" if name.startswith("vit") else "cnn" for name in CASES}
+    names = order({name: {} for known in numbers.values() for name in known.rows})
+    lines = []
+    for name in names:
+        cls = classes.get(name.partition(", ")[0])
+        if name == BASES[0]:
+            first = [f"{cell(column(known.rows[name], 'SRG'))} ({len(known.rows[name])})" for known in numbers.values()]
+            lines.append([f"{called(name)} itself", *first])
+        elif cls is not None and name not in CONTROLS and ", seed " not in name:
+            cells = [
+                f"{gain(known.rows, name, BASES[0])} ({len(known.rows[name])})".replace("*", "\\*")
+                if name in known.rows
+                else ("–" if kinds[case] in cls.models else "not defined")
+                for case, known in numbers.items()
+            ]
+            steps = ", 150 steps" * (name == "TTAME, paper" or name.startswith("LCAM"))
+            says = steps + ", which explains no class" * cls.class_agnostic
+            lines.append([called(name) + says, *cells])
+    return table(lines, ["", *CASES.values()])
+
+
+def between(
+    text: str, found: str, start: str = "<!-- table of benchmarks/zoo.py -->", end: str = "<!-- end -->"
+) -> str:
+    """A page with what stands between two marks replaced."""
+    head, _, rest = text.partition(start)
+    return f"{head}{start}\n\n{found}\n\n{end}{rest.partition(end)[2]}"
+
+
 def main() -> None:
-    """Write docs/results/zoo.md."""
+    """Write docs/results/zoo.md and the table of docs/how-to/which-method.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--randomised", nargs="+", metavar="METHOD", help="compare these after randomisation")
@@ -288,7 +335,9 @@ def main() -> None:
     if options.masks:
         numbers["vit_tiny"].more.setdefault("masks", {}).update(masks(options.work, options.masks))
     save(numbers)
+    numbers = load()  # as rounded there, so that the pages are what anybody finds from the file
     (ROOT / "docs" / "results" / "zoo.md").write_text(page(numbers), encoding="utf-8")
+    GUIDE.write_text(between(GUIDE.read_text(encoding="utf-8"), summary(numbers)), encoding="utf-8")
 
 
 if __name__ == "__main__":

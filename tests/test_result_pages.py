@@ -82,3 +82,17 @@ def test_differences_are_paired_on_the_images_that_both_have(zoo):
     }
     assert zoo.gain(rows, "LeGrad", "GradCAM, smooth 3") == "+3.0 ± 0.0*"
     assert zoo.gain(rows, "GradCAM, smooth 3", "GradCAM, smooth 3") == ""
+
+
+@pytest.mark.slow
+def test_the_pages_say_what_the_committed_numbers_give(zoo, imagenet):
+    numbers = imagenet.load()
+    assert zoo.page(numbers) == (imagenet.ROOT / "docs" / "results" / "zoo.md").read_text(encoding="utf-8")
+    guide = zoo.GUIDE.read_text(encoding="utf-8")
+    assert zoo.between(guide, zoo.summary(numbers)) == guide
+    assert "`GradCAM(smooth=3)`" in guide
+
+
+def test_only_what_stands_between_the_marks_is_replaced(zoo):
+    page = "before\n\n<!-- table of benchmarks/zoo.py -->\n\nold\n\n<!-- end -->\n\nafter\n"
+    assert zoo.between(page, "new") == page.replace("old", "new")
