@@ -20,7 +20,8 @@ from torchvision import models as torchvision_models
 
 from attrib_zoo.errors import DataError, OptionError, TargetError, UnsupportedModelError
 from attrib_zoo.models import LoadedModel, load, read_class_names
-from attrib_zoo.models.load import _seen, _source
+from attrib_zoo.models.load import _seen
+from attrib_zoo.models.sources import source_of
 
 TORCHVISION, TIMM = "shufflenet_v2_x0_5", "test_resnet"
 
@@ -340,7 +341,7 @@ def test_torchscript_is_named(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["test_resnet", "squeezenet1_1"])
 def test_models_of_grey_images_see_the_grey_of_photographs(tmp_path, name: str) -> None:
-    source = _source(name)
+    source = source_of(name)
     model = source.build(4, channels=1)
     torch.save(model.state_dict(), tmp_path / "grey.pth")
     loaded = load(name, weights=tmp_path / "grey.pth")
