@@ -133,6 +133,46 @@ def mean_filter(maps: Tensor, size: int) -> Tensor:
     return F.avg_pool2d(maps, size, stride=1, padding=size // 2, count_include_pad=False)
 
 
+LIKENESS = 0.3  # difference in cosine at which a neighbour counts a factor of e less
+
+
+def likeness(features: Sequence[Tensor], size: int) -> Tensor:
+    r"""How much each of the ``size`` x ``size`` cells around a cell is like it: shares that add up to 1.
+
+    .. math:: s_{pq} = \mathrm{softmax}_q \frac{1}{0.3\,L} \sum_{l=1}^L \cos(F^{(l)}_p, F^{(l)}_q)
+
+    over the neighbours q of the cell p that exist, p itself included, with :math:`F^{(l)}_p` the features of layer l
+    in a cell, minus their mean over the image.
+
+    Args:
+        features: ``(N, C_l, h, w)`` of each layer.
+        size: odd.
+
+    Returns:
+        ``(N, size * size, h, w)``.
+    """
+    units = [F.normalize(x - x.mean((-2, -1), keepdim=True), dim=1) for x in features]
+    unit = torch.cat(units, 1) / len(units) ** 0.5
+    cosines = torch.cat([(unit * near).sum(1, keepdim=True) for near in _around(unit, size)], 1)
+    exists = torch.cat(list(_around(torch.ones_like(unit[:1, :1]), size)), 1)
+    return (cosines / LIKENESS).masked_fill(exists == 0, -torch.inf).softmax(1)
+
+
+def alike_filter(maps: Tensor, shares: Tensor, size: int) -> Tensor:
+    """Each cell of the maps ``(N, C, h, w)`` becomes the mean of those around it, weighted by :func:`likeness`."""
+    near = zip(shares.split(1, dim=1), _around(maps, size), strict=True)
+    return torch.stack([share * values for share, values in near]).sum(0)
+
+
+def _around(maps: Tensor, size: int) -> Iterator[Tensor]:
+    """The maps moved by each step inside a window, zero where there is no cell."""
+    height, width = maps.shape[-2:]
+    padded = F.pad(maps, (size // 2,) * 4)
+    for i in range(size):
+        for j in range(size):
+            yield padded[..., i : i + height, j : j + width]
+
+
 def mean_ranks(values: Tensor) -> Tensor:
     """How many values of its row ``(B, n)`` lie below each value; ties share their mean rank."""
     ascending, values = values.sort(1).values, values.contiguous()

@@ -48,6 +48,7 @@ from attrib_zoo.benchmark.records import Records
 from attrib_zoo.cli.shared import methods
 from attrib_zoo.errors import UnsupportedModelError
 from attrib_zoo.models.photos import Photos
+from attrib_zoo.training.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 FAITHFUL = ["ad", "ic", "drop", "increase", "road", "insertion", "deletion"]
@@ -59,7 +60,8 @@ COLD = "TTAME, paper"
 VARIANTS: dict[str, dict[str, Any]] = {
     "TTAME, rows": {"recipe": "rows"},
     "TTAME, positive": {"scale": "positive"},
-    "TTAME, smooth 1": {"smooth": 1},
+    "TTAME, smooth 3": {"recipe": RECIPES["attended"].but(alike=1, smooth=3)},
+    "TTAME, no filter": {"recipe": RECIPES["attended"].but(alike=1)},
     "TTAME, 150 steps": {},
     COLD: {"recipe": "paper"},
     "LCAMImg, rows": {"start": "rows"},
@@ -67,7 +69,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GenericAttention, smooth 3": {"smooth": 3},
     "GenericAttention, libra": {"libra": True},
 }
-TRANSFORMERS = ("GenericAttention, smooth 3", "GenericAttention, libra")  # the variants for them alone
+TRANSFORMERS = (
+    "GenericAttention, smooth 3",
+    "GenericAttention, libra",
+    "TTAME, smooth 3",
+    "TTAME, no filter",
+)  # the variants for them alone
 LEFT_OUT = {"ExtremalPerturbation": "left out unless asked for, as it takes 800 optimiser steps for each image"}
 SEEDS = ("TTAME, seed 1", "TTAME, seed 2")
 

@@ -278,6 +278,7 @@ class TTAME(TrainableAttribution):
             skip=self.recipe.skip,
             batch_norm=self.recipe.batch_norm,
             activation=self.recipe.branch_activation,
+            alike=self.recipe.alike,
             generator=generator,
         )
 

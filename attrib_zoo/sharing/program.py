@@ -26,7 +26,7 @@ from attrib_zoo.backbone.nested import pick
 from attrib_zoo.backbone.targets import one_logit, scores_in
 from attrib_zoo.backbone.vit.attended import attended_source, seen_in_pass
 from attrib_zoo.errors import UnsupportedModelError, reason
-from attrib_zoo.masking import Extent, at_least_float32, mean_filter, moving
+from attrib_zoo.masking import Extent, alike_filter, at_least_float32, mean_filter, moving
 from attrib_zoo.training.head import AttentionHead
 from attrib_zoo.training.losses import two_logits
 
@@ -245,6 +245,7 @@ class ClassMaps(nn.Module):
         self.places = nn.ModuleList(places)
         rows, columns = ([place.before[axis] for place in places] for axis in (0, 1))
         self.largest = rows.index(max(rows)), columns.index(max(columns))  # here: torch 2.6 cannot trace max(key=)
+        self.finest = [i for i, size in enumerate(zip(rows, columns, strict=True)) if size == (max(rows), max(columns))]
         self.rivals, self.weight = rivals, weight
 
     def forward(self, outputs: Tensor, classes: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -264,10 +265,9 @@ class ClassMaps(nn.Module):
             maps: Tensor = self.network(features, rows)
             return maps
         network = self.network
-        features = network.read(features)
-        attended = features
+        attended = network.read(features)
         if network.branches:
-            attended = [branch(x) for branch, x in zip(network.branches, features, strict=True)]
+            attended = [branch(x) for branch, x in zip(network.branches, attended, strict=True)]
         fuser: Any = network.fuser
         weight, bias = fuser.weight.flatten(1)[rows], fuser.bias[rows]
         weights = weight.split([x.shape[1] for x in attended], dim=2)
@@ -275,7 +275,9 @@ class ClassMaps(nn.Module):
         size = (parts[self.largest[0]].shape[2], parts[self.largest[1]].shape[3])
         logits = sum(place(part, size) for place, part in zip(self.places, parts, strict=True))
         whole: Tensor = logits + bias[:, :, None, None]
-        return whole
+        if network.alike == 1:
+            return whole
+        return alike_filter(whole, network.likeness(features, self.finest), network.alike)
 
 
 class LinearMaps(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.vit import attended as attention
-from attrib_zoo.masking import Enlarge, upsample, upsampler
+from attrib_zoo.masking import Enlarge, alike_filter, likeness, upsample, upsampler
 from attrib_zoo.training import distributed
 
 ACTIVATIONS = ("relu", "sigmoid")
@@ -68,6 +68,8 @@ class AttentionHead(nn.Module):
         batch_norm: see :class:`FeatureBranch`.
         activation: see :class:`FeatureBranch`.
         branches: ``False`` leaves the feature branches out: with one layer, the attention mechanism of L-CAM.
+        alike: side of the window in which each cell of a map becomes a mean, weighted by how alike the cells' features
+            are, see :func:`~attrib_zoo.masking.likeness`: the features of all layers with the finest grid; 1 for none.
         generator: draws the initial weights (PyTorch's default distributions).
     """
 
@@ -80,11 +82,12 @@ class AttentionHead(nn.Module):
         batch_norm: bool = True,
         activation: str = "relu",
         branches: bool = True,
+        alike: int = 1,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {"skip": skip, "batch_norm": batch_norm, "activation": activation}
-        self.channels = tuple(channels)
+        self.channels, self.alike = tuple(channels), alike
         self.branches = nn.ModuleList(FeatureBranch(c, **options) for c in channels if branches)
         self.fuser = _empty_conv(sum(channels), num_classes)
         self.common: nn.Parameter | None = None  # (ΣC + 1,): see share_rows and start_from
@@ -109,14 +112,28 @@ class AttentionHead(nn.Module):
         return self.fuse(self.attend(features), rows)
 
     def attend(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The features through their branches: what does not depend on the classes."""
-        features = self.read(features)
-        if self.branches:
-            return [branch(x) for branch, x in zip(self.branches, features, strict=True)]
-        return features
+        """What does not depend on the classes: the features through their branches, and how alike their cells are."""
+        read = self.read(features)
+        found = [branch(x) for branch, x in zip(self.branches, read, strict=True)] if self.branches else read
+        if self.alike == 1:
+            return found
+        size = [max(x.shape[axis] for x in features) for axis in (-2, -1)]
+        return [*found, self.likeness(features, [i for i, x in enumerate(features) if list(x.shape[-2:]) == size])]
 
     def fuse(self, attended: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
         """The result of :meth:`forward` from that of :meth:`attend`."""
+        if self.alike == 1:
+            return self._fused(attended, rows)
+        return alike_filter(self._fused(attended[:-1], rows), attended[-1], self.alike)
+
+    def likeness(self, features: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+        """How alike the cells around each cell are to it, ``(N, alike * alike, h, w)``, by the features of some layers.
+
+        Each layer counts alike; of attention the values are compared.
+        """
+        return likeness([self._less_places(i, features[i][:, : self.channels[i]]) for i in layers], self.alike)
+
+    def _fused(self, attended: Sequence[Tensor], rows: Tensor | None) -> Tensor:
         size = tuple(max(x.shape[axis] for x in attended) for axis in (-2, -1))
         enlarge = upsampler()
         if rows is None:
@@ -229,12 +246,18 @@ class AttentionHead(nn.Module):
         """
         found = []
         for i, (x, channels) in enumerate(zip(features, self.channels, strict=True)):
-            usual = upsample(getattr(self, self.places[i]).unsqueeze(0), x.shape[-2:]) if self.places else None
             if x.shape[1] > channels:
-                found.append(attention.attended(x, channels, usual))
+                found.append(attention.attended(x, channels, self._usual(i, x.shape[-2:])))
             else:
-                found.append(x if usual is None else x - usual)
+                found.append(self._less_places(i, x))
         return found
+
+    def _usual(self, layer: int, size: Sequence[int]) -> Tensor | None:
+        return upsample(getattr(self, self.places[layer]).unsqueeze(0), size) if self.places else None
+
+    def _less_places(self, layer: int, features: Tensor) -> Tensor:
+        usual = self._usual(layer, features.shape[-2:])
+        return features if usual is None else features - usual
 
     def _share(self, reach: Sequence[float]) -> None:
         scale = [1 / max(a, 1e-12) for a, size in zip(reach, self.channels, strict=True) for _ in range(size)]

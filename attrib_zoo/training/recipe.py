@@ -50,6 +50,8 @@ class Recipe:
             the paper.
         contrast_weight: the weight of that mean.
         smooth: width of the mean filter on the map at the layers' resolution; 1 in the paper.
+        alike: width of a mean filter that weighs the cells by how alike their features are, see
+            :func:`~attrib_zoo.masking.likeness`; 1 in the paper.
         scale: ``"min-max"`` (the paper's), ``"rank"`` or ``"positive"``.
         lambda_ce: λ1, weight of the cross-entropy in Eq. 11.
         lambda_tv: λ2, weight of area and variation.
@@ -75,6 +77,7 @@ class Recipe:
     contrast: int = 0
     contrast_weight: float = 0.6
     smooth: int = 1
+    alike: int = 1
     scale: str = "min-max"
     lambda_ce: float = 1.5
     lambda_tv: float = 2.0
@@ -100,8 +103,10 @@ class Recipe:
         check_choice("psi", self.psi, ("auto", "random", "batch", "own"))
         for name, least in _WEIGHTS.items():
             object.__setattr__(self, name, check_number(name, getattr(self, name), least=least))
-        if self.smooth < 1 or self.smooth % 2 == 0:
-            raise OptionError(f"smooth: must be an odd number of cells, got {self.smooth!r}; 1 leaves the map as it is")
+        for name in ("smooth", "alike"):
+            size = getattr(self, name)
+            if size < 1 or size % 2 == 0:
+                raise OptionError(f"{name}: must be an odd number of cells, got {size!r}; 1 leaves the map as it is")
 
     def but(self, **changes: Any) -> Recipe:
         """The same recipe with some fields changed; ``None`` keeps a field."""
@@ -123,7 +128,7 @@ class Recipe:
 PAPER = Recipe("paper")
 RELEASED = Recipe("released", layer_rule="norms", variation="sum", border_penalty=0.3, area_offset=5e-4, psi="batch")
 ROWS = Recipe("rows", start="rows", loss="order", branches=False, layer_rule="live", contrast=3, smooth=3, psi="own")
-VALUES = replace(ROWS, name="attended", layer_rule=ATTENDED, num_layers=4, forget_places=True)
+VALUES = replace(ROWS, name="attended", layer_rule=ATTENDED, num_layers=4, forget_places=True, smooth=1, alike=5)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, VALUES, PAPER, RELEASED)}
 
 
