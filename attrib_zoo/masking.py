@@ -149,28 +149,28 @@ def likeness(features: Sequence[Tensor], size: int) -> Tensor:
         size: odd.
 
     Returns:
-        ``(N, size * size, h, w)``.
+        ``(N, h, w, size * size)``.
     """
     units = [F.normalize(x - x.mean((-2, -1), keepdim=True), dim=1) for x in features]
-    unit = torch.cat(units, 1) / len(units) ** 0.5
-    cosines = torch.cat([(unit * near).sum(1, keepdim=True) for near in _around(unit, size)], 1)
-    exists = torch.cat(list(_around(torch.ones_like(unit[:1, :1]), size)), 1)
-    return (cosines / LIKENESS).masked_fill(exists == 0, -torch.inf).softmax(1)
+    unit = (torch.cat(units, 1) / len(units) ** 0.5).permute(0, 2, 3, 1).contiguous()
+    cosines = torch.stack([(unit * near).sum(-1) for near in _around(unit, size)], -1)
+    exists = torch.cat(list(_around(torch.ones_like(unit[:1, :, :, :1]), size)), -1)
+    return (cosines / LIKENESS).masked_fill(exists == 0, -torch.inf).softmax(-1)
 
 
 def alike_filter(maps: Tensor, shares: Tensor, size: int) -> Tensor:
     """Each cell of the maps ``(N, C, h, w)`` becomes the mean of those around it, weighted by :func:`likeness`."""
-    near = zip(shares.split(1, dim=1), _around(maps, size), strict=True)
-    return torch.stack([share * values for share, values in near]).sum(0)
+    near = zip(shares.split(1, dim=-1), _around(maps.permute(0, 2, 3, 1), size), strict=True)
+    return torch.stack([share * cells for share, cells in near]).sum(0).permute(0, 3, 1, 2)
 
 
-def _around(maps: Tensor, size: int) -> Iterator[Tensor]:
-    """The maps moved by each step inside a window, zero where there is no cell."""
-    height, width = maps.shape[-2:]
-    padded = F.pad(maps, (size // 2,) * 4)
+def _around(cells: Tensor, size: int) -> Iterator[Tensor]:
+    """Cells ``(N, h, w, C)`` moved by each step inside a window, zero where there is none."""
+    height, width = cells.shape[1:3]
+    padded = F.pad(cells, (0, 0, *(size // 2,) * 4))
     for i in range(size):
         for j in range(size):
-            yield padded[..., i : i + height, j : j + width]
+            yield padded[:, i : i + height, j : j + width]
 
 
 def mean_ranks(values: Tensor) -> Tensor:

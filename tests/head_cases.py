@@ -36,3 +36,22 @@ def dense_head(state, features, training, **options):
     ]
     weight, bias = state["fuser.weight"], state["fuser.bias"]
     return torch.einsum("kc,nchw->nkhw", weight[:, :, 0, 0], torch.cat(grown, 1)) + bias.view(1, -1, 1, 1)
+
+
+def mean_of_alike(maps, layers, size):
+    """Each cell's mean over the cells around it, with exp(mean cosine of the layers' centred features / 0.3)."""
+    height, width = maps.shape[-2:]
+    found = torch.zeros_like(maps)
+    for n in range(len(maps)):
+        centred = [x[n] - x[n].mean((1, 2), keepdim=True) for x in layers]
+        for y in range(height):
+            for x in range(width):
+                total = 0.0
+                for j in range(max(0, y - size // 2), min(height, y + size // 2 + 1)):
+                    for i in range(max(0, x - size // 2), min(width, x + size // 2 + 1)):
+                        cosines = [F.cosine_similarity(f[:, y, x], f[:, j, i], dim=0, eps=1e-12) for f in centred]
+                        share = (sum(cosines) / len(layers) / 0.3).exp()
+                        found[n, :, y, x] += share * maps[n, :, j, i]
+                        total += share
+                found[n, :, y, x] /= total
+    return found

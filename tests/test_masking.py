@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import strategies as zoo
 import torch
+from head_cases import mean_of_alike
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -25,11 +26,13 @@ from attrib_zoo.masking import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ChunkSize,
+    alike_filter,
     black,
     blend,
     blur,
     channel_stats,
     is_out_of_memory,
+    likeness,
     mean_filter,
     min_max,
     positive_scale,
@@ -358,6 +361,19 @@ def test_the_mean_filter_takes_the_mean_of_the_cells_that_there_are(maps, size):
         for j in range(maps.shape[3]):
             window = maps[:, :, max(0, i - reach) : i + reach + 1, max(0, j - reach) : j + reach + 1]
             torch.testing.assert_close(found[:, :, i, j], window.mean((2, 3)))
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_the_filter_of_alike_cells_weighs_those_that_there_are_by_their_cosines(size):
+    maps = zoo.normal(2, 3, 4, 6, seed=0)
+    layers = [zoo.normal(2, 5, 4, 6, seed=1), zoo.normal(2, 2, 4, 6, seed=2)]
+    close(alike_filter(maps, likeness(layers, size), size), mean_of_alike(maps, layers, size), 1e-12)
+
+
+@given(zoo.maps(), st.sampled_from([3, 5]))
+def test_cells_that_are_alike_everywhere_have_the_plain_mean(maps, size):
+    shares = likeness([torch.ones_like(maps)], size)  # no structure: all cosines are zero
+    torch.testing.assert_close(alike_filter(maps, shares, size), mean_filter(maps, size))
 
 
 @given(zoo.maps(), st.integers(1, 6))

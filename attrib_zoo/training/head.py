@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrib_zoo.backbone.vit import attended as attention
+from attrib_zoo.errors import LayerError
 from attrib_zoo.masking import Enlarge, alike_filter, likeness, upsample, upsampler
 from attrib_zoo.training import distributed
 
@@ -118,7 +119,14 @@ class AttentionHead(nn.Module):
         if self.alike == 1:
             return found
         size = [max(x.shape[axis] for x in features) for axis in (-2, -1)]
-        return [*found, self.likeness(features, [i for i, x in enumerate(features) if list(x.shape[-2:]) == size])]
+        finest = [i for i, x in enumerate(features) if list(x.shape[-2:]) == size]
+        if not finest:
+            sizes = [tuple(x.shape[-2:]) for x in features]
+            raise LayerError(
+                "layers: one of the layers must have the finest grid in both directions to average over cells that "
+                f"are alike, got {sizes}; choose other layers, or a recipe with alike=1"
+            )
+        return [*found, self.likeness(features, finest)]
 
     def fuse(self, attended: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
         """The result of :meth:`forward` from that of :meth:`attend`."""
@@ -127,7 +135,7 @@ class AttentionHead(nn.Module):
         return alike_filter(self._fused(attended[:-1], rows), attended[-1], self.alike)
 
     def likeness(self, features: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
-        """How alike the cells around each cell are to it, ``(N, alike * alike, h, w)``, by the features of some layers.
+        """How alike the cells around each cell are to it, ``(N, h, w, alike * alike)``, by the features of some layers.
 
         Each layer counts alike; of attention the values are compared.
         """

@@ -374,6 +374,7 @@ def test_recipes_are_values():
     [
         (lambda: Recipe("mine", start="zero"), "start: must be one of 'random', 'rows', got 'zero'"),
         (lambda: Recipe("mine", smooth=2), "smooth: must be an odd number of cells, got 2"),
+        (lambda: Recipe("mine", alike=4), "alike: must be an odd number of cells, got 4"),
         (
             lambda: TTAME(zoo.small_cnn(), recipe={"name": "mine", "colour": 1}),
             "a field that this version does not know",

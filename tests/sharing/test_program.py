@@ -19,6 +19,7 @@ from attrib_zoo.backbone.grid import Grid, Tap
 from attrib_zoo.errors import BackboneMismatchError, InputError, NotFittedError, OptionError, UnsupportedModelError
 from attrib_zoo.masking import rank_scale
 from attrib_zoo.sharing.program import ClassMaps, Enlargement, Reading, Standardise, counted_ranks
+from attrib_zoo.training.recipe import RECIPES
 
 each = pytest.mark.parametrize("make", some.EXPLAINERS.values(), ids=some.EXPLAINERS)
 
@@ -89,6 +90,12 @@ def test_layers_of_other_sizes_where_neither_axis_has_the_largest():
         found = head(torch.zeros(2, 5), classes, features)
         close(found, explainer.network_(features, classes[:, None]))
     assert found.shape == (2, 1, 4, 6)
+
+
+@pytest.mark.parametrize("layers", [["stages.1", "stages.2"], ["stages.2"]])
+def test_maps_averaged_over_cells_that_are_alike(layers):
+    explainer = TTAME(some.cnn(), layers, recipe=RECIPES["rows"].but(alike=3))
+    check(zoo.fit(explainer, [some.images()], max_steps=0), some.images())
 
 
 def test_another_size_than_that_of_the_example():

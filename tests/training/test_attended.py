@@ -7,6 +7,7 @@ import pytest
 import strategies as zoo
 import torch
 from attention_cases import ARCHITECTURES, assert_close, sized_images
+from head_cases import mean_of_alike
 from torch import nn
 
 from attrib_zoo import RISE, TTAME, GradCAM
@@ -95,12 +96,13 @@ def test_a_file_and_a_module_give_the_same_maps(name, tmp_path):
     assert float(maps.flatten(1).std(1).min()) > 0
 
 
-def test_what_a_patch_says_in_every_image_is_taken_from_its_values():
+@pytest.mark.parametrize("alike", [1, RECIPES["attended"].alike])
+def test_what_a_patch_says_in_every_image_is_taken_from_its_values(alike):
     """By hand, from the queries, keys and values of every image: A (v - mean of v over the images), at each place."""
     model = ARCHITECTURES["class token"][0]().double().eval()
     torch.manual_seed(0)
     images = torch.randn(32, *sized_images("class token").shape[1:], dtype=torch.float64)
-    recipe = RECIPES["attended"].but(contrast=0, smooth=1, num_layers=1)
+    recipe = RECIPES["attended"].but(contrast=0, alike=alike, num_layers=1)
     explainer = fitted(model, images, recipe=recipe, upsample=False)
     kept = []
     handle = model.blocks[-1].attn.register_forward_hook(lambda _, given, out: kept.append(given[0]))
@@ -111,9 +113,12 @@ def test_what_a_patch_says_in_every_image_is_taken_from_its_values():
     shares = ((q[:, :, :1] @ k.transpose(-1, -2)) * module.scale).softmax(-1)[:, :, 0]
     said = shares[..., None] * (v - v.mean(0))
     patches = said.transpose(1, 2).flatten(2)[:, 1:].transpose(1, 2).unflatten(-1, (4, 4))  # (N, H d, h, w)
-    raw = torch.einsum("kc,nchw->nkhw", explainer.network_.fuser.weight[:, :, 0, 0], patches)
+    raw = torch.einsum("kc,nchw->nkhw", explainer.network_.fuser.weight[:, :, 0, 0], patches).detach()
+    if alike > 1:
+        values = (v - v.mean(0)).transpose(1, 2).flatten(2)[:, 1:].transpose(1, 2).unflatten(-1, (4, 4)).detach()
+        raw = mean_of_alike(raw, [values], alike)
     low, high = raw.amin((2, 3), keepdim=True), raw.amax((2, 3), keepdim=True)
-    assert_close(explainer.maps(images), ((raw - low) / (high - low)).detach(), 1e-8)
+    assert_close(explainer.maps(images), (raw - low) / (high - low), 1e-8)
 
 
 def test_steps_train_and_keep_every_class():

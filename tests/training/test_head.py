@@ -7,12 +7,14 @@ import math
 import pytest
 import strategies as zoo
 import torch
-from head_cases import close, dense_branch, dense_head
+from head_cases import close, dense_branch, dense_head, mean_of_alike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attrib_zoo.errors import LayerError
 from attrib_zoo.training import head as _attention_head
 from attrib_zoo.training.head import AttentionHead
+from attrib_zoo.training.maps import begun, head_maps
 
 
 def head(channels, classes, seed=0, dtype=torch.float64, **options):
@@ -86,6 +88,23 @@ def test_selected_rows_are_those_of_the_dense_head(shapes, training):
 def test_all_rows_are_those_of_the_dense_head(shapes, training):
     features = [zoo.normal(2, *shape, seed=i) for i, shape in enumerate(shapes)]
     compare(head([x.shape[1] for x in features], 7), features, None, training, 1e-12, 1e-11)
+
+
+@pytest.mark.parametrize("shapes", SIZES.values(), ids=SIZES.keys())
+def test_maps_are_averaged_over_cells_that_the_finest_layers_find_alike(shapes):
+    features = [zoo.normal(2, *shape, seed=i) for i, shape in enumerate(shapes)]
+    channels = [x.shape[1] for x in features]
+    plain, filtered = head(channels, 17).eval(), head(channels, 17, alike=3).eval()
+    size = [max(x.shape[axis] for x in features) for axis in (2, 3)]
+    finest = [x for x in features if list(x.shape[2:]) == size]
+    if not finest:
+        with pytest.raises(LayerError, match="one of the layers must have the finest grid in both directions"):
+            filtered(features)
+        return
+    wanted = mean_of_alike(plain(features), finest, 3)
+    close(filtered(features), wanted, 1e-12)
+    close(filtered(features, ROWS), torch.stack([maps[r] for maps, r in zip(wanted, ROWS, strict=True)]), 1e-12)
+    close(head_maps(*begun(filtered, features), ROWS[:1].expand(2, -1)), wanted[:, ROWS[0]], 1e-12)
 
 
 @settings(max_examples=20)
