@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ ORDER = (
     "TTAME",
     "TTAME, seed 1",
     "TTAME, seed 2",
+    "TTAME, smooth 3",
+    "TTAME, no filter",
     "TTAME, positive",
     "TTAME, rows",
     "TTAME, 150 steps",
@@ -116,7 +119,10 @@ def draw(cases: dict[str, tuple[Rows, set[int], set[int]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def checks(name: str, work: Path, count: int = 96) -> list[list[object]]:
+CHECKED = ("TTAME", "TTAME, positive", "TTAME, rows", "GradCAM", "GradCAM, smooth 3", "GenericAttention")
+
+
+def checks(name: str, work: Path, methods: Sequence[str], count: int = 96) -> list[list[object]]:
     """Grid pointing, the encoding check and model randomisation, on the first images that results.py drew."""
     from results import CASES as LOADED
     from results import made
@@ -134,8 +140,7 @@ def checks(name: str, work: Path, count: int = 96) -> list[list[object]]:
     mosaics = metrics.grid_mosaics(images, decided, sure, least=0.5)
     asked = mosaics.target
     kinds = decided.bincount(minlength=scores.shape[1]).topk(5).indices
-    asked_for = ["TTAME", "TTAME, positive", "TTAME, rows", "GradCAM", "GradCAM, smooth 3"]
-    asked_for += ["GenericAttention"] if case.kind == "vit" else []
+    asked_for = [method for method in methods if method != "GenericAttention" or case.kind == "vit"]
     explainers = {method: made(method, case, work / name) for method in asked_for}
     other = redrawn(model)
     found: list[list[object]] = []
@@ -174,7 +179,8 @@ def main() -> None:
     """Write docs/results/warm_start.md and .png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--checks", action="store_true", help="grid pointing, encoding, randomisation too")
+    parser.add_argument("--checks", nargs="*", metavar="METHOD", help="grid pointing, encoding, randomisation too")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help="of --checks")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     options = parser.parse_args()
     numbers = load()
@@ -198,8 +204,9 @@ def main() -> None:
         known.merge(options.work, name)
         if not known.seen:
             known.seen = seen_classes(name, options.work)
-        if options.checks:
-            known.checks = checks(name, options.work)
+        if options.checks is not None and name in options.cases:
+            found = {line[0]: line for line in (*known.checks, *checks(name, options.work, options.checks or CHECKED))}
+            known.checks = list(found.values())
         rows: Rows = {m: known.rows[m] for m in ORDER if m in known.rows}
         targets = {i: int(row["target"]) for found in rows.values() for i, row in found.items()}
         seen = {i for i, target in targets.items() if target in set(known.seen)}
