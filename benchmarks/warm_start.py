@@ -27,7 +27,7 @@ import torch
 
 MEASURES = ["SRG", "ROAD MoRF", "ROAD LeRF", "AD(50)", "AD(15)", "AD(100)", "insertion", "deletion", "EBPG"]
 BASES = ("GradCAM", "GradCAM, smooth 3")
-MORE = ("TTAME, rows", "GenericAttention", "GenericAttention, smooth 3", "RISE")
+MORE = ("TTAME, smooth 3", "TTAME, rows", "GenericAttention", "GenericAttention, libra", "RISE")
 ORDER = (
     "TTAME",
     "TTAME, seed 1",
@@ -43,6 +43,7 @@ ORDER = (
     *BASES,
     "GenericAttention",
     "GenericAttention, smooth 3",
+    "GenericAttention, libra",
     "RISE",
     "random map",
     "image edges",

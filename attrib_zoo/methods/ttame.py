@@ -67,6 +67,12 @@ class TTAME(TrainableAttribution):
     image's own gradient in place of the mean, :math:`w_c \cdot A_{0j} v_j` is attention times its gradient, summed over
     heads. The mean needs no backward pass at explanation time. Models whose head reads other tokens than one class
     token, or whose attention cannot be read, have ``"rows"``: the last three blocks that have a gradient.
+    In place of the mean filter, each cell p becomes a mean of the 5x5 cells q around it that are like it,
+
+    .. math:: \mathcal{E}_p \leftarrow \sum_q \mathrm{softmax}_q\Big( \frac{1}{0.3 \cdot 4} \sum_i
+              \cos(\tilde v^{(i)}_p, \tilde v^{(i)}_q) \Big) \mathcal{E}_q
+
+    with :math:`\tilde v_j` the values :math:`v_j - \bar v_j` minus their mean over the image.
 
     The steps of :meth:`fit` in these two, none unless ``epochs`` or ``max_steps`` ask for them, train one correction
     that all classes share, :math:`w_c \leftarrow w_c + w_c M + g`, so that what is learnt on one class serves those
@@ -148,8 +154,8 @@ class TTAME(TrainableAttribution):
         Networks and Vision Transformers. IEEE Access, 2024.
 
     Deviations:
-        The recipes "rows" and "attended" are this library's: start, features, contrast, filter, layers and loss are not
-        the paper's, and they read the features without branches (these would be identities at the start, and the steps
+        The recipes "rows" and "attended" are this library's: start, features, contrast, filters, layers and loss are
+        not the paper's, and they read the features without branches (these would be identities at the start, and the steps
         can train the shared matrix M just as well). With ``recipe="paper"`` the schedule differs: the paper's needs
         hundreds of thousands of steps; below 20 000 ``fit`` uses one that converges in few (Adam; the fusing
         convolution starts at zero, as a common row plus a row per class), and with few images per class it leaves the
