@@ -155,9 +155,9 @@ class TTAME(TrainableAttribution):
 
     Deviations:
         The recipes "rows" and "attended" are this library's: start, features, contrast, filters, layers and loss are
-        not the paper's, and they read the features without branches (these would be identities at the start, and the steps
-        can train the shared matrix M just as well). With ``recipe="paper"`` the schedule differs: the paper's needs
-        hundreds of thousands of steps; below 20 000 ``fit`` uses one that converges in few (Adam; the fusing
+        not the paper's, and they read the features without branches (these would be identities at the start, and the
+        steps can train the shared matrix M just as well). With ``recipe="paper"`` the schedule differs: the paper's
+        needs hundreds of thousands of steps; below 20 000 ``fit`` uses one that converges in few (Adam; the fusing
         convolution starts at zero, as a common row plus a row per class), and with few images per class it leaves the
         other classes out of Ψ. The random classes of Ψ are distinct. Dropout and batch normalisation of the frozen
         model always run in eval mode. Where the paper is silent (momentum, weight decay, initial weights) the released
