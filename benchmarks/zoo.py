@@ -18,6 +18,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from measure import table, unpacked
 
 import torch
 from torch import Tensor
+
+from attrib_zoo.training.recipe import RECIPES, Recipe
 
 BASES = ("TTAME", "GradCAM, smooth 3")
 FAITHFUL = ["ROAD MoRF", "ROAD LeRF", "insertion", "deletion", "AD(100)", "AD(50)", "AD(15)", "IC(50)"]
@@ -279,10 +282,19 @@ def called(name: str) -> str:
     from results import OPTIONS, VARIANTS
 
     plain = name.partition(", ")[0]
-    given = ", ".join(
-        f"{key}={json.dumps(value)}" for key, value in (OPTIONS.get(plain, {}) | VARIANTS.get(name, {})).items()
-    )
-    return f"`{plain}({given})`".replace("=true", "=True").replace("()", "")
+    given = OPTIONS.get(plain, {}) | VARIANTS.get(name, {})
+    return f"`{plain}({', '.join(f'{key}={_written(value)}' for key, value in given.items())})`".replace("()", "")
+
+
+def _written(value: Any) -> str:
+    """An option as code."""
+    if not isinstance(value, Recipe):
+        return json.dumps(value).replace("true", "True")
+    usual = RECIPES[value.name]
+    changed = {
+        f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != getattr(usual, f.name)
+    }
+    return f'RECIPES["{value.name}"].but({", ".join(f"{name}={_written(entry)}" for name, entry in changed.items())})'
 
 
 def summary(numbers: dict[str, Numbers]) -> str:
