@@ -29,6 +29,10 @@ def rows(model=None, layers=None, **options) -> TTAME:
     return explainer.fit([images(4)], max_steps=0, **QUIET)
 
 
+def attended(**options) -> TTAME:
+    return TTAME(vit(), recipe="attended", **options).fit([images(4)], max_steps=0, **QUIET)
+
+
 def paper(model=None, **options) -> TTAME:
     """Three layers of different sizes, with branches; that not all classes were seen is known."""
     explainer = TTAME(cnn() if model is None else model, recipe="paper", **options)
@@ -44,6 +48,7 @@ def lcam(cls: type = LCAMImg, **options) -> LCAMImg | LCAMFm:
 EXPLAINERS = {
     "rows": rows,
     "rows of a ViT": lambda **o: rows(vit(), **o),
+    "attended": attended,
     "paper": paper,
     "L-CAM-Img": lcam,
     "L-CAM-Fm": lambda **o: lcam(LCAMFm, **o),
