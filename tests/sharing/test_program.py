@@ -78,17 +78,17 @@ def test_more_rivals_than_there_are_classes():
     check(explainer, some.images())
 
 
-def test_layers_of_other_sizes_where_neither_axis_has_the_largest():
-    """The map is as high as the highest and as wide as the widest."""
+@pytest.mark.parametrize(("grids", "alike"), [([(2, 6), (4, 3), (1, 1)], 1), ([(4, 6), (4, 3), (2, 6)], 3)])
+def test_layers_of_other_sizes(grids, alike):
+    """The map is as high as the highest and as wide as the widest; cells are compared by layers that are both."""
     explainer = some.paper()
-    places = [Enlargement(size, (4, 6)) for size in [(2, 6), (4, 3), (1, 1)]]
-    head = ClassMaps(explainer.network_, places, 0, 0.0)
-    sizes = explainer.network_.channels
-    features = [zoo.normal(2, c, *hw).float() for c, hw in zip(sizes, [(2, 6), (4, 3), (1, 1)], strict=True)]
+    network, places = explainer.network_, [Enlargement(grid, (4, 6)) for grid in grids]
+    network.alike = alike
+    features = [zoo.normal(2, c, *hw).float() for c, hw in zip(network.channels, grids, strict=True)]
     classes = torch.tensor([1, 4])
     with torch.no_grad():
-        found = head(torch.zeros(2, 5), classes, features)
-        close(found, explainer.network_(features, classes[:, None]))
+        found = ClassMaps(network, places, 0, 0.0)(torch.zeros(2, 5), classes, features)
+        close(found, network(features, classes[:, None]))
     assert found.shape == (2, 1, 4, 6)
 
 
