@@ -142,7 +142,7 @@ def mean(values: list[float]) -> tuple[float, float]:
 
 
 def cell(values: list[float], *, sign: bool = False) -> str:
-    """``"44.5 ± 4.4"``; a difference with its sign, and with a star where the interval leaves 0 out."""
+    """``"44.5 ± 4.4"``; a difference with its sign, and with a star where the interval excludes 0."""
     middle, half = mean(values)
     if math.isnan(middle):
         return "–"

@@ -385,7 +385,7 @@ COMPARED = ["AD(100)", "AD(50)", "AD(15)", "IC(50)", "ROAD MoRF", "ROAD LeRF", "
 
 
 def apart(results: Table, base: str) -> str:
-    """Every method minus one, on the images that both were measured on; a star where the interval leaves 0 out."""
+    """Every method minus one, on the images that both were measured on; a star where the interval excludes 0."""
     measures = [m for m in results.measures if m.name in COMPARED]
     rows = []
     for method in results.methods:
@@ -418,7 +418,7 @@ def page(name: str, case: Case, results: Table, facts: dict[str, Any], refused: 
             if any(m.name in wanted for m in results.measures):
                 lines += [f"{level} {group}", "", compact(part, wanted, costs=number == 0), ""]
         lines += [f"{level} Every method minus T-TAME, on the same images", ""]
-        lines += ["A star: the 95 % interval of the difference leaves 0 out.", ""]
+        lines += ["A star: the 95 % interval of the difference excludes 0.", ""]
         lines += [line for base in ("TTAME", *VARIANTS) if base in part.methods for line in (apart(part, base), "")]
     lines += ["forward: samples through the model for one image; x forward: time as a multiple of a plain pass.", ""]
     missing = {method: why for method, why in LEFT_OUT.items() if method not in results.methods}

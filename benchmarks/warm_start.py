@@ -192,7 +192,7 @@ def main() -> None:
         "Validation images of ImageNet; the model's own decision is explained; explainers are fitted on 500 other",
         "photographs. `TTAME` is `TTAME(model).fit(loader)` as it comes: rows and no step, on the transformer rows of",
         "what the class token takes from each patch. Means ± half the 95 % interval over images; a star: the",
-        "interval of the paired difference leaves 0 out; –: not measured. ROAD at 20, 50 and 80 %; SRG is its",
+        "interval of the paired difference excludes 0; –: not measured. ROAD at 20, 50 and 80 %; SRG is its",
         "LeRF - MoRF. RISE is on the first of the same images: compare it in *minus RISE* alone. Written by",
         "`benchmarks/warm_start.py`; what it says is in",
         "[starting from rows](../explanation/starting-from-rows.md).",

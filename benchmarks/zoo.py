@@ -7,8 +7,8 @@
 
 Stop and run again at will; slow methods on fewer images, with ``--methods`` and ``--images``. Adds what is in WORK to
 ``benchmarks/results/imagenet.json`` and writes ``docs/results/zoo.md`` from that, and the table of
-``docs/how-to/which-method.md``. ``--randomised`` compares maps before and after the weights are drawn anew, ``--masks``
-holds the transformer's maps against the masks of COCO objects.
+``docs/how-to/which-method.md``. ``--randomised`` compares maps before and after the weights are re-initialised,
+``--masks`` holds the transformer's maps against the masks of COCO objects.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def everywhere(known: Numbers, least: int) -> tuple[str, int]:
 
 
 def randomised(name: str, work: Path, methods: list[str], count: int = 16) -> dict[str, str]:
-    """Rank correlation of each method's maps with those of the same model with its weights drawn anew."""
+    """Rank correlation of each method's maps with those of the same model with its weights re-initialised."""
     from results import CASES as LOADED
     from results import made
 
@@ -238,10 +238,10 @@ def page(numbers: dict[str, Numbers]) -> str:
         "",
         "Validation images of ImageNet with boxes; the model's own decision is explained. The first of the same 300",
         "images for every method; slow methods have fewer, as the column says, so compare means across rows with care:",
-        "*minus ...* is SRG's difference on the images that both have; a star: its 95 % interval leaves 0 out.",
+        "*minus ...* is SRG's difference on the images that both have; a star: its 95 % interval excludes 0.",
         "Means ± half the 95 % interval over images. SRG is LeRF - MoRF of ROAD at 20, 50 and 80 % of the pixels.",
         "The perfect map is the box itself.",
-        "TTAME is `TTAME(model).fit(loader)` as it comes; LCAMImg took 150 steps, from random weights unless it says",
+        "TTAME is `TTAME(model).fit(loader)` by default; LCAMImg took 150 steps, from random weights unless it says",
         "rows. Trained explainers saw 500 other photographs. Controls that know nothing of the model stand last.",
         "[Which method should I use?](../how-to/which-method.md) says what follows from it; `benchmarks/results.py`",
         "and `benchmarks/zoo.py` make it.",
@@ -253,7 +253,7 @@ def page(numbers: dict[str, Numbers]) -> str:
         lines += ["### Boxes, cost, and whether the weights matter", ""]
         lines += ["Passes: samples forward + backward through the model for one map. x forward: processor time as a"]
         lines += ["multiple of a plain pass. After randomisation: rank correlation of the maps with those of the model"]
-        lines += ["after its weights were drawn anew; near 0 is right.", "", place(known), ""]
+        lines += ["after its weights were re-initialised; near 0 is right.", "", place(known), ""]
         for count, ranked in {count: ranked for ranked, count in (everywhere(known, n) for n in shares(known))}.items():
             lines += [f"### Ranks on the {count} images that all of these have", ""]
             lines += [

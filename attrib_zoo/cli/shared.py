@@ -34,9 +34,13 @@ def overview(options: Any) -> str:
         (name, cls.family, " ".join(cls.models), "yes" if cls.needs_fit else "no", cls.cost, cls.paper)
         for name, cls in methods().items()
     ]
-    note = "cost per image: F a forward pass, B a backward pass"
     head = ("method", "family", "models", "fit first", "cost", "paper")
-    return "\n".join([*aligned([head, *rows], rule=True), "", note])
+    agnostic = ", ".join(name for name, cls in methods().items() if cls.class_agnostic)
+    notes = [
+        "cost per image: F a forward pass, B a backward pass",
+        f"class-agnostic, so that they explain no decision: {agnostic}",
+    ]
+    return "\n".join([*aligned([head, *rows], rule=True), "", *notes])
 
 
 def explainers(options: Any, loaded: LoadedModel) -> dict[str, Attribution]:

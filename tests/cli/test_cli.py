@@ -131,12 +131,14 @@ def test_list_shows_each_exported_method_as_it_describes_itself(capsys) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     exported = [c for c in vars(attrib_zoo).values() if isinstance(c, type) and issubclass(c, Attribution)]
-    rows = [line for line in lines[2:] if line.strip()][:-1]
+    rows, (_, agnostic) = lines[2:-3], lines[-2:]
     assert {row.split()[0] for row in rows} == {cls.__name__.lower() for cls in exported}
     for cls in exported:
         row = next(row for row in rows if row.split()[0] == cls.__name__.lower())
         cells = re.split(r"\s{2,}", row)
         assert cells[1:] == [cls.family, " ".join(cls.models), "yes" if cls.needs_fit else "no", cls.cost, cls.paper]
+    named = agnostic.partition(": ")[2].split(", ")
+    assert sorted(named) == sorted(cls.__name__.lower() for cls in exported if cls.class_agnostic)
 
 
 def test_the_module_can_be_run() -> None:
