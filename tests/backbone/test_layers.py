@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,14 +119,26 @@ def test_dilated_networks_whose_stages_share_a_grid_have_the_stages_of_the_strid
     assert names(timm(model, output_stride=stride), count=3) == expected
 
 
+def convolutions(*channels, dilations):
+    """Two strided convolutions and dilated ones."""
+    shapes = [*({"stride": 2, "padding": 1},) * 2, *({"dilation": d, "padding": d} for d in dilations)]
+    layers = [nn.Conv2d(*pair, 3, **shape) for pair, shape in zip(pairwise((3, *channels)), shapes, strict=True)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
 def test_a_single_dilated_convolution_is_a_stage_of_its_own():
-    shapes = [
-        {"stride": 2, "padding": 1},
-        {"stride": 2, "padding": 1},
-        *({"dilation": d, "padding": d} for d in (2, 4)),
-    ]
-    model = nn.Sequential(*(nn.Conv2d(3, 3, 3, **shape) for shape in shapes), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert names(model.eval(), count=3) == ["1", "2", "3"]
+    assert names(convolutions(4, 5, 6, 7, dilations=(2, 4)), count=3) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("dilations", [(1, 2, 5, 1, 2, 5), (1, 2, 4, 8)])
+def test_layers_that_dilate_by_turns_are_no_stages(dilations):
+    model = convolutions(*[4] * (2 + len(dilations)), dilations=dilations)
+    assert names(model, rule="stages") == ["0", str(len(dilations) + 1)]
+
+
+@pytest.mark.parametrize("model", ["skresnet18", "skresnext50_32x4d"])  # dilated by themselves, from the first block on
+def test_a_pooling_before_dilated_blocks_is_no_stage(model):
+    assert names(timm(model), rule="stages") == ["act1", "layer1", "layer2", "layer3", "layer4"]
 
 
 @pytest.mark.parametrize(("strides", "expected"), [((2, 1, 2, 1), ["2", "3", "4"]), ((1,) * 5, ["3", "4", "5"])])

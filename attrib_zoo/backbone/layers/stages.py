@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -107,15 +108,35 @@ class Stages:
         """The last unit of each grid; where the network ends in a pooling without weights, the poolings.
 
         A stage whose convolutions are dilated instead of strided keeps the grid of the one before, and is one all the
-        same: units are told apart by their grid and by the widest dilation up to there.
+        same, see :meth:`_undilated`.
         """
-        runs: dict[tuple[tuple[int, int], int], list[Item]] = {}
+        grids: dict[tuple[int, int], list[Item]] = {}
         for unit in self.units:
-            runs.setdefault((unit.output.hw, self._dilation(unit)), []).append(unit)
+            grids.setdefault(unit.output.hw, []).append(unit)
+        runs = [run for units in grids.values() for run in self._undilated(units)]
         pooled = self._pooled()
-        ends = [run[0] if pooled and not run[0].weighted else run[-1] for run in runs.values()]
+        ends = [run[0] if pooled and not run[0].weighted else run[-1] for run in runs]
         below = [end for end in ends if end.output.hw != self._trace.size]
         return sorted(below or ends, key=lambda item: item.place)
+
+    def _undilated(self, units: list[Item]) -> list[list[Item]]:
+        """The units of one grid, as the stages that they would be with strides in place of dilation.
+
+        One begins where the channels or the module around change, if a convolution up to their next change is dilated
+        more widely than all before: the first block of a stage still has the dilation of the one before in many
+        networks. Blocks that dilate their convolutions by turns are no stages, nor is the pooling before the first one.
+        """
+        stages: list[list[Item]] = []
+        for _, group in groupby(units, lambda unit: (unit.output.channels, unit.call.parent)):
+            found = list(group)
+            last = stages[-1] if stages else []
+            if any(unit.weighted for unit in last) and self._dilation(found[-1]) > self._dilation(last[-1]):
+                stages.append(found)
+            elif stages:
+                last += found
+            else:
+                stages.append(found)
+        return stages
 
     def _dilation(self, unit: Item) -> int:
         """The widest dilation of a convolution up to the end of a unit."""
