@@ -9,6 +9,7 @@ from typing import Any
 
 from attrib_zoo.errors import OptionError
 from attrib_zoo.training.checkpoint import Checkpoint
+from attrib_zoo.training.recipe import as_recipe
 
 UNSAID = "Its author did not say."
 _FEW = 10  # classes listed
@@ -128,6 +129,8 @@ def _data(saved: Checkpoint, told: About) -> str:
 
 def _fit_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     recipe = facts["options"].get("recipe")
+    if isinstance(recipe, dict):
+        recipe = as_recipe(recipe).facts()
     schedule = facts["schedule"]
     rows = [
         ("recipe", f"`{recipe if isinstance(recipe, str) else json.dumps(recipe)}`"),

@@ -19,6 +19,7 @@ from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.errors import CheckpointError, DataError
 from attrib_zoo.training.files import write_whole
 from attrib_zoo.training.history import History
+from attrib_zoo.training.recipe import read_written
 from attrib_zoo.training.schedule import Schedule
 from attrib_zoo.training.sealed import SealError, read_metadata, read_tensors, write_sealed
 from attrib_zoo.training.signals import held
@@ -133,6 +134,9 @@ def _facts(source: Path, text: str | None, seal: str | None) -> dict[str, Any]:
         )
     if number > 1 and seal is None:
         raise SealError("its checksum is missing")
+    options = facts.get("options")
+    if isinstance(options, dict) and "recipe" in options:
+        options["recipe"] = read_written(options["recipe"])
     return facts
 
 

@@ -113,7 +113,7 @@ class Recipe:
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def facts(self) -> str | dict[str, Any]:
-        """JSON-ready: the name of a named recipe, all fields of any other."""
+        """To show: the name of a named recipe, all fields of any other."""
         return self.name if RECIPES.get(self.name) == self else asdict(self)
 
     def __str__(self) -> str:
@@ -132,8 +132,18 @@ VALUES = replace(ROWS, name="attended", layer_rule=ATTENDED, num_layers=4, forge
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, VALUES, PAPER, RELEASED)}
 
 
+def written(recipe: Any) -> Any:
+    """What a file says of a recipe: all of its fields, since what a name stands for may change."""
+    return asdict(RECIPES[recipe]) if isinstance(recipe, str) and recipe in RECIPES else recipe
+
+
+def read_written(recipe: Any) -> Any:
+    """What a file says; before :attr:`Recipe.alike` there were names in files, and "attended" had a mean filter."""
+    return asdict(VALUES.but(alike=1, smooth=3)) if recipe == VALUES.name else recipe
+
+
 def as_recipe(given: str | Recipe | Mapping[str, Any]) -> Recipe:
-    """A recipe by its name, itself, or as :meth:`Recipe.facts` wrote it."""
+    """A recipe by its name, itself, or by its fields."""
     if isinstance(given, Recipe):
         return given
     if isinstance(given, Mapping):

@@ -16,7 +16,7 @@ from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.errors import BackboneMismatchError, CheckpointError, warn
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, alike, fingerprint, read
 from attrib_zoo.training.explainer import Explainer
-from attrib_zoo.training.recipe import as_recipe
+from attrib_zoo.training.recipe import as_recipe, written
 from attrib_zoo.training.vetting import believing, told_unsealed, vet, vet_state
 
 
@@ -30,10 +30,14 @@ def to_checkpoint(explainer: Attribution, fitted: Fitted) -> Checkpoint:
             "method": type(explainer).__name__,
             "library": __version__,
             "model": type(explainer.model).__name__,
-            "options": explainer.options(),
+            "options": _written(explainer.options()),
             **fitted.facts(),
         },
     )
+
+
+def _written(options: dict[str, Any]) -> dict[str, Any]:
+    return options | {"recipe": written(options["recipe"])} if "recipe" in options else options
 
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
-
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import engine_cases as cases
@@ -30,6 +31,7 @@ from attrib_zoo.training.checkpoint import (
     restore_optimizer,
     write,
 )
+from attrib_zoo.training.recipe import RECIPES
 
 IMAGES = zoo.batch(6)
 
@@ -115,6 +117,30 @@ def test_the_file_is_plain_and_says_what_it_is(explainer, saved):
     assert {"class_counts", "network/fuser.weight", "history/loss"} <= names
     assert not any("model" in name or "stages" in name for name in names)  # the backbone is not in it
     assert saved.stat().st_size < 40_000
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_files_have_all_fields_of_a_recipe(recipe, tmp_path):
+    """What a name stands for may change, what was fitted does not."""
+    images = zoo.normal(2, 3, 32, 32).float()
+    made = zoo.fit(TTAME(cases.vit(global_pool="token"), recipe=recipe), [images], max_steps=1)
+    facts = read(made.save(tmp_path / "x.safetensors")).facts
+    assert facts["options"]["recipe"] == asdict(RECIPES[recipe])
+    assert TTAME.load(tmp_path / "x.safetensors", made.model).options()["recipe"] == recipe
+
+
+def test_a_file_from_before_likeness_has_the_mean_filter_of_its_time(tmp_path):
+    images = zoo.normal(4, 3, 32, 32).float()
+    model = cases.vit(global_pool="token")
+    before = RECIPES["attended"].but(alike=1, smooth=3)
+    made = zoo.fit(TTAME(model, recipe=before), [images], max_steps=0)
+    saved = read(made.save(tmp_path / "now.safetensors"))
+    assert saved.facts["options"]["smooth"] == 3
+    saved.facts["options"]["recipe"] = "attended"
+    write(tmp_path / "then.safetensors", saved)
+    loaded = TTAME.load(tmp_path / "then.safetensors", model)
+    assert loaded.recipe == before
+    assert torch.equal(loaded.attribute(images), made.attribute(images))
 
 
 def test_a_layout_that_was_said_by_hand_is_kept(tmp_path):
