@@ -243,10 +243,10 @@ def blur(images: Tensor, sigma: float) -> Tensor:
     """
     if sigma <= 0:
         return images
-    for axis in (2, 3):
-        images = torch.tensordot(_gaussian(images.shape[axis], sigma, images), images, dims=([1], [axis])).movedim(
-            0, axis
-        )
+    with torch.autocast(images.device.type, enabled=False):  # else a mixed-precision fit blurs in half precision
+        for axis in (2, 3):
+            kernel = _gaussian(images.shape[axis], sigma, images)
+            images = torch.tensordot(kernel, images, dims=([1], [axis])).movedim(0, axis)
     return images
 
 

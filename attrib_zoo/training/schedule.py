@@ -106,6 +106,9 @@ def build(
         optimizer = custom(groups)
     elif schedule.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True, fused=_fused(network))
+        for group in optimizer.param_groups:  # torch leaves them uninitialised where the scaler skips the first step
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     else:
         kind = torch.optim.Adam if schedule.optimizer == "adam" else torch.optim.AdamW
         optimizer = kind(groups, lr=schedule.lr, fused=_fused(network))

@@ -30,6 +30,7 @@ from attrib_zoo.metrics import average_drop
 from attrib_zoo.training.checkpoint import read
 from attrib_zoo.training.data import Batches, images_of, total_steps
 from attrib_zoo.training.history import History
+from attrib_zoo.training.recipe import RECIPES
 from attrib_zoo.training.schedule import Schedule, build
 
 LIKE = torch.zeros(0)
@@ -625,6 +626,23 @@ def test_mixed_precision_is_for_the_models_passes_only(precision):
         assert explainer.history_["lr"] == full.history_["lr"]
     else:  # the first gradients, scaled by 2**16, overflow: the step is left out and the cycle waits for it
         assert explainer.history_["lr"][1] == explainer.history_["lr"][0]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed"])
+@pytest.mark.parametrize("masking", ["raw", "standardized"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_mixed_precision_in_all_recipes(recipe, masking, precision):
+    images = zoo.normal(8, 3, 32, 32).float()
+    model = cases.vit(global_pool="token") if recipe == "attended" else zoo.small_cnn()
+    options = {"recipe": recipe, "masking": masking, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    plain = zoo.fit(TTAME(model, **options), [images], max_steps=1)
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody has written with nan
+    try:
+        mixed = zoo.fit(TTAME(model, **options), [images], max_steps=4, precision=precision)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(math.isfinite, mixed.history_["loss"]))
+    torch.testing.assert_close(mixed.history_["loss"][0], plain.history_["loss"][0], rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
