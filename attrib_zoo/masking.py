@@ -142,35 +142,33 @@ def likeness(features: Sequence[Tensor], size: int) -> Tensor:
     .. math:: s_{pq} = \mathrm{softmax}_q \frac{1}{0.3\,L} \sum_{l=1}^L \cos(F^{(l)}_p, F^{(l)}_q)
 
     over the neighbours q of the cell p that exist, p itself included, with :math:`F^{(l)}_p` the features of layer l
-    in a cell, minus their mean over the image.
+    in a cell, minus their mean over the image: the weights of a joint bilateral filter in a square window.
 
     Args:
         features: ``(N, C_l, h, w)`` of each layer.
         size: odd.
 
     Returns:
-        ``(N, h, w, size * size)``.
+        ``(N, hw, hw)``, zero for cells further apart. All pairs are compared, as in the attention that was read: one
+        product of matrices is faster than ``size**2`` steps up to some thousand cells.
     """
     units = [F.normalize(x - x.mean((-2, -1), keepdim=True), dim=1) for x in features]
-    unit = (torch.cat(units, 1) / len(units) ** 0.5).permute(0, 2, 3, 1).contiguous()
-    cosines = torch.stack([(unit * near).sum(-1) for near in _around(unit, size)], -1)
-    exists = torch.cat(list(_around(torch.ones_like(unit[:1, :, :, :1]), size)), -1)
-    return (cosines / LIKENESS).masked_fill(exists == 0, -torch.inf).softmax(-1)
+    unit = (torch.cat(units, 1) / len(units) ** 0.5).flatten(2)
+    cosines = unit.transpose(1, 2) @ unit
+    down, right = (_close(length, size, unit.device) for length in features[0].shape[-2:])
+    near = down[:, None, :, None] & right[None, :, None, :]
+    return (cosines / LIKENESS).masked_fill(~near.flatten(2).flatten(0, 1), -torch.inf).softmax(-1)
 
 
-def alike_filter(maps: Tensor, shares: Tensor, size: int) -> Tensor:
+def alike_filter(maps: Tensor, shares: Tensor) -> Tensor:
     """Each cell of the maps ``(N, C, h, w)`` becomes the mean of those around it, weighted by :func:`likeness`."""
-    near = zip(shares.split(1, dim=-1), _around(maps.permute(0, 2, 3, 1), size), strict=True)
-    return torch.stack([share * cells for share, cells in near]).sum(0).permute(0, 3, 1, 2)
+    return (maps.flatten(2) @ shares.transpose(1, 2)).unflatten(2, maps.shape[2:])
 
 
-def _around(cells: Tensor, size: int) -> Iterator[Tensor]:
-    """Cells ``(N, h, w, C)`` moved by each step inside a window, zero where there is none."""
-    height, width = cells.shape[1:3]
-    padded = F.pad(cells, (0, 0, *(size // 2,) * 4))
-    for i in range(size):
-        for j in range(size):
-            yield padded[:, i : i + height, j : j + width]
+def _close(length: int, size: int, device: torch.device) -> Tensor:
+    """``(length, length)``: whether two places lie in a window of this size around each other."""
+    places = torch.arange(length, device=device)
+    return (places[:, None] - places).abs() <= size // 2
 
 
 def mean_ranks(values: Tensor) -> Tensor:

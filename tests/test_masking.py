@@ -367,13 +367,13 @@ def test_the_mean_filter_takes_the_mean_of_the_cells_that_there_are(maps, size):
 def test_the_filter_of_alike_cells_weighs_those_that_there_are_by_their_cosines(size):
     maps = zoo.normal(2, 3, 4, 6, seed=0)
     layers = [zoo.normal(2, 5, 4, 6, seed=1), zoo.normal(2, 2, 4, 6, seed=2)]
-    close(alike_filter(maps, likeness(layers, size), size), mean_of_alike(maps, layers, size), 1e-12)
+    close(alike_filter(maps, likeness(layers, size)), mean_of_alike(maps, layers, size), 1e-12)
 
 
 @given(zoo.maps(), st.sampled_from([3, 5]))
 def test_cells_that_are_alike_everywhere_have_the_plain_mean(maps, size):
     shares = likeness([torch.ones_like(maps)], size)  # no structure: all cosines are zero
-    torch.testing.assert_close(alike_filter(maps, shares, size), mean_filter(maps, size))
+    torch.testing.assert_close(alike_filter(maps, shares), mean_filter(maps, size))
 
 
 @given(zoo.maps(), st.integers(1, 6))

@@ -277,7 +277,7 @@ class ClassMaps(nn.Module):
         whole: Tensor = logits + bias[:, :, None, None]
         if network.alike == 1:
             return whole
-        return alike_filter(whole, network.likeness(features, self.finest), network.alike)
+        return alike_filter(whole, network.likeness(features, self.finest))
 
 
 class LinearMaps(nn.Module):

@@ -132,10 +132,10 @@ class AttentionHead(nn.Module):
         """The result of :meth:`forward` from that of :meth:`attend`."""
         if self.alike == 1:
             return self._fused(attended, rows)
-        return alike_filter(self._fused(attended[:-1], rows), attended[-1], self.alike)
+        return alike_filter(self._fused(attended[:-1], rows), attended[-1])
 
     def likeness(self, features: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
-        """How alike the cells around each cell are to it, ``(N, h, w, alike * alike)``, by the features of some layers.
+        """How alike the cells around each cell are to it, ``(N, hw, hw)``, by the features of some layers.
 
         Each layer counts alike; of attention the values are compared.
         """
