@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attrib_zoo.backbone.vit import attended as attention
 from attrib_zoo.errors import LayerError
-from attrib_zoo.masking import Enlarge, alike_filter, likeness, upsample, upsampler
+from attrib_zoo.masking import Enlarge, alike_filter, likeness, upsampler
 from attrib_zoo.training import distributed
 
 ACTIVATIONS = ("relu", "sigmoid")
@@ -261,7 +261,12 @@ class AttentionHead(nn.Module):
         return found
 
     def _usual(self, layer: int, size: Sequence[int]) -> Tensor | None:
-        return upsample(getattr(self, self.places[layer]).unsqueeze(0), size) if self.places else None
+        if not self.places:
+            return None
+        means = getattr(self, self.places[layer]).unsqueeze(0)
+        # Of grids, not of images: position embeddings are resized over all cells, also those of a padded border. At its
+        # own size this changes nothing; an exported program is then one for all sizes.
+        return F.interpolate(means, size=tuple(size), mode="bilinear")
 
     def _less_places(self, layer: int, features: Tensor) -> Tensor:
         usual = self._usual(layer, features.shape[-2:])

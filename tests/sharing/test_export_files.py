@@ -116,6 +116,16 @@ def test_a_file_of_each_explainer(name, kind, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("kind", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_position_means_are_for_all_sizes(kind, tmp_path):
+    images = some.images(32)
+    explainer = zoo.fit(TTAME(cases.vit(global_pool="token", dynamic_img_size=True), recipe="attended"), [images])
+    path = explainer.export(tmp_path / f"model.{kind}", any_size=True)
+    assert explainer.network_.places
+    for size in ((32, 32), (48, 24)):
+        check(path, explainer, zoo.normal(2, 3, *size).float())
+
+
 @each_kind
 def test_bytes_and_the_class_in(kind, tmp_path):
     explainer = some.rows()

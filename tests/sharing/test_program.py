@@ -125,6 +125,17 @@ def test_a_model_that_pads(recipe):
     assert float((module(images)[1] - moved).abs().max()) > 0.1, "as if the cells lay over all of the image"
 
 
+def dynamic_vit(**options):
+    return cases.vit(global_pool="token", dynamic_img_size=True, **options)
+
+
+@pytest.mark.parametrize("size", [(19, 45), (40, 24), (32, 32)])
+def test_position_means_at_other_sizes_than_that_of_the_fit(size):
+    model = dynamic_vit(patch_size=4, dynamic_img_pad=True)
+    explainer = zoo.fit(TTAME(model, recipe="attended"), [zoo.normal(32, 3, 33, 46).float()], max_steps=0)
+    check(explainer, zoo.normal(3, 3, *size, seed=4).float())
+
+
 @pytest.mark.parametrize("column", [False, True])
 def test_one_logit(column):
     model, images = zoo.OneValue(some.cnn(), column=column), some.images(6)
