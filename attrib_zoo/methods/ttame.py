@@ -308,7 +308,9 @@ class TTAME(TrainableAttribution):
 
     def _best_start(self, image: Tensor, args: tuple[Any, ...]) -> str:
         """The recipe that was measured to be best among those that start from rows and are defined for this model."""
-        if self.layers is None and is_transformer(self.model):
+        if self.layers is not None:
+            return "attended" if all(tap.attended for tap in self.taps(image, args)) else "rows"
+        if is_transformer(self.model):
             with suppress(AttribZooError):
                 attended_taps(self.model, image, args)
                 return "attended"

@@ -105,7 +105,7 @@ class Recipe:
             object.__setattr__(self, name, check_number(name, getattr(self, name), least=least))
         for name in ("smooth", "alike"):
             size = getattr(self, name)
-            if size < 1 or size % 2 == 0:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
                 raise OptionError(f"{name}: must be an odd number of cells, got {size!r}; 1 leaves the map as it is")
 
     def but(self, **changes: Any) -> Recipe:

@@ -375,6 +375,8 @@ def test_recipes_are_values():
         (lambda: Recipe("mine", start="zero"), "start: must be one of 'random', 'rows', got 'zero'"),
         (lambda: Recipe("mine", smooth=2), "smooth: must be an odd number of cells, got 2"),
         (lambda: Recipe("mine", alike=4), "alike: must be an odd number of cells, got 4"),
+        (lambda: Recipe("mine", alike=True), "alike: must be an odd number of cells, got True"),
+        (lambda: Recipe("mine", smooth=3.0), "smooth: must be an odd number of cells, got 3.0"),
         (
             lambda: TTAME(zoo.small_cnn(), recipe={"name": "mine", "colour": 1}),
             "a field that this version does not know",

@@ -155,3 +155,18 @@ def test_a_head_that_reads_other_tokens_is_refused():
         attended_taps(model, images)
     with pytest.raises(UnsupportedModelError, match="reads 16"):
         fitted(model, images, layers="blocks.1.attn['attended']", recipe="attended")
+
+
+@pytest.mark.parametrize(
+    ("layers", "recipe"),
+    [
+        (None, "attended"),
+        ("blocks.1.attn['attended']", "attended"),
+        (["blocks.0.attn['attended']", "blocks.2.attn['attended']"], "attended"),
+        (["blocks.1", "blocks.2.attn['attended']"], "rows"),
+        ("blocks.1", "rows"),
+    ],
+)
+def test_the_recipe_that_fits_the_layers(layers, recipe):
+    model, images = ARCHITECTURES["class token"][0]().eval(), sized_images("class token").float()
+    assert zoo.fit(TTAME(model, layers), [images]).recipe == RECIPES[recipe]
