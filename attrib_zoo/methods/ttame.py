@@ -69,10 +69,10 @@ class TTAME(TrainableAttribution):
     token, or whose attention cannot be read, have ``"rows"``: the last three blocks that have a gradient.
     In place of the mean filter, each cell p becomes a mean of the 5x5 cells q around it that are like it,
 
-    .. math:: \mathcal{E}_p \leftarrow \sum_q \mathrm{softmax}_q\Big( \frac{1}{0.3 \cdot 4} \sum_i
+    .. math:: \mathcal{E}_p \leftarrow \sum_q \mathrm{softmax}_q\Big( \frac{1}{0.3\,L} \sum_{i=1}^L
               \cos(\tilde v^{(i)}_p, \tilde v^{(i)}_q) \Big) \mathcal{E}_q
 
-    with :math:`\tilde v_j` the values :math:`v_j - \bar v_j` minus their mean over the image.
+    with :math:`\tilde v_j` the values :math:`v_j - \bar v_j` minus their mean over the image, in the L = 4 modules.
 
     The steps of :meth:`fit` in these two, none unless ``epochs`` or ``max_steps`` ask for them, train one correction
     that all classes share, :math:`w_c \leftarrow w_c + w_c M + g`, so that what is learnt on one class serves those

@@ -163,8 +163,8 @@ def attention_calls(trace: Trace) -> list[Call]:
     if not calls:
         raise UnsupportedModelError(
             f"model: must be a vision transformer whose blocks hold attention modules, got "
-            f"{type(trace.model).__name__}, which has none that is known; use GradCAM or TTAME, which explain "
-            "convolutional networks too"
+            f"{type(trace.model).__name__}, which has none that is known; use GradCAM or TTAME(recipe='rows'), "
+            "which explain convolutional networks too"
         )
     return calls
 
