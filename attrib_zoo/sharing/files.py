@@ -280,7 +280,7 @@ def _runtime(data: bytes) -> _Run | None:
     except ImportError:
         return None
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, and where another way is tried nobody need see them
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
