@@ -176,6 +176,77 @@ def test_padding_on_all_sides(mode):
     close(explainer.attribute(inputs, target=1)[:, :1], enlarged(small, (40, 48))[:, :, 3:33, 5:39])
 
 
+class Inside(nn.Module):
+    """A classifier behind what makes its images larger."""
+
+    def __init__(self, net, pads, how="pad"):
+        super().__init__()
+        self.net, self.pads, self.how = net, pads, how
+
+    def forward(self, x):
+        left, right, top, bottom = self.pads
+        if self.how == "canvas":
+            h, w = x.shape[-2:]
+            whole = x.new_zeros(len(x), 3, top + h + bottom, left + w + right)
+            whole[:, :, top : top + h, left : left + w] = x
+            return self.net(whole.to(memory_format=torch.channels_last))
+        if self.how == "channels-last canvas":
+            h, w = x.shape[-2:]
+            whole = torch.zeros(len(x), 3, top + h + bottom, left + w + right).to(memory_format=torch.channels_last)
+            whole[:, :, top : top + h, left : left + w].copy_(x)
+            return self.net(whole)
+        if self.how == "concatenation":
+            n, c, _, w = x.shape
+            x = torch.cat([x.new_zeros(n, c, top, w), x, x.new_zeros(n, c, bottom, w)], dim=2)
+            sides = [x.new_zeros(n, c, x.shape[2], side) for side in (left, right)]
+            return self.net(torch.cat([sides[0], x, sides[1]], dim=-1))
+        return self.net(F.pad(x, self.pads, mode="reflect" if self.how == "mirror" else "constant"))
+
+
+def small_cnn():
+    convolutions = (nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 4, 1), nn.ReLU())
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+def of_timm(name):
+    return pytest.importorskip("timm", reason="its models are optional").create_model(name, num_classes=5)
+
+
+NETS = {
+    "windows that leave pixels out": small_cnn,
+    "ResNet": lambda: of_timm("test_resnet"),
+    "padding for each convolution": lambda: of_timm("test_efficientnet"),
+    "padding by an operator for each convolution": lambda: of_timm("tf_mobilenetv3_small_minimal_100"),
+    "mirrored for each blur": lambda: of_timm("resnetblur18"),
+    "ConvNeXt": lambda: of_timm("test_convnext"),
+    "ViT": lambda: vit(),
+}
+
+
+@pytest.mark.parametrize("how", ["pad", "mirror", "canvas", "channels-last canvas", "concatenation"])
+@pytest.mark.parametrize("net", NETS)
+def test_any_network_behind_padding(net, how):
+    """A letterbox: the map is that of the padded image, cut to the image."""
+    torch.manual_seed(0)
+    net, pads, inputs = NETS[net]().eval(), (16, 48, 24, 40), images(64, 96)
+    inside = attrib_zoo.LayerCAM(Inside(net, pads, how)).attribute(inputs, target=1)
+    outside = F.pad(inputs, pads, mode="reflect" if how == "mirror" else "constant")
+    close(inside, attrib_zoo.LayerCAM(net).attribute(outside, target=1)[:, :, 24:88, 16:112])
+
+
+@pytest.mark.parametrize("pads", [(0, 0, 16, 16), (0, 5, 0, 7), (1, 1, 1, 1)])
+@pytest.mark.parametrize("net", ["ResNet", "ViT", "windows that leave pixels out"])
+def test_padding_to_a_square_and_by_a_few_pixels(net, pads):
+    if net == "ViT" and sum(pads) % 16:
+        pytest.skip("its patches would not fit")
+    torch.manual_seed(0)
+    net, inputs = NETS[net]().eval(), images(64, 96)
+    left, _, top, _ = pads
+    for method in (attrib_zoo.GradCAM, attrib_zoo.FullGrad):
+        outside = method(net).attribute(F.pad(inputs, pads), target=1)[:, :, top : top + 64, left : left + 96]
+        close(method(Inside(net, pads)).attribute(inputs, target=1), outside)
+
+
 # ---------------------------------------------------------------------- cropping
 
 

@@ -26,7 +26,7 @@ def find_grids(trace: Trace) -> None:
     """
     # Beyond these counts a few tokens too many are rather a grid that was misread than registers.
     usual = {0, 1, getattr(trace.model, "num_prefix_tokens", 1)}
-    seen = _Sizes(trace.size)
+    seen = _Sizes(trace)
     pending = sorted(trace.sizes)[::-1]
     undecided: list[tuple[Call, Output]] = []
     for call in trace.calls():
@@ -45,7 +45,12 @@ def find_grids(trace: Trace) -> None:
 
 
 def fits(size: Size, image: Size) -> bool:
-    """More than one cell, no larger than the image, and of its aspect ratio to within one cell."""
+    """More than one cell, no larger than the image, and of its aspect ratio to within one cell.
+
+    Args:
+        size: of a grid.
+        image: pixels that the grid covers, (H, W): more than those of the image where the model pads it.
+    """
     (h, w), (height, width) = size, image
     return h * w > 1 and 1 <= h <= height and 1 <= w <= width and abs(h * width - w * height) <= max(height, width)
 
@@ -53,8 +58,8 @@ def fits(size: Size, image: Size) -> bool:
 class _Sizes:
     """Spatial sizes seen during the pass, the last first; then sizes that can be derived from them."""
 
-    def __init__(self, image: Size) -> None:
-        self._image = image
+    def __init__(self, trace: Trace) -> None:
+        self._image, self._covered = trace.size, trace.extents.pixels
         self._seen: dict[Size, None] = {}
 
     def add(self, size: Size) -> None:
@@ -64,7 +69,7 @@ class _Sizes:
 
     def fits(self, size: Size) -> bool:
         """See :func:`fits`."""
-        return fits(size, self._image)
+        return fits(size, self._covered(size))
 
     def __contains__(self, size: Size) -> bool:
         return size in self._seen
