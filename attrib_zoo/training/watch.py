@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from attrib_zoo.training.checkpoint import fingerprint
 
 
+_SAMPLE = 64  # values of each tensor
+
+
 class Watch:
     """Notices that a model's weights have changed since the watch began.
 
-    A call compares the addresses of the weights, torch's count of writes to them, and one value of each weight matrix,
-    since writes through ``.data`` are not counted. Only if these differ are all weights read: they may have been moved,
-    reloaded or converted to another floating-point dtype, which does not change the model.
+    A call compares the addresses of the weights, torch's count of writes to them, and 64 values of each, since writes
+    through ``.data`` are not counted; of these, one that changes few values of a large tensor can go unnoticed. Only if
+    something differs are all weights read: they may have been moved, reloaded or converted to another floating-point
+    dtype, which does not change the model.
 
     Args:
         model: the user's own model, unwrapped: the weights of a mirror may be copies.
@@ -48,8 +52,20 @@ class Watch:
         return torch.allclose(values, self._values, rtol=2 * coarsest.eps, atol=coarsest.tiny, equal_nan=True)
 
 
-def _state(model: nn.Module) -> tuple[list[tuple[int, int]], bytes]:
-    return [_place(tensor) for tensor in _tensors(model)], _values(model).numpy().tobytes()
+def _state(model: nn.Module) -> tuple[list[tuple[int, int]], list[bytes]]:
+    """Addresses, counts of writes, and the values of a sample, which lies evenly over the memory of each tensor."""
+    samples: dict[Any, list[Tensor]] = defaultdict(list)
+    places = []
+    for tensor in _tensors(model):
+        places.append(_place(tensor))
+        count = tensor.numel()
+        if count and not tensor.is_quantized:
+            step = -(-count // _SAMPLE)
+            plain = tensor.detach()
+            dense = plain.is_contiguous() or (plain.ndim == 4 and plain.permute(0, 2, 3, 1).is_contiguous())
+            flat = plain.as_strided((-(-count // step),), (step,)) if dense else plain.reshape(-1)[::step]
+            samples[tensor.device, tensor.dtype].append(flat)
+    return places, [torch.cat(found).cpu().view(torch.uint8).numpy().tobytes() for found in samples.values()]
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -52,6 +52,28 @@ def loaded(model: nn.Module) -> None:
     model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
 
 
+QUIET = {  # each through ``.data``, of one tensor
+    "bias": lambda m: m.head.bias.data.zero_(),
+    "normalisation": lambda m: m.stages[1][1].weight.data.normal_(),
+    "means": lambda m: m.stages[1][1].running_mean.data.add_(1),
+    "variances": lambda m: m.stages[2][1].running_var.data.fill_(5.0),
+    "a filter": lambda m: m.stages[1][0].weight.data[3].zero_(),
+    "pruned": lambda m: m.stages[2][0].weight.data.mul_(m.stages[2][0].weight.abs() > 0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("change", QUIET)
+def test_changes_of_one_tensor_that_torch_does_not_count(change, layout, dtype):
+    model = zoo.small_cnn().to(dtype, memory_format=layout)
+    watch = Watch(model, fingerprint(model))
+    assert not watch.noticed(model)
+    with torch.no_grad():
+        QUIET[change](model)
+    assert watch.noticed(model)
+
+
 @pytest.mark.parametrize("change", [quiet, top_only, statistics, pointed_elsewhere, loaded])
 def test_other_weights_in_place_are_refused(explainer, change):
     before = copy.deepcopy(explainer.model.state_dict())
