@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +54,7 @@ class _Task:
 
     ``stems`` are the names of each photograph's pictures, ``None`` where none are drawn; ``originals`` are the
     photographs, as hashes of their paths: no picture may overwrite one. ``enlarge``: maps come at their layer's
-    resolution.
+    resolution. ``replaced``: pictures of earlier runs that were overwritten.
     """
 
     names: Names
@@ -70,6 +70,7 @@ class _Task:
     stems: Names | None
     originals: frozenset[int]
     enlarge: bool
+    replaced: list[Path] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -200,7 +201,8 @@ def _few(options: Any, task: _Task) -> str:
     with nullcontext() if task.stems is None else hold(writable_folder(task.folder), "explain"):
         lines = [line for batch in _progress(batches, len(batches)) for line in _lines(task, batch)]
     count = sum(len(pictures) for line in lines for pictures in line.pictures)
-    drawn = [f"{count} picture{'s' * (count > 1)} in {task.folder}{os.sep}"] if count else []
+    old = f", {len(task.replaced)} of them in place of an earlier run's" if task.replaced else ""
+    drawn = [f"{count} picture{'s' * (count > 1)} in {task.folder}{os.sep}{old}"] if count else []
     return "\n".join([*_table(task, lines), "", *_reads(task), *drawn, *(f"left out: {why}" for why in wrong)])
 
 
@@ -233,7 +235,8 @@ def _reads(task: _Task) -> list[str]:
     """Which layers each method reads."""
     size = torch.zeros(1, *task.loaded.input_size, device=task.device)
     room = max(map(len, task.explainers))
-    return [f"{name:{room}} reads {', '.join(t.name for t in e.taps(size))}" for name, e in task.explainers.items()]
+    read = {name: ", ".join(tap.name for tap in explainer.taps(size)) for name, explainer in task.explainers.items()}
+    return [f"{name:{room}} reads {layers}" for name, layers in read.items() if layers]
 
 
 # ---------------------------------------------------------------------- a job
@@ -383,6 +386,7 @@ def _draw(task: _Task, line: _Line, view: View, size: Sequence[int]) -> Iterator
         if task.enlarge:
             heats = {key: upsample(heat[None, None], size)[0, 0] for key, heat in heats.items()}
         headings = {key: _heading(task.explainers[key], target) for key in heats}
+        task.replaced.extend(file for file in files.values() if file.exists())
         for key, heat in heats.items():
             drawn = picture(photo, heat, f"{title}\n{headings[key]}", box=box, **task.colours)
             write_picture(files[key], drawn.save)

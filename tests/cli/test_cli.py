@@ -187,6 +187,11 @@ def test_explain_draws_the_decision_and_prints_what_the_model_saw(files, usual, 
     assert len(decisions) > 1
     assert f"gradcam reads {method.taps(torch.zeros(1, *loaded.input_size))[0].name}" in out
     assert len(list((tmp_path / "new/out").iterdir())) == 10
+    assert "in place of" not in out
+    assert main([words[0], str(photos[0]), *words[2:], "--method", "gradcam,rise"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^3 pictures in .*, 1 of them in place of an earlier run's$", out, re.M)
+    assert "rise reads" not in out, "it reads no layer"
 
 
 def test_evidence_against_the_class_is_left_plain(files, usual, loaded, tmp_path) -> None:
@@ -387,7 +392,7 @@ def test_pictures_of_an_earlier_run_are_no_photos(usual, tmp_path, capsys) -> No
     assert main(words) == 0
     first = capsys.readouterr().out
     assert main(words) == 0
-    assert capsys.readouterr().out == first
+    assert capsys.readouterr().out == first.rstrip() + ", 1 of them in place of an earlier run's\n"
 
 
 def test_a_photograph_is_never_replaced(usual, tmp_path, capsys) -> None:
