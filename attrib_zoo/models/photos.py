@@ -6,7 +6,6 @@ import csv
 import itertools
 import logging
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 from attrib_zoo.errors import DataError, InputError, OptionError, reason, warn
 from attrib_zoo.metrics import box_masks
 from attrib_zoo.models.limits import opened
+from attrib_zoo.models.weights import address
 from attrib_zoo.visualize import in_colour
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def each_photo(places: Iterable[str | os.PathLike[str]], *, leave_out: Path | No
             photos = itertools.chain([first], photos)
         elif os.path.lexists(place):
             photos = iter([(os.path.realpath(place), place)])
-        elif re.match(r"[a-z][a-z0-9+.-]+:/", str(place), re.IGNORECASE):
-            raise DataError(f"'{place}' is an address; nothing is downloaded: save the photograph and name the file")
+        elif found := address(place):
+            raise DataError(f"'{found}' is an address; nothing is downloaded: save the photograph and name the file")
         else:
             raise DataError(f"no file or folder '{place}'; look at the path")
         for real, photo in photos:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import pickle
+import re
 import socket
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,14 @@ TIMEOUT = 20.0
 """Seconds of silence after which a download is given up."""
 
 
+_PROGRAMS = {
+    "/code/": ("a TorchScript archive", "torch.jit.load(path).state_dict()"),
+    "/models/model.json": ("an exported program", "torch.export.load(path).state_dict"),
+    "serialized_exported_program": ("an exported program", "torch.export.load(path).state_dict"),  # before torch 2.8
+}
+"""By the name of an entry: archives of torch that are no state dict, and how to get that."""
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file or a PyTorch state dict; no code in the file is run.
 
@@ -31,6 +40,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         DataError: the file is missing, damaged, or not a state dict.
     """
     if not path.is_file():
+        if found := address(path):
+            raise DataError(f"weights: '{found}' is an address; nothing is downloaded from there: give a file's path")
         raise DataError(f"weights: no file '{path}'; give a safetensors file or a PyTorch state dict")
     try:
         if path.suffix == ".safetensors":
@@ -38,11 +49,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
-            if _is_scripted(path):
-                raise DataError(
-                    f"weights: '{path}' is a TorchScript archive, which holds code; save its tensors alone: "
-                    "torch.save(torch.jit.load(path).state_dict(), other_path)"
-                )
+            _refuse_programs(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(
@@ -67,23 +74,52 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _is_scripted(path: Path) -> bool:
-    """Whether torch.jit.save wrote the file: an archive with code next to its tensors."""
+def address(path: Path) -> str | None:
+    """What was given as a path is an address, ``scheme://...``: that, with both slashes; else ``None``."""
+    found = re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", str(path), re.IGNORECASE)
+    return None if found is None else f"{found[1]}://{found[2]}"
+
+
+def _refuse_programs(path: Path) -> None:
+    """Raise for archives of torch that hold code next to their tensors."""
     if not zipfile.is_zipfile(path):
-        return False
+        return
     with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
+        names = archive.namelist()
+    for mark, (kind, tensors) in _PROGRAMS.items():
+        if any(mark in name for name in names):
+            raise DataError(
+                f"weights: '{path}' is {kind}, which holds code; save its tensors alone: "
+                f"torch.save({tensors}, other_path)"
+            )
 
 
-def _without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a file that is the model, where a trainer stores it under a prefix (Lightning: ``model.``)."""
+def _without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The part of a file that is the model, where a trainer stores it under a prefix (Lightning: ``model.``).
+
+    Raises:
+        DataError: there are several such parts, such as the weights and their moving average.
+    """
     if any(key in wanted for key in state):
         return state
-    for prefix in dict.fromkeys(key.partition(".")[0] + "." for key in state):
-        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if any(key in wanted for key in part):
-            return part
-    return state
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        at = key.find(".") + 1
+        while at and key[at:] not in wanted:
+            at = key.find(".", at) + 1
+        if at:
+            parts.setdefault(key[:at], {})[key[at:]] = value
+    if not parts:
+        return state
+    most = max(map(len, parts.values()))
+    whole = [prefix for prefix, part in parts.items() if len(part) == most]
+    if len(whole) > 1:
+        raise DataError(
+            f"weights: '{path}' holds the model's tensors {len(whole)} times, under {' and '.join(map(repr, whole))}; "
+            "save those that are wanted, without what stands before their names"
+        )
+    prefix = whole[0]
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def fit_into(build: Callable[..., nn.Module], path: Path, num_classes: int | None) -> tuple[nn.Module, int | None]:
@@ -103,7 +139,7 @@ def fit_into(build: Callable[..., nn.Module], path: Path, num_classes: int | Non
     """
     state = read_weights(path)
     model = build(num_classes)
-    state = _without_prefix(state, model.state_dict())
+    state = _without_prefix(state, model.state_dict(), path)
     if num_classes is None:
         num_classes = _classes_in(state, model.state_dict())
         model = model if num_classes is None else build(num_classes)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from attrib_zoo.training.checkpoint import fingerprint
 
-
 _SAMPLE = 64  # values of each tensor
 
 

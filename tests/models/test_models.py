@@ -332,6 +332,32 @@ def test_a_trainer_s_name_before_all_weights_is_taken_off(tmp_path) -> None:
     assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
 
 
+def test_a_name_of_several_parts_is_taken_off_and_two_models_are_told_apart(tmp_path) -> None:
+    state = fresh(TIMM, num_classes=4).state_dict()
+    nested = {f"net.backbone.{key}": value for key, value in state.items()} | {"net.loss": torch.ones(1)}
+    torch.save(nested, tmp_path / "nested.pt")
+    found = load(TIMM, weights=tmp_path / "nested.pt").model.state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in state.items())
+    torch.save(
+        {f"{name}.{key}": value for name in ("model", "ema.net") for key, value in state.items()}, tmp_path / "2.pt"
+    )
+    with pytest.raises(DataError, match=r"holds the model's tensors 2 times, under 'model\.' and 'ema\.net\.'; save"):
+        load(TIMM, weights=tmp_path / "2.pt")
+
+
+def test_an_address_is_no_file() -> None:
+    with pytest.raises(DataError, match=r"'https://x\.org/w\.pt' is an address; nothing is downloaded from there"):
+        load(TIMM, weights="https://x.org/w.pt")
+
+
+def test_an_exported_program_is_named(tmp_path) -> None:
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), str(tmp_path / "m.pt2"))
+    with pytest.raises(
+        DataError, match=r"is an exported program.*torch.save\(torch.export.load\(path\).state_dict, oth"
+    ):
+        load(TIMM, weights=tmp_path / "m.pt2")
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_torchscript_is_named(tmp_path) -> None:
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), str(tmp_path / "m.pt"))

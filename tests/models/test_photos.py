@@ -41,7 +41,7 @@ def test_folders_are_searched_to_the_bottom_in_order(tmp_path) -> None:
 
 def test_addresses_are_not_downloaded() -> None:
     with pytest.raises(
-        DataError, match=r"'https:/.*cat.jpg' is an address; nothing is downloaded: save the photograph"
+        DataError, match=r"'https://.*cat.jpg' is an address; nothing is downloaded: save the photograph"
     ):
         find_photos(["https://example.org/cat.jpg"])
 

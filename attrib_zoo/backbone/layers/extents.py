@@ -1,9 +1,9 @@
 """Where in the image a grid lies: models that pad have cells beyond the image, those that crop pixels beyond the grid.
 
 A map is enlarged to what its grid covers and then cut to the image. Padding (by an operator of torch, onto a canvas, by
-concatenation), cutting by slices, and windows that tile without overlap (patch embeddings, merging, pooling) say exactly
-what is covered. Overlapping windows have no clear edges: their cells are spread over the layer's whole input, as in the
-papers; padding that is just what such a convolution needs belongs to it.
+concatenation), cutting by slices, and windows that tile without overlap (patch embeddings, merging, pooling) say
+exactly what is covered. Overlapping windows have no clear edges: their cells are spread over the layer's whole input, as
+in the papers; padding that is just what such a convolution needs belongs to it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Extents:
     def _pad(self, given: Tensor, made: Tensor, padding: Sequence[int]) -> None:
         pads = [*padding, 0, 0, 0, 0, 0, 0]
         last = len(padding) >= 6 and not (pads[0] or pads[1])  # (N, h, w, C)
-        (left, right), (top, bottom) = (pads[2:4], pads[4:6]) if last else (pads[0:2], pads[2:4])
+        left, top = (pads[2], pads[4]) if last else (pads[0], pads[2])
         axes = (1, 2) if last else (2, 3)
         self._widen(_size(given, axes), _size(made, axes), (top, left))
 
