@@ -193,7 +193,14 @@ def call_model(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> An
                 f"inputs: {type(model).__name__} takes images with {expected} channels, got {inputs.shape[1]} "
                 f"(shape {tuple(inputs.shape)}); pass (N, {expected}, H, W)"
             ) from error
+        kinds = {p.dtype: name for name, p in list(model.named_parameters())[::-1] if p.is_floating_point()}
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), inputs.dtype)
+        if len(kinds) > 1 and "type" in str(error):
+            found = " and ".join(f"{kind} ({name!r})" for kind, name in list(kinds.items())[::-1])
+            raise InputError(
+                f"model: must be able to run, but {type(model).__name__} has weights in {found} and fails "
+                f"({error}); convert all of them: model.to({own})"
+            ) from error
         if own != inputs.dtype and "type" in str(error):
             raise InputError(
                 f"inputs: {type(model).__name__} has weights in {own}, got images in {inputs.dtype}; pass "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attrib_zoo.attribution import Attribution, GradientAttribution
 from attrib_zoo.backbone.capture import run_from_inputs
 from attrib_zoo.backbone.kind import attends
+from attrib_zoo.backbone.layers.lookup import folded, several_views
 from attrib_zoo.backbone.layers.resolve import look
 from attrib_zoo.backbone.layers.trace import Trace
 from attrib_zoo.backbone.libra import Balanced, Term
@@ -110,6 +111,7 @@ class FullGrad(Attribution, GradientAttribution):
         linear = {name: isinstance(find(self.model, name), nn.Linear) for name in biases}
         found = []
         with run_from_inputs(self.model, inputs, args, list(biases)) as (outputs, images, calls):
+            self._check_views((output.shape[0] for _, output in calls if output.ndim == 4), inputs)
             target = query.resolve(outputs.detach())
             scores = target.select(outputs)
             reached = [images, *(output for _, output in calls)]
@@ -126,6 +128,11 @@ class FullGrad(Attribution, GradientAttribution):
                 shown = [term for term, place in zip(terms, spatial, strict=True) if place and term is not None]
                 found.append(self._gathered(shown, inputs))
         return torch.stack(found, 1)
+
+    def _check_views(self, batches: Iterable[int], inputs: Tensor) -> None:
+        most = max(batches, default=len(inputs)) // len(inputs)
+        if most > 1:
+            raise UnsupportedModelError(several_views(type(self.model).__name__, most))
 
     def _gathered(self, terms: list[Tensor], inputs: Tensor) -> Tensor:
         """``(N, H, W)`` from the terms ``(N, D, h, w)``; channels are summed first, since upsampling is linear."""
@@ -161,7 +168,9 @@ class FullGrad(Attribution, GradientAttribution):
         return None
 
     def _balanced(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...]) -> Tensor:
-        places = _places(look(self.model, inputs, args))
+        traced = look(self.model, inputs, args)
+        self._check_views([folded(traced.calls()) * len(inputs)], inputs)
+        places = _places(traced)
         terms: list[Term] = []
         found = []
         with run_from_inputs(self.model, inputs, args, (), Balanced(terms)) as (outputs, images, _):

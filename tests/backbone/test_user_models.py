@@ -10,7 +10,16 @@ import torch
 from engine_cases import lively, resnet, swin_of, vit
 from torch import Tensor, nn
 
-from attrib_zoo import TTAME, AttentionRollout, GenericAttention, GradCAM, LayerCAM, ScoreCAM, TransformerLRP
+from attrib_zoo import (
+    TTAME,
+    AttentionRollout,
+    FullGrad,
+    GenericAttention,
+    GradCAM,
+    LayerCAM,
+    ScoreCAM,
+    TransformerLRP,
+)
 from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.errors import LayerError, UnsupportedModelError
 from attrib_zoo.synthetic import tiny_cnn
@@ -178,6 +187,9 @@ def test_views_in_the_batch_are_told_from_a_layer_without_a_map(layers):
     with pytest.raises((UnsupportedModelError, LayerError), match=r"there are 5 for one: it folds views") as caught:
         GradCAM(FiveCrops(net), layers).attribute(images, target=1)
     assert "explain the network inside" in str(caught.value)
+    for libra in (True, False):
+        with pytest.raises(UnsupportedModelError, match=r"there are 5 for one: it folds views"):
+            FullGrad(FiveCrops(net), libra=libra).attribute(images, target=1)
     assert GradCAM(net).attribute(images[:, :, :24, :24], target=1).any()
 
 

@@ -2,8 +2,8 @@
 
 A map is enlarged to what its grid covers and then cut to the image. Padding (by an operator of torch, onto a canvas, by
 concatenation), cutting by slices, and windows that tile without overlap (patch embeddings, merging, pooling) say
-exactly what is covered. Overlapping windows have no clear edges: their cells are spread over the layer's whole input, as
-in the papers; padding that is just what such a convolution needs belongs to it.
+exactly what is covered. Overlapping windows have no clear edges: their cells are spread over the layer's whole input,
+as in the papers; padding that is just what such a convolution needs belongs to it.
 """
 
 from __future__ import annotations
