@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -75,7 +76,7 @@ class LoadedModel:
         return _seen(self.view, image.size)
 
     def class_index(self, target: str) -> int:
-        """The class that a user means: its index as digits, or its name (case-insensitive).
+        """The class that a user means: its index as digits, or its name (case-insensitive, where no other differs by that).
 
         Where the names are numbers themselves, digits that are one class as an index and another as a name are refused;
         ``"#3"`` is always the index 3.
@@ -85,7 +86,8 @@ class LoadedModel:
         """
         advice = f"give an index from 0 to {self.num_classes - 1}" + (", or a name" if self.class_names else "")
         names = [name.casefold() for name in self.class_names or ()]
-        found = [i for i, name in enumerate(names) if name == target.casefold()]
+        exact = [i for i, name in enumerate(self.class_names or ()) if name == target]
+        found = exact if len(exact) == 1 else [i for i, name in enumerate(names) if name == target.casefold()]
         digits = target.removeprefix("#")
         if digits.lstrip("+-").isdecimal() and (not found or digits != target or self._is_index(int(digits))):
             index = int(digits)
@@ -207,10 +209,14 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
     """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8-sig")  # Windows editors start a file with a byte-order mark
+        data = file.read_bytes()
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Windows editors mark their files
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
         if file.suffix.lower() != ".json":
             return [line.strip() for line in text.splitlines() if line.strip()]
         entries = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise DataError(f"classes: '{file}' must be text in UTF-8, but it is not ({error})") from error
     except (OSError, ValueError) as error:
         raise DataError(f"classes: cannot read '{file}' ({reason(error)}); {_CLASSES_FORM}") from error
     if isinstance(entries, dict):

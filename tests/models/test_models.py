@@ -321,6 +321,24 @@ def test_classes_are_found_by_index_or_name(loaded: LoadedModel) -> None:
     with pytest.raises(TargetError, match="'crane' is the name of the classes 0, 2; give the index"):
         twice.class_index("crane")
     assert replace(loaded, class_names=None).class_index("999") == 999
+    cased = replace(loaded, class_names=("Hen", "hen", "COCK"), num_classes=3)
+    assert [cased.class_index(name) for name in ("Hen", "hen", "cock")] == [0, 1, 2]
+    with pytest.raises(TargetError, match="'HEN' is the name of the classes 0, 1"):
+        cased.class_index("HEN")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_class_files_of_windows_editors(tmp_path, encoding) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("hen\nпетух\n", encoding=encoding)
+    assert read_class_names(path) == ["hen", "петух"]
+
+
+def test_class_files_in_another_encoding_say_so(tmp_path) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("hen\nпетух\n", encoding="cp1251")
+    with pytest.raises(DataError, match=r"names.txt' must be text in UTF-8, but it is not"):
+        read_class_names(path)
 
 
 def test_a_trainer_s_name_before_all_weights_is_taken_off(tmp_path) -> None:
