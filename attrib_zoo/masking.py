@@ -157,12 +157,14 @@ def likeness(features: Sequence[Tensor], size: int) -> Tensor:
     cosines = unit.transpose(1, 2) @ unit
     down, right = (_close(length, size, unit.device) for length in features[0].shape[-2:])
     near = down[:, None, :, None] & right[None, :, None, :]
-    return (cosines / LIKENESS).masked_fill(~near.flatten(2).flatten(0, 1), -torch.inf).softmax(-1)
+    shares: Tensor = (cosines / LIKENESS).masked_fill(~near.flatten(2).flatten(0, 1), -torch.inf).softmax(-1)
+    return shares
 
 
 def alike_filter(maps: Tensor, shares: Tensor) -> Tensor:
     """Each cell of the maps ``(N, C, h, w)`` becomes the mean of those around it, weighted by :func:`likeness`."""
-    return (maps.flatten(2) @ shares.transpose(1, 2)).unflatten(2, maps.shape[2:])
+    found: Tensor = (maps.flatten(2) @ shares.transpose(1, 2)).unflatten(2, maps.shape[2:])
+    return found
 
 
 def _close(length: int, size: int, device: torch.device) -> Tensor:

@@ -97,14 +97,17 @@ def summary(table: Numbers) -> str:
     leaders = dict.fromkeys(one.best for one in told if one.leads and one.best)
     ahead = {best: [one.measure for one in told if one.leads and one.best == best] for best in leaders}
     text += [f"{best} is ahead of all others by {_listed(measures)}." for best, measures in ahead.items()]
-    level: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    level: dict[tuple[str, str], list[str]] = {}
     for one in told:
         if one.best and one.tied and not (one.better or one.level):
-            level.setdefault((one.best, one.tied), []).append(one.measure)
-    text += [
-        f"By {_listed(measures)}, {best} has the best mean, but these images cannot tell it from {_listed(tied)}."
-        for (best, tied), measures in level.items()
-    ]
+            mean = table.estimate(one.best, one.measure).mean
+            equal = [method for method in one.tied if table.estimate(method, one.measure).mean == mean]
+            names = _listed([one.best, *equal])
+            rest = [method for method in one.tied if method not in equal]
+            words = f"{names} have the same, best mean" if equal else f"{names} has the best mean"
+            more = f", but these images cannot tell {'them' if equal else 'it'} from {_listed(rest)}" if rest else ""
+            level.setdefault((words, more), []).append(one.measure)
+    text += [f"By {_listed(measures)}, {words}{more}." for (words, more), measures in level.items()]
     for one in told:
         if one.better:
             text.append(

@@ -76,7 +76,7 @@ class LoadedModel:
         return _seen(self.view, image.size)
 
     def class_index(self, target: str) -> int:
-        """The class that a user means: its index as digits, or its name (case-insensitive, where no other differs by that).
+        """The class that a user means: its index as digits, or its name, in any case if one class has it.
 
         Where the names are numbers themselves, digits that are one class as an index and another as a name are refused;
         ``"#3"`` is always the index 3.

@@ -361,6 +361,9 @@ def test_words_tell_a_leader_from_a_tie():
     text = summed_up({"a": SPREAD, "b": wobble, "c": shifted(0.2)})
     assert "By AD(50), a has the best mean, but these images cannot tell it from b." in text
     assert "ahead" not in text
+    same = summed_up({"a": SPREAD, "b": SPREAD, "c": shifted(0.2), "d": wobble})
+    assert "By AD(50), a and b have the same, best mean, but these images cannot tell them from d." in same
+    assert "By AD(50), a and b have the same, best mean." in summed_up({"a": SPREAD, "b": SPREAD})
 
 
 def test_words_say_where_a_map_that_knows_nothing_is_as_good():

@@ -125,8 +125,8 @@ class Extents:
         if not nested or _rows_and_columns(source) not in self._spans:
             return
         whole = images if channels < columns else channels  # what one image's plane, with or without channels, takes
-        size = whole // rows, rows // columns
-        start = part.storage_offset() % whole // columns
+        size = int(whole // rows), int(rows // columns)
+        start = int(part.storage_offset() % whole // columns)
         at = start // size[1], start % size[1]
         if at[0] + part.shape[2] <= size[0] and at[1] + part.shape[3] <= size[1]:
             self._widen(_rows_and_columns(source), size, at)
