@@ -27,7 +27,7 @@ from attrib_zoo.backbone.targets import one_logit, scores_in
 from attrib_zoo.backbone.vit.attended import attended_source, seen_in_pass
 from attrib_zoo.errors import UnsupportedModelError, reason
 from attrib_zoo.masking import Extent, alike_filter, at_least_float32, mean_filter, moving
-from attrib_zoo.training.head import AttentionHead
+from attrib_zoo.training.head import AttentionHead, finest
 from attrib_zoo.training.losses import two_logits
 
 PREPROCESSING = (None, "float", "uint8")
@@ -245,7 +245,7 @@ class ClassMaps(nn.Module):
         self.places = nn.ModuleList(places)
         rows, columns = ([place.before[axis] for place in places] for axis in (0, 1))
         self.largest = rows.index(max(rows)), columns.index(max(columns))  # here: torch 2.6 cannot trace max(key=)
-        self.finest = [i for i, size in enumerate(zip(rows, columns, strict=True)) if size == (max(rows), max(columns))]
+        self.finest = finest(list(zip(rows, columns, strict=True)))
         self.rivals, self.weight = rivals, weight
 
     def forward(self, outputs: Tensor, classes: Tensor, features: Sequence[Tensor]) -> Tensor:

@@ -118,15 +118,14 @@ class AttentionHead(nn.Module):
         found = [branch(x) for branch, x in zip(self.branches, read, strict=True)] if self.branches else read
         if self.alike == 1:
             return found
-        size = [max(x.shape[axis] for x in features) for axis in (-2, -1)]
-        finest = [i for i, x in enumerate(features) if list(x.shape[-2:]) == size]
-        if not finest:
-            sizes = [tuple(x.shape[-2:]) for x in features]
+        sizes = [(x.shape[-2], x.shape[-1]) for x in features]
+        compared = finest(sizes)
+        if not compared:
             raise LayerError(
                 "layers: one of the layers must have the finest grid in both directions to average over cells that "
                 f"are alike, got {sizes}; choose other layers, or a recipe with alike=1"
             )
-        return [*found, self.likeness(features, finest)]
+        return [*found, self.likeness(features, compared)]
 
     def fuse(self, attended: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
         """The result of :meth:`forward` from that of :meth:`attend`."""
@@ -315,6 +314,12 @@ class AttentionHead(nn.Module):
 
     def _each(self) -> list[FeatureBranch]:
         return [branch for branch in self.branches if isinstance(branch, FeatureBranch)]
+
+
+def finest(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Which of these grids are the finest in both directions."""
+    most = tuple(map(max, zip(*sizes, strict=True)))
+    return [i for i, size in enumerate(sizes) if size == most]
 
 
 def _empty_conv(inputs: int, outputs: int) -> nn.Conv2d:
