@@ -203,8 +203,8 @@ class Inside(nn.Module):
         return self.net(F.pad(x, self.pads, mode="reflect" if self.how == "mirror" else "constant"))
 
 
-def small_cnn():
-    convolutions = (nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 4, 1), nn.ReLU())
+def small_cnn(kernel=3, padding=1):
+    convolutions = (nn.Conv2d(3, 8, kernel, 4, padding), nn.ReLU(), nn.Conv2d(8, 8, kernel, 4, padding), nn.ReLU())
     return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
 
 
@@ -214,6 +214,7 @@ def of_timm(name):
 
 NETS = {
     "windows that leave pixels out": small_cnn,
+    "windows that overlap, without padding": lambda: small_cnn(6, 0),
     "ResNet": lambda: of_timm("test_resnet"),
     "padding for each convolution": lambda: of_timm("test_efficientnet"),
     "padding by an operator for each convolution": lambda: of_timm("tf_mobilenetv3_small_minimal_100"),
@@ -278,6 +279,15 @@ def test_a_cut_inside_the_model():
     explainer.upsample = True
     found = explainer.attribute(inputs, target=1)[:, :1]
     close(found[:, :, 4:36, 3:51], enlarged(small, (32, 48)))
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_a_cut_by_negative_padding(net):
+    """As torchvision's crops are written; on both sides of the cut the map is that of the nearest cells."""
+    torch.manual_seed(0)
+    net, inputs = NETS[net]().eval(), images(96, 128)
+    inside = attrib_zoo.LayerCAM(Inside(net, (-32, -32, -16, -16))).attribute(inputs, target=1)
+    close(inside[:, :, 16:80, 32:96], attrib_zoo.LayerCAM(net).attribute(inputs[:, :, 16:80, 32:96], target=1))
 
 
 # ---------------------------------------------------------------------- what each kind of network covers

@@ -165,7 +165,7 @@ class Extents:
         inner, added = self._padded.get(before, (before, (0, 0)))
         exact, spread = self._of(before), list(self._of(before))
         for i in range(2):
-            if padding[i] == 0 and added[i] < kernel[i]:  # "same" padding, by an operator of its own
+            if padding[i] == 0 and 0 < added[i] < kernel[i]:  # "same" padding, by an operator of its own
                 spread[i] = self._of(inner)[i]
         spans = [
             _widened(exact[i], before[i], padding[i], after[i] * stride[i] - before[i] - padding[i])
