@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -228,6 +229,10 @@ class TTAME(TrainableAttribution):
         if self._automatic and not self.is_fitted:
             return {"recipe": "auto", **self._changes, **{name: getattr(self, name) for name in own}}
         return {"recipe": self.recipe.facts(), **{name: getattr(self, name) for name in own}, **shown}
+
+    def written_options(self) -> dict[str, Any]:
+        """All fields of the recipe: what its name stands for may be another one in a later version."""
+        return self.options() | {"recipe": asdict(self.recipe)}
 
     def _follow(self, recipe: str | Recipe | Mapping[str, Any]) -> None:
         self.recipe = as_recipe(recipe).but(**self._changes)

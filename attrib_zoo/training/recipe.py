@@ -132,11 +132,6 @@ VALUES = replace(ROWS, name="attended", layer_rule=ATTENDED, num_layers=4, forge
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (ROWS, VALUES, PAPER, RELEASED)}
 
 
-def written(recipe: Any) -> Any:
-    """What a file says of a recipe: all of its fields, since what a name stands for may change."""
-    return asdict(RECIPES[recipe]) if isinstance(recipe, str) and recipe in RECIPES else recipe
-
-
 def read_written(recipe: Any) -> Any:
     """What a file says; before :attr:`Recipe.alike` there were names in files, and "attended" had a mean filter."""
     return asdict(VALUES.but(alike=1, smooth=3)) if recipe == VALUES.name else recipe

@@ -7,20 +7,31 @@ import os
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from attrib_zoo.attribution import Attribution
 from attrib_zoo.backbone.grid import Grid
 from attrib_zoo.errors import BackboneMismatchError, CheckpointError, warn
 from attrib_zoo.training.checkpoint import Checkpoint, Fitted, alike, fingerprint, read
 from attrib_zoo.training.explainer import Explainer
-from attrib_zoo.training.recipe import as_recipe, written
+from attrib_zoo.training.recipe import as_recipe
 from attrib_zoo.training.vetting import believing, told_unsealed, vet, vet_state
 
 
-def to_checkpoint(explainer: Attribution, fitted: Fitted) -> Checkpoint:
+class Written(Protocol):
+    """What a file needs of an explainer."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that it explains."""
+
+    def written_options(self) -> dict[str, Any]:
+        """The options of its constructor, as a file should have them."""
+
+
+def to_checkpoint(explainer: Written, fitted: Fitted) -> Checkpoint:
     """Everything that makes up a fitted explainer, ready to be written."""
     from attrib_zoo import __version__
 
@@ -30,14 +41,10 @@ def to_checkpoint(explainer: Attribution, fitted: Fitted) -> Checkpoint:
             "method": type(explainer).__name__,
             "library": __version__,
             "model": type(explainer.model).__name__,
-            "options": _written(explainer.options()),
+            "options": explainer.written_options(),
             **fitted.facts(),
         },
     )
-
-
-def _written(options: dict[str, Any]) -> dict[str, Any]:
-    return options | {"recipe": written(options["recipe"])} if "recipe" in options else options
 
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -153,6 +153,10 @@ class FittedAttribution(OnePass):
 
     # ------------------------------------------------------------------ files
 
+    def written_options(self) -> dict[str, Any]:
+        """The options as a file has them: nothing in it may come to mean something else in a later version."""
+        return self.options()
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the fitted explainer to one safetensors file, completely or not at all.
 
