@@ -243,6 +243,7 @@ def page(numbers: dict[str, Numbers]) -> str:
         "The perfect map is the box itself.",
         "TTAME is `TTAME(model).fit(loader)` by default; LCAMImg took 150 steps, from random weights unless it says",
         "rows. Trained explainers saw 500 other photographs. Controls that know nothing of the model stand last.",
+        "ExtremalPerturbation, with 800 steps for each area of each image, was not measured.",
         "[Which method should I use?](../how-to/which-method.md) says what follows from it; `benchmarks/results.py`",
         "and `benchmarks/zoo.py` make it.",
         "",
