@@ -255,7 +255,7 @@ def test_images_of_another_type_than_the_weights_are_told_both(weights, images):
 def test_a_model_of_two_types_names_both(method):
     model = zoo.small_cnn()
     model.head.half()
-    words = r"has weights in torch.float32 \('stages.*'\) and torch.float16 \('head.weight'\) and fails"
+    words = r"has weights in torch.float32 \('stages.*'\) and torch.float16 \('head.weight'\), got images in torch"
     with pytest.raises(InputError, match=words):
         method(model).attribute(IMAGES, 0)
 

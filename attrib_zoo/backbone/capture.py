@@ -193,13 +193,16 @@ def call_model(model: nn.Module, inputs: Tensor, args: Sequence[Any] = ()) -> An
                 f"inputs: {type(model).__name__} takes images with {expected} channels, got {inputs.shape[1]} "
                 f"(shape {tuple(inputs.shape)}); pass (N, {expected}, H, W)"
             ) from error
-        kinds = {p.dtype: name for name, p in list(model.named_parameters())[::-1] if p.is_floating_point()}
-        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), inputs.dtype)
+        kinds: dict[torch.dtype, str] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                kinds.setdefault(parameter.dtype, name)
+        own = next(iter(kinds), inputs.dtype)
         if len(kinds) > 1 and "type" in str(error):
-            found = " and ".join(f"{kind} ({name!r})" for kind, name in list(kinds.items())[::-1])
+            found = " and ".join(f"{kind} ({name!r})" for kind, name in kinds.items())
             raise InputError(
-                f"model: must be able to run, but {type(model).__name__} has weights in {found} and fails "
-                f"({error}); convert all of them: model.to({own})"
+                f"inputs: {type(model).__name__} has weights in {found}, got images in {inputs.dtype}, and fails "
+                f"({error}); pass images in the type that its first layer takes, or convert all: model.to({own})"
             ) from error
         if own != inputs.dtype and "type" in str(error):
             raise InputError(

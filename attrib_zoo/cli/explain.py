@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +54,7 @@ class _Task:
 
     ``stems`` are the names of each photograph's pictures, ``None`` where none are drawn; ``originals`` are the
     photographs, as hashes of their paths: no picture may overwrite one. ``enlarge``: maps come at their layer's
-    resolution. ``replaced``: pictures of earlier runs that were overwritten.
+    resolution.
     """
 
     names: Names
@@ -70,7 +70,6 @@ class _Task:
     stems: Names | None
     originals: frozenset[int]
     enlarge: bool
-    replaced: list[Path] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -199,10 +198,12 @@ def _few(options: Any, task: _Task) -> str:
     if len(wrong) == len(task.names):
         raise DataError(f"none of the photographs can be read, {len(wrong)} in all; the first: {wrong[0]}")
     with nullcontext() if task.stems is None else hold(writable_folder(task.folder), "explain"):
+        before = set() if task.stems is None else {file.name for file in task.folder.iterdir()}
         lines = [line for batch in _progress(batches, len(batches)) for line in _lines(task, batch)]
-    count = sum(len(pictures) for line in lines for pictures in line.pictures)
-    old = f", {len(task.replaced)} of them in place of an earlier run's" if task.replaced else ""
-    drawn = [f"{count} picture{'s' * (count > 1)} in {task.folder}{os.sep}{old}"] if count else []
+    pictures = [name for line in lines for names in line.pictures for name in names]
+    old = len(before.intersection(pictures))
+    told = f"{len(pictures)} picture{'s' * (len(pictures) > 1)} in {task.folder}{os.sep}"
+    drawn = [told + (f", {old} of them in place of an earlier run's" if old else "")] if pictures else []
     return "\n".join([*_table(task, lines), "", *_reads(task), *drawn, *(f"left out: {why}" for why in wrong)])
 
 
@@ -386,7 +387,6 @@ def _draw(task: _Task, line: _Line, view: View, size: Sequence[int]) -> Iterator
         if task.enlarge:
             heats = {key: upsample(heat[None, None], size)[0, 0] for key, heat in heats.items()}
         headings = {key: _heading(task.explainers[key], target) for key in heats}
-        task.replaced.extend(file for file in files.values() if file.exists())
         for key, heat in heats.items():
             drawn = picture(photo, heat, f"{title}\n{headings[key]}", box=box, **task.colours)
             write_picture(files[key], drawn.save)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -111,7 +111,8 @@ class FullGrad(Attribution, GradientAttribution):
         linear = {name: isinstance(find(self.model, name), nn.Linear) for name in biases}
         found = []
         with run_from_inputs(self.model, inputs, args, list(biases)) as (outputs, images, calls):
-            self._check_views((output.shape[0] for _, output in calls if output.ndim == 4), inputs)
+            batches = (output.shape[0] for _, output in calls if output.ndim == 4)
+            self._check_views(max(batches, default=len(inputs)) // len(inputs))
             target = query.resolve(outputs.detach())
             scores = target.select(outputs)
             reached = [images, *(output for _, output in calls)]
@@ -129,10 +130,9 @@ class FullGrad(Attribution, GradientAttribution):
                 found.append(self._gathered(shown, inputs))
         return torch.stack(found, 1)
 
-    def _check_views(self, batches: Iterable[int], inputs: Tensor) -> None:
-        most = max(batches, default=len(inputs)) // len(inputs)
-        if most > 1:
-            raise UnsupportedModelError(several_views(type(self.model).__name__, most))
+    def _check_views(self, views: int) -> None:
+        if views > 1:
+            raise UnsupportedModelError(several_views(type(self.model).__name__, views))
 
     def _gathered(self, terms: list[Tensor], inputs: Tensor) -> Tensor:
         """``(N, H, W)`` from the terms ``(N, D, h, w)``; channels are summed first, since upsampling is linear."""
@@ -169,7 +169,7 @@ class FullGrad(Attribution, GradientAttribution):
 
     def _balanced(self, inputs: Tensor, query: TargetQuery, args: tuple[Any, ...]) -> Tensor:
         traced = look(self.model, inputs, args)
-        self._check_views([folded(traced.calls()) * len(inputs)], inputs)
+        self._check_views(folded(traced.calls()))
         places = _places(traced)
         terms: list[Term] = []
         found = []

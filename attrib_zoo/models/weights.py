@@ -109,9 +109,9 @@ def _without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Tensor], path
             at = key.find(".", at) + 1
         if at:
             parts.setdefault(key[:at], {})[key[at:]] = value
-    if not parts:
+    most = max(map(len, parts.values()), default=0)
+    if 2 * most < len(wanted):  # names that happen to be alike: a file of another architecture
         return state
-    most = max(map(len, parts.values()))
     whole = [prefix for prefix, part in parts.items() if len(part) == most]
     if len(whole) > 1:
         raise DataError(

@@ -52,18 +52,18 @@ class Watch:
 
 
 def _state(model: nn.Module) -> tuple[list[tuple[int, int]], list[bytes]]:
-    """Addresses, counts of writes, and the values of a sample, which lies evenly over the memory of each tensor."""
+    """Addresses, counts of writes, and the values of a sample, which lies evenly over the memory of each tensor.
+
+    What lies between the values of a tensor that is not dense may be sampled too; if it changes, all weights are read.
+    """
     samples: dict[Any, list[Tensor]] = defaultdict(list)
     places = []
     for tensor in _tensors(model):
         places.append(_place(tensor))
-        count = tensor.numel()
-        if count and not tensor.is_quantized:
-            step = -(-count // _SAMPLE)
-            plain = tensor.detach()
-            dense = plain.is_contiguous() or (plain.ndim == 4 and plain.permute(0, 2, 3, 1).is_contiguous())
-            flat = plain.as_strided((-(-count // step),), (step,)) if dense else plain.reshape(-1)[::step]
-            samples[tensor.device, tensor.dtype].append(flat)
+        if tensor.numel() and not tensor.is_quantized:
+            length = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+            step = -(-length // _SAMPLE)
+            samples[tensor.device, tensor.dtype].append(tensor.detach().as_strided((-(-length // step),), (step,)))
     return places, [torch.cat(found).cpu().view(torch.uint8).numpy().tobytes() for found in samples.values()]
 
 

@@ -283,7 +283,6 @@ def test_a_cut_inside_the_model():
 
 @pytest.mark.parametrize("net", NETS)
 def test_a_cut_by_negative_padding(net):
-    """As torchvision's crops are written; on both sides of the cut the map is that of the nearest cells."""
     torch.manual_seed(0)
     net, inputs = NETS[net]().eval(), images(96, 128)
     inside = attrib_zoo.LayerCAM(Inside(net, (-32, -32, -16, -16))).attribute(inputs, target=1)

@@ -363,6 +363,12 @@ def test_a_name_of_several_parts_is_taken_off_and_two_models_are_told_apart(tmp_
         load(TIMM, weights=tmp_path / "2.pt")
 
 
+def test_names_that_happen_to_be_alike_are_no_model(tmp_path) -> None:
+    torch.save({f"{name}.fc.weight": torch.zeros(4, 2) for name in ("a", "b")}, tmp_path / "w.pt")
+    with pytest.raises(DataError, match=r"does not fit the model.*another architecture"):
+        load(TIMM, weights=tmp_path / "w.pt")
+
+
 def test_an_address_is_no_file() -> None:
     with pytest.raises(DataError, match=r"'https://x\.org/w\.pt' is an address; nothing is downloaded from there"):
         load(TIMM, weights="https://x.org/w.pt")

@@ -74,6 +74,17 @@ def test_changes_of_one_tensor_that_torch_does_not_count(change, layout, dtype):
     assert watch.noticed(model)
 
 
+@pytest.mark.parametrize("lay", [lambda w: w.mT.contiguous().mT, lambda w: torch.cat([w, w], 1)[:, : w.shape[1]]])
+def test_weights_that_are_not_dense_are_sampled_where_they_lie(lay):
+    model = zoo.small_cnn()
+    model.head.weight = nn.Parameter(lay(model.head.weight.detach()))
+    assert not model.head.weight.is_contiguous()
+    watch = Watch(model, fingerprint(model))
+    assert not watch.noticed(model)
+    model.head.weight.data[2].zero_()
+    assert watch.noticed(model)
+
+
 @pytest.mark.parametrize("change", [quiet, top_only, statistics, pointed_elsewhere, loaded])
 def test_other_weights_in_place_are_refused(explainer, change):
     before = copy.deepcopy(explainer.model.state_dict())
